@@ -1,0 +1,1 @@
+"""Ragged and sparse arrays as pytrees, and `vmap` over them."""

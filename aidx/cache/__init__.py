@@ -1,0 +1,1 @@
+"""Contiguous and paged KV caches, and the block pool."""

@@ -1,0 +1,1 @@
+"""One decoder per architecture family, and Hugging Face checkpoints."""

@@ -1,0 +1,1 @@
+"""GPU kernels in Pallas Mosaic GPU.  Imports jax and nothing else."""
