@@ -1,0 +1,180 @@
+"""The few Mosaic GPU pieces that every kernel here shares.
+
+Calls that move between JAX releases, or that the interpreter lacks, are made in this module only:
+
+* `Ops` - accumulators and asynchronous wgmma on the GPU, plain values in interpret mode.
+* `named_barrier_arrive`, `named_barrier_sync` - PTX `bar`, cheaper than an mbarrier.
+* `kernel` - `plgpu.kernel` with the compiler parameters of a warp-specialised kernel.
+* `swizzled` - the SMEM transforms that TMA and wgmma agree on.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+WARPGROUP = 128  # threads
+SMEM_BYTES = 232_448  # what one CTA may use on sm_90
+HOPPER_SMS = 132  # H100 SXM and H200; kernels never ask for devices
+
+# A finite "minus infinity": a fully masked block leaves exp2(0) = 1 in the running sums, and the
+# next block with a visible key multiplies that by exp2(MASKED - m) = 0 exactly; -inf gives NaN.
+MASKED = -1e30
+
+
+def swizzled(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
+    """The transforms of an SMEM operand: tiles of 8 rows x `swizzle` bytes, swizzled.
+
+    >>> [type(t).__name__ for t in swizzled(jnp.bfloat16)]
+    ['TilingTransform', 'SwizzleTransform']
+    """
+    tiling = (8, swizzle // jnp.dtype(dtype).itemsize)
+    return (plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """Accumulators and matmuls of one kernel body, for the GPU and for the interpreter.
+
+    On the GPU an accumulator is a ref in registers that wgmma writes asynchronously; the
+    interpreter has none, so there it is a value.  A body written for both carries `carry(acc)`
+    through its loops and takes `acc = uncarry(acc, carried)` inside.
+    """
+
+    interpret: bool
+
+    def with_acc(self, f: Callable, *shapes: tuple[int, int]) -> Any:
+        """`f(*accumulators)`, zeroed, f32."""
+        if self.interpret:
+            return f(*[jnp.zeros(s, jnp.float32) for s in shapes])
+        return pl.run_scoped(f, *[plgpu.ACC(s, jnp.float32) for s in shapes])
+
+    def carry(self, acc):
+        """What a loop must carry so that `acc` survives an iteration."""
+        return acc if self.interpret else None
+
+    def uncarry(self, acc, carried):
+        """The inverse of `carry` inside the loop."""
+        return carried if self.interpret else acc
+
+    def wgmma(self, acc, a, b):
+        """`acc += a @ b`, issued but not awaited; a is a tile in registers or SMEM, b in SMEM."""
+        if not self.interpret:
+            plgpu.wgmma(acc, a, b)
+            return acc
+        a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
+        plgpu.commit_smem()  # the interpreter's stand-in for "the async proxy reads SMEM here"
+        return acc + jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+    def load(self, acc, wait_n: int = 0):
+        """The value of `acc` once at most `wait_n` younger wgmma groups are in flight."""
+        return acc if self.interpret else plgpu.wgmma_accumulator_load(acc, wait_n=wait_n)
+
+    def store(self, acc, value):
+        """Overwrite `acc`."""
+        if self.interpret:
+            return value
+        acc[...] = value
+        return acc
+
+    def wait(self, n: int = 0) -> None:
+        """Wait until at most `n` wgmma groups are in flight."""
+        if not self.interpret:
+            plgpu.wgmma_wait(n)
+
+    def store_transposed(self, ref, value) -> None:
+        """`ref[...] = value.T`."""
+        if self.interpret:
+            ref[...] = value.T
+        else:
+            ref.T[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+
+    def opaque(self, x: int):
+        """A scalar that LLVM cannot see through, made anew at each use.
+
+        Indexing a loop-invariant SMEM operand with it keeps the operand's wgmma descriptors (one
+        64-bit register pair per instruction) out of the loop's live registers.
+        """
+        return x if self.interpret else lax.optimization_barrier(jnp.int32(x))
+
+
+def _named_barrier(op: str, barrier_id, num_threads: int) -> None:
+    from jax.experimental.mosaic import gpu as mgpu
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def emit(_, bid):
+        ptx = f"bar.{op} $0, {num_threads};"
+        mgpu.utils.inline_ptx(ptx, bid.registers[()], has_side_effects=True)
+
+    emit(jnp.asarray(barrier_id, jnp.int32))
+
+
+def named_barrier_arrive(barrier_id, num_threads: int) -> None:
+    """PTX `bar.arrive`: the calling warpgroup signals and goes on (GPU only, ids 0..15)."""
+    _named_barrier("arrive", barrier_id, num_threads)
+
+
+def named_barrier_sync(barrier_id, num_threads: int) -> None:
+    """PTX `bar.sync`: the calling warpgroup waits until `num_threads` have arrived (GPU only)."""
+    _named_barrier("sync", barrier_id, num_threads)
+
+
+def div(a, b: int):
+    """`a // b` of a non-negative i32 scalar by a static positive integer."""
+    return lax.div(a, jnp.int32(b))
+
+
+def rem(a, b: int):
+    """`a % b` of a non-negative i32 scalar; a mask where b is a power of two."""
+    return (a & (b - 1)) if b & (b - 1) == 0 else lax.rem(a, jnp.int32(b))
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling of a / b.
+
+    >>> cdiv(5, 4)
+    2
+    """
+    return -(-a // b)
+
+
+def interpret_params(interpret: Any) -> Any:
+    """`interpret=True` means the GPU interpreter with race detection; other values pass through."""
+    if interpret is True:
+        return plgpu.InterpretGPUParams(
+            detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+        )
+    return interpret or None
+
+
+def kernel(
+    body: Callable,
+    *,
+    out_type: Any,
+    scratch_types: Sequence[Any],
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    num_warpgroups: int,
+    interpret: Any = None,
+    **mesh: Any,
+) -> Callable:
+    """`plgpu.kernel` for a body that places its own barriers; the warpgroup axis is named `wg`."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=list(scratch_types),
+        grid=grid,
+        grid_names=grid_names,
+        num_threads=num_warpgroups,
+        thread_name="wg",
+        interpret=interpret_params(interpret),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        **mesh,
+    )
