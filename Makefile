@@ -7,4 +7,4 @@ demo: setup
 test: setup
 	@.venv/bin/python -m pytest -n 2 --dist loadgroup
 lint: setup
-	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright --pythonpath .venv/bin/python
