@@ -1,1 +1,18 @@
-"""Contiguous and paged KV caches, and the block pool."""
+"""Contiguous and paged KV caches, and the block pool.
+
+Contiguous: `KVCache`, one buffer per row, for a fixed batch.  Paged: `PagedKVCache` on the device,
+`BlockPool` and `BlockTable` on the host, for a batch that comes and goes.  A model sees either only
+through an `Attend` (`contiguous_attend`, `paged_attend`, `no_cache_attend`).
+"""
+
+from aidx.cache.block_pool import NULL_BLOCK as NULL_BLOCK
+from aidx.cache.block_pool import BlockKey as BlockKey
+from aidx.cache.block_pool import BlockPool as BlockPool
+from aidx.cache.block_pool import BlockPoolStats as BlockPoolStats
+from aidx.cache.block_pool import OutOfBlocks as OutOfBlocks
+from aidx.cache.block_pool import block_keys as block_keys
+from aidx.cache.block_table import BlockTable as BlockTable
+from aidx.cache.block_table import pad_tables as pad_tables
+from aidx.cache.config import KVCacheConfig as KVCacheConfig
+from aidx.cache.paged import PagedKVCache as PagedKVCache
+from aidx.cache.paged import defragment as defragment

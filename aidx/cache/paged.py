@@ -1,0 +1,186 @@
+"""The paged KV cache: blocks on the device, moved by programs that update them in place."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from aidx.cache.block_pool import BlockPool
+from aidx.cache.block_table import BlockTable
+from aidx.cache.config import KVCacheConfig
+
+
+@struct.dataclass
+class PagedKVCache:
+    """The blocks of all sequences, one pool per layer.
+
+    A token's slot is `block * block_size + offset`; who owns which block is known to the host alone
+    (`BlockPool`, `BlockTable`).  Nothing here is ever read outside live slots: their content is
+    undefined and may be NaN.
+
+    Example:
+        >>> cache = PagedKVCache.create(
+        ...     num_layers=2, num_blocks=4, block_size=2, num_kv_heads=1, head_dim=4
+        ... )
+        >>> cache.k[0].shape, cache.num_blocks, cache.block_size
+        ((4, 1, 2, 4), 4, 2)
+    """
+
+    k: tuple[jax.Array, ...]  # per layer [P, K, block_size, H]
+    v: tuple[jax.Array, ...]  # per layer [P, K, block_size, H]
+    k_scale: tuple[jax.Array, ...] | None = None  # int8: per layer [P, K, block_size] f32
+    v_scale: tuple[jax.Array, ...] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: jax.typing.DTypeLike = "bfloat16",
+        sharding: jax.sharding.Sharding | None = None,
+    ) -> "PagedKVCache":
+        """Zeroed pools; with `sharding` placed so (heads are axis 1 of `[P, K, block_size, H]`).
+
+        Raises:
+            ValueError: a size below 1.
+        """
+        sizes = dict(
+            num_layers=num_layers,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+        )
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+
+        def pools(shape, dtype):
+            make = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+            return tuple(make() for _ in range(num_layers))
+
+        scaled = jnp.dtype(dtype) == jnp.int8
+        scales = (lambda: pools(shape[:-1], jnp.float32)) if scaled else lambda: None
+        return cls(pools(shape, dtype), pools(shape, dtype), scales(), scales())
+
+    @classmethod
+    def from_config(
+        cls, config: KVCacheConfig, pool: BlockPool, sharding: jax.sharding.Sharding | None = None
+    ) -> "PagedKVCache":
+        """The device's side of `pool`, for the geometry of `config`."""
+        return cls.create(
+            num_layers=config.num_layers,
+            num_blocks=pool.num_blocks,
+            block_size=pool.block_size,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=config.dtype,
+            sharding=sharding,
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """P, the null block included."""
+        return self.k[0].shape[0]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.k[0].shape[2]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all pools."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def copy_blocks(self, src: Sequence[int] | np.ndarray, dst: Sequence[int] | np.ndarray):
+        """Block `dst[i]` becomes a copy of block `src[i]` in every layer, in place: donates self.
+
+        All sources are read before anything is written.  The number of pairs is rounded up to a
+        power of two, so that a handful of compiled programs serve every call.
+
+        Raises:
+            ValueError: lengths differ, a block is outside the pool, a destination is named twice.
+        """
+        src, dst = (np.asarray(blocks, np.int32).reshape(-1) for blocks in (src, dst))
+        both = np.concatenate([src, dst])
+        if len(src) != len(dst) or len(np.unique(dst)) != len(dst):
+            raise ValueError(f"cannot copy blocks {src.tolist()} to {dst.tolist()}")
+        if len(both) and (both.min() < 0 or both.max() >= self.num_blocks):
+            raise ValueError(f"blocks {both.tolist()} in a pool of {self.num_blocks}")
+        if not len(src):
+            return self
+        padding = (1 << (len(src) - 1).bit_length()) - len(src)
+        # A destination past the end writes nothing.
+        pairs = np.stack(
+            [np.pad(src, (0, padding)), np.pad(dst, (0, padding), constant_values=self.num_blocks)]
+        )
+        return _copy_blocks(self, pairs)
+
+    def resize(self, num_blocks: int) -> "PagedKVCache":
+        """The first `num_blocks` blocks, zeroed ones added where there were fewer.
+
+        `BlockPool.resize` says whether anything is lost; this does not look.
+        """
+        kept = min(num_blocks, self.num_blocks)
+
+        def leaf(pool):
+            added = jnp.zeros((num_blocks - kept, *pool.shape[1:]), pool.dtype)
+            return jnp.concatenate([pool[:kept], added])
+
+        return jax.tree.map(leaf, self)
+
+    def read(self, layer: int, slots: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """K and V `[T, K, H]` at `slots` `[T]`, as stored, or int8 times scale in f32."""
+        block, offset = jnp.divmod(jnp.asarray(slots, jnp.int32), self.block_size)
+
+        def values(pool, scale):
+            at = pool[layer][block, :, offset]
+            return at if scale is None else at * scale[layer][block, :, offset][..., None]
+
+        return values(self.k, self.k_scale), values(self.v, self.v_scale)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _copy_blocks(cache: PagedKVCache, pairs: jax.Array) -> PagedKVCache:
+    src, dst = pairs
+    with jax.named_scope("copy_blocks"):
+        return jax.tree.map(lambda pool: pool.at[dst].set(pool[src], mode="drop"), cache)
+
+
+def defragment(
+    cache: PagedKVCache, pool: BlockPool, tables: Sequence[BlockTable], *, shrink: bool = False
+) -> tuple[PagedKVCache, BlockPool, list[BlockTable]]:
+    """Move all blocks in use to the front and rewrite `tables`, which must be all that hold blocks.
+
+    The prefix cache follows its blocks.  With `shrink` the pool then ends at the last block in use
+    (at least one block is kept), and the memory behind it is given back.  Donates `cache`.
+
+    Example:
+        >>> pool = BlockPool.create(num_blocks=8, block_size=2)
+        >>> cache = PagedKVCache.create(
+        ...     num_layers=1, num_blocks=8, block_size=2, num_kv_heads=1, head_dim=2
+        ... )
+        >>> a, b = BlockTable.empty(2), BlockTable.empty(2)
+        >>> pool, a, _ = a.append(pool, 6)
+        >>> pool, b, _ = b.append(pool, 2)
+        >>> cache, pool, [b] = defragment(cache, a.free(pool), [b], shrink=True)
+        >>> b.blocks.tolist(), pool.num_blocks, cache.num_blocks
+        ([1], 2, 2)
+    """
+    pool, moves = pool.defragment()
+    src = np.flatnonzero(moves != np.arange(len(moves)))
+    cache = cache.copy_blocks(src, moves[src])
+    if shrink:
+        in_use = pool.num_blocks - 1 - pool.num_unused
+        pool = pool.resize(max(in_use, 1) + 1)
+        cache = cache.resize(pool.num_blocks)
+    return cache, pool, [table.remap(moves) for table in tables]
