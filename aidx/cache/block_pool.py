@@ -305,9 +305,9 @@ class BlockPool:
             raise ValueError(
                 f"double free: blocks {unique[refs < 0].tolist()} have fewer holders than frees"
             )
-        dead = unique[refs == 0]
-        dead = dead[np.argsort(-last[refs == 0])]
-        published = np.fromiter((k is not None for k in self.keys[dead]), bool, len(dead))
+        gone = refs == 0
+        dead = unique[gone][np.argsort(-last[gone])]
+        published = np.array([key is not None for key in self.keys[dead].tolist()], bool)
         pool = self._with(refs=self.refs.set(unique, refs))
         return pool._push_unused(dead[~published])._push_idle(dead[published])
 
@@ -374,12 +374,13 @@ class BlockPool:
             raise ValueError(f"blocks {blocks[self.refs[blocks] < 1].tolist()} are not held")
         fresh: dict[BlockKey, int] = {}
         owner: dict[int, BlockKey] = {}
-        for block, key, old in zip(blocks.tolist(), keys, self.keys[blocks], strict=True):
+        known = self.index.get_all(keys)
+        held = self.keys[blocks].tolist()
+        for block, key, old, taken in zip(blocks.tolist(), keys, held, known, strict=True):
             old = owner.get(block, old)
             if old is not None and old != key:
                 raise ValueError(f"{block=} is published as {old}, not {key}")
-            if old is None and key not in fresh and self.index.get(key) is None:
-                fresh[key] = block
+            if old is None and taken is None and fresh.setdefault(key, block) == block:
                 owner[block] = key
         named = np.fromiter(owner, np.int32, len(owner))
         values = np.empty(len(owner), object)
@@ -469,10 +470,15 @@ class BlockPool:
     def _real(self, blocks: Sequence[int] | np.ndarray, null: str = "drop") -> np.ndarray:
         """`blocks` as i32 without null blocks; ids outside the pool are an error."""
         blocks = np.asarray(blocks, np.int32).reshape(-1)
-        if len(blocks) and (blocks.min() < 0 or blocks.max() >= self.num_blocks):
+        if not len(blocks):
+            return blocks
+        lowest = blocks.min()
+        if lowest < 0 or blocks.max() >= self.num_blocks:
             bad = blocks[(blocks < 0) | (blocks >= self.num_blocks)]
             raise ValueError(f"blocks {bad.tolist()} are outside the pool of {self.num_blocks}")
-        if null == "refuse" and (blocks == NULL_BLOCK).any():
+        if lowest > NULL_BLOCK:
+            return blocks
+        if null == "refuse":
             raise ValueError(f"the null block ({NULL_BLOCK}) holds nothing and cannot be shared")
         return blocks[blocks != NULL_BLOCK]
 
@@ -544,5 +550,7 @@ class BlockPool:
 
 def _occurrences(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The distinct blocks, where each stands last, and how often it is named."""
+    if len(set(blocks.tolist())) == len(blocks):  # as nearly always; a tenth of the time of a sort
+        return blocks, np.arange(len(blocks)), np.ones(len(blocks), np.int32)
     unique, first, counts = np.unique(blocks[::-1], return_index=True, return_counts=True)
     return unique, len(blocks) - 1 - first, counts.astype(np.int32)

@@ -5,17 +5,17 @@ back to itself, and becomes the newest when it is read ("rerooting": Baker, "Sha
 functional arrays fast", 1991).  A change costs what it changes, as long as one works on the newest
 version, which is what a scheduler does; going back to a version costs the changes made since.
 
-Every `len(data)` changed entries the data are copied once.  That bounds how far apart two versions
+Every `len(data) + 64` changed entries the data are copied once.  That bounds how far apart two versions
 of the same buffer can be, hence the memory that a version kept for long holds on to.
 """
 
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-Index = slice | np.ndarray | int
+Index = slice | np.ndarray
 _ABSENT = object()
 
 
@@ -55,9 +55,9 @@ class _Versioned[Data: (np.ndarray, dict)]:
     def _next(self, change: Any, cost: int) -> Any:
         """The version after `change`, which touches `cost` entries."""
         with self._lock:
-            data = self._reroot()
+            data = self._base if self._change is None else self._reroot()
             debt = self._debt + cost
-            if debt > max(len(data), 64):
+            if debt > len(data) + 64:
                 data = data.copy()
                 self._apply(data, change)
                 return type(self)(data, 0, self._lock)
@@ -83,7 +83,7 @@ class PersistentArray(_Versioned[np.ndarray]):
     def _apply(data, change):
         index, values = change
         before = data[index]
-        if isinstance(before, np.ndarray):
+        if type(index) is slice:
             before = before.copy()
         data[index] = values
         return index, before
@@ -95,16 +95,13 @@ class PersistentArray(_Versioned[np.ndarray]):
     def __getitem__(self, index: Index) -> Any:
         """The entries at `index`, never a view."""
         with self._lock:
-            entries = self._reroot()[index]
-            return entries.copy() if isinstance(entries, np.ndarray) else entries
+            entries = (self._base if self._change is None else self._reroot())[index]
+            return entries.copy() if type(index) is slice else entries
 
     def set(self, index: Index, values: Any) -> "PersistentArray":
-        """The version with `values` at `index` (a slice, an int, or distinct indices)."""
-        if isinstance(index, slice):
-            cost = len(range(*index.indices(len(self))))
-        else:
-            cost = np.size(index)
-        return self._next((index, values), cost) if cost else self
+        """The version with `values` at `index` (a slice with its ends, or distinct indices)."""
+        cost = index.stop - index.start if type(index) is slice else len(index)
+        return self._next((index, values), cost) if cost > 0 else self
 
     def to_numpy(self) -> np.ndarray:
         """A copy of all entries."""
@@ -125,8 +122,9 @@ class PersistentMap(_Versioned[dict]):
 
     @staticmethod
     def _apply(data, change):
-        undo = {key: data.get(key, _ABSENT) for key in change}
+        undo = {}
         for key, value in change.items():
+            undo[key] = data.get(key, _ABSENT)
             if value is _ABSENT:
                 data.pop(key, None)
             else:
@@ -142,11 +140,16 @@ class PersistentMap(_Versioned[dict]):
         with self._lock:
             return self._reroot().get(key, default)
 
+    def get_all(self, keys: Iterable[Hashable]) -> list[Any]:
+        """The value of each key, None where it is absent."""
+        with self._lock:
+            return list(map(self._reroot().get, keys))
+
     def update(self, entries: Mapping) -> "PersistentMap":
         """The version with `entries` added or replaced."""
         return self._next(dict(entries), len(entries)) if entries else self
 
-    def delete(self, keys) -> "PersistentMap":
+    def delete(self, keys: Iterable[Hashable]) -> "PersistentMap":
         """The version without `keys`; absent ones are passed over."""
         change = dict.fromkeys(keys, _ABSENT)
         return self._next(change, len(change)) if change else self
