@@ -125,7 +125,7 @@ class Detokenizer:
     def _show(
         self, state: DetokenizerState, text: str, *, last: bool
     ) -> tuple[DetokenizerState, str]:
-        """Looks for stop strings in what was held and `text`, and holds back what may become one."""
+        """Looks for stop strings in held + `text` and holds back what may become one."""
         if not self.stop:
             return state, text
         text = state.held + text
