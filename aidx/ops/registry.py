@@ -1,0 +1,309 @@
+"""One rule for choosing among the implementations of an op: `implementation=None | name | names`.
+
+Every op has an ordered table.  An implementation that cannot do a case raises `NotImplementedError`
+and the next one is tried; if all fail, an `ExceptionGroup` says why each did.  An implementation
+tied to a platform (a GPU kernel) is chosen when the program is *lowered*, not when it is traced:
+the same trace lowered for CUDA on a machine without a GPU takes the kernel, and tracing on a CPU
+never pays for tracing the kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+ImplementationChoice: TypeAlias = str | Sequence[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute `op`.
+
+    `forward(spec, operands)` returns the op's outputs; `spec` is hashable, `operands` a pytree of
+    arrays.  `backward(spec, operands, outputs, cotangents)` returns the cotangent of `operands`
+    (None where there is none); it may rely on outputs made by its own `forward`.  `platforms` are
+    XLA's names (`cuda`, `rocm`, `cpu`); empty means all.
+    """
+
+    op: str
+    name: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    platforms: tuple[str, ...] = ()
+
+    def runs_on(self, platform: str | None) -> bool:
+        """Whether it may be lowered for `platform` (None: a platform nobody names)."""
+        return not self.platforms or platform in self.platforms
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Why an implementation is or is not taken: `reason` is empty when it could do the case."""
+
+    op: str
+    name: str
+    platforms: tuple[str, ...]
+    chosen: bool
+    reason: str
+
+
+_TABLES: dict[str, tuple[Implementation, ...]] = {}
+_PREPARE: dict[str, Callable[..., tuple[Hashable, Any]]] = {}
+
+
+def register(
+    op: str,
+    name: str,
+    *,
+    backward: Callable[..., Any] | None = None,
+    platforms: Sequence[str] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator that appends `forward` to the table of `op`; the order of registration is the order
+    of preference.
+
+    Raises:
+      ValueError: the op has an implementation of that name already.
+
+    >>> @register("doc_double", "xla")
+    ... def double(spec, operands):
+    ...     return operands * 2
+    >>> [i.name for i in implementations("doc_double")]
+    ['xla']
+    """
+
+    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
+        table = _TABLES.get(op, ())
+        if any(entry.name == name for entry in table):
+            raise ValueError(f"{op} has an implementation named {name!r} already")
+        _TABLES[op] = (*table, Implementation(op, name, forward, backward, tuple(platforms)))
+        return forward
+
+    return decorate
+
+
+def register_door(op: str, prepare: Callable[..., tuple[Hashable, Any]]) -> None:
+    """Tell `explain` how the public arguments of `op` become `(spec, operands)`."""
+    _PREPARE[op] = prepare
+
+
+def implementations(op: str) -> tuple[Implementation, ...]:
+    """The implementations of `op` in order of preference.
+
+    Raises:
+      ValueError: no such op.
+
+    >>> import aidx.ops.flash_attention
+    >>> [i.name for i in implementations("flash_attention")]
+    ['mosaic_gpu', 'cudnn', 'xla']
+    """
+    if op not in _TABLES:
+        raise ValueError(f"no op named {op!r}; there are {sorted(_TABLES)}")
+    return _TABLES[op]
+
+
+def resolve(op: str, implementation: ImplementationChoice) -> tuple[Implementation, ...]:
+    """The candidates that `implementation` (None, a name or a sequence of names) stands for.
+
+    Raises:
+      ValueError: an unknown name, or an empty sequence.
+
+    >>> import aidx.ops.flash_attention
+    >>> [i.name for i in resolve("flash_attention", ("xla", "cudnn"))]
+    ['xla', 'cudnn']
+    """
+    table = implementations(op)
+    if implementation is None:
+        return table
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    known = {entry.name: entry for entry in table}
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"{op} has no implementation {unknown or names}; it has {list(known)}")
+    return tuple(known[name] for name in names)
+
+
+# --- choosing ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One direction of an op, applied by the first of `names` that can do it.
+
+    `forward` needs no gradient.  `residual` is the forward of a differentiated call and `backward`
+    its other half: both take an implementation only if it can do both directions, so that a
+    backward never meets another implementation's outputs.
+    """
+
+    op: str
+    names: tuple[str, ...]
+    spec: Hashable
+    direction: Literal["forward", "residual", "backward"] = "forward"
+
+    def candidates(self, platform: str | None) -> tuple[Implementation, ...]:
+        """The named implementations that may be lowered for `platform`."""
+        return tuple(i for i in resolve(self.op, self.names) if i.runs_on(platform))
+
+    def bound(self, entry: Implementation) -> Callable[..., Any]:
+        """The function of the operands that `entry` offers for this direction."""
+        if self.direction == "backward":
+            return _bind(_backward_of(entry), self.spec)
+        return _bind(entry.forward, self.spec)
+
+    def shapes(self, entry: Implementation, args: Sequence[Any]) -> Any:
+        """The shapes `entry` returns; raises NotImplementedError where it cannot do the case."""
+        outputs = jax.eval_shape(_bind(entry.forward, self.spec), args[0])
+        if self.direction == "forward":
+            return outputs
+        gradients = jax.eval_shape(_bind(_backward_of(entry), self.spec), args[0], outputs, outputs)
+        return gradients if self.direction == "backward" else outputs
+
+
+def _bind(method: Callable[..., Any], spec: Hashable) -> Callable[..., Any]:
+    return lambda *args: method(spec, *args)
+
+
+def _backward_of(entry: Implementation) -> Callable[..., Any]:
+    if entry.backward is None:
+        raise NotImplementedError("it has no gradient")
+    return entry.backward
+
+
+def first_that_can(
+    call: Call, candidates: Sequence[Implementation], args: Sequence[Any]
+) -> tuple[Implementation, Any]:
+    """`(implementation, out shapes)` of the first candidate that does not refuse.
+
+    Raises:
+      ExceptionGroup: of the `NotImplementedError` of each candidate.
+    """
+    refusals = []
+    for entry in candidates:
+        try:
+            return entry, call.shapes(entry, args)
+        except NotImplementedError as refusal:
+            refusals.append(NotImplementedError(f"{entry.name}: {refusal}"))
+    if not refusals:
+        names = ", ".join(call.names)
+        refusals = [NotImplementedError(f"none of {names} runs on this platform")]
+    raise ExceptionGroup(f"no implementation of {call.op} can do this", refusals)
+
+
+def dispatch(call: Call, *args: Any) -> Any:
+    """Apply `call` to pytrees of arrays, choosing per platform at lowering.
+
+    Works under jit; gradients and batching belong around it (`jax.custom_vjp`, `custom_vmap`).
+
+    >>> import jax.numpy as jnp
+    >>> @register("doc_negate", "xla")
+    ... def negate(spec, operands):
+    ...     return -operands
+    >>> print(dispatch(Call("doc_negate", ("xla",), None), jnp.float32(2)))
+    -2.0
+    """
+    everywhere = call.candidates(None)
+    named = sorted({p for entry in resolve(call.op, call.names) for p in entry.platforms})
+    if not everywhere:
+        entry, shapes = first_that_can(call, resolve(call.op, call.names), args)
+        branches = {p: call.bound(entry) for p in entry.platforms}
+        return jax.lax.platform_dependent(*args, **branches, default=_deferred(call, shapes))
+    entry, shapes = first_that_can(call, everywhere, args)
+    # A platform whose preferred candidate is the same needs no branch of its own.
+    special = [p for p in named if call.candidates(p)[0] is not entry]
+    if not special:
+        return call.bound(entry)(*args)
+    later = _deferred(call, shapes)
+    return jax.lax.platform_dependent(
+        *args, **{p: later for p in special}, default=call.bound(entry)
+    )
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> tuple[Explanation, ...]:
+    """Which implementation these arguments take on the default backend, and why not the others.
+
+    Takes what the op's public function takes.
+
+    >>> import jax.numpy as jnp
+    >>> import aidx.ops.flash_attention
+    >>> x = jnp.zeros((8, 2, 16))
+    >>> for line in explain("flash_attention", x, x, x, causal=True):
+    ...     print(line.name, line.chosen, line.reason)
+    mosaic_gpu False ...
+    cudnn False ...
+    xla True
+    """
+    wanted = resolve(op, kwargs.pop("implementation", None))
+    spec, operands = _PREPARE[op](*args, **kwargs)
+    call = Call(op, tuple(entry.name for entry in wanted), spec)
+    platform = platform_of(jax.default_backend())
+    lines, found = [], False
+    for entry in wanted:
+        reason = ""
+        if not entry.runs_on(platform):
+            reason = f"runs on {', '.join(entry.platforms)}; this is {platform}"
+        else:
+            try:
+                jax.eval_shape(call.bound(entry), operands)
+            except NotImplementedError as refusal:
+                reason = str(refusal)
+        lines.append(Explanation(op, entry.name, entry.platforms, not reason and not found, reason))
+        found = found or not reason
+    return tuple(lines)
+
+
+def platform_of(backend: str) -> str:
+    """XLA's platform name of a JAX backend (`gpu` is `cuda` unless the device is AMD's).
+
+    >>> platform_of("cpu")
+    'cpu'
+    """
+    if backend != "gpu":
+        return backend
+    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
+
+
+# --- a branch that is traced when it is lowered --------------------------------------------------
+
+_deferred_p = Primitive("aidx_dispatch")
+_deferred_p.multiple_results = True
+
+
+def _deferred(call: Call, shapes: Any) -> Callable[..., Any]:
+    """A function of the operands that picks and traces its implementation at lowering."""
+
+    def apply(*args: Any) -> Any:
+        leaves, in_tree = jax.tree.flatten(args)
+        flat_shapes, out_tree = jax.tree.flatten(shapes)
+        avals = tuple(jax.core.ShapedArray(s.shape, s.dtype) for s in flat_shapes)
+        out = _deferred_p.bind(*leaves, call=call, in_tree=in_tree, out_avals=avals)
+        return jax.tree.unflatten(out_tree, out)
+
+    return apply
+
+
+def _run(*leaves: Any, call: Call, in_tree: Any, platform: str) -> list[Any]:
+    args = jax.tree.unflatten(in_tree, leaves)
+    entry, _ = first_that_can(call, call.candidates(platform), args)
+    return jax.tree.leaves(call.bound(entry)(*args))
+
+
+def _lower(ctx: Any, *operands: Any, call: Call, in_tree: Any, out_avals: Any) -> Any:
+    (platform,) = ctx.module_context.platforms
+    rule = mlir.lower_fun(
+        lambda *leaves: _run(*leaves, call=call, in_tree=in_tree, platform=platform),
+        multiple_results=True,
+    )
+    return rule(ctx, *operands)
+
+
+_deferred_p.def_abstract_eval(lambda *_, call, in_tree, out_avals: list(out_avals))
+_deferred_p.def_impl(
+    lambda *leaves, call, in_tree, out_avals: _run(
+        *leaves, call=call, in_tree=in_tree, platform=platform_of(jax.default_backend())
+    )
+)
+mlir.register_lowering(_deferred_p, _lower)
