@@ -5,6 +5,8 @@ Contiguous: `KVCache`, one buffer per row, for a fixed batch.  Paged: `PagedKVCa
 through an `Attend` (`contiguous_attend`, `paged_attend`, `no_cache_attend`).
 """
 
+from aidx.cache.attend import contiguous_attend as contiguous_attend
+from aidx.cache.attend import no_cache_attend as no_cache_attend
 from aidx.cache.block_pool import NULL_BLOCK as NULL_BLOCK
 from aidx.cache.block_pool import BlockKey as BlockKey
 from aidx.cache.block_pool import BlockPool as BlockPool
@@ -14,5 +16,8 @@ from aidx.cache.block_pool import block_keys as block_keys
 from aidx.cache.block_table import BlockTable as BlockTable
 from aidx.cache.block_table import pad_tables as pad_tables
 from aidx.cache.config import KVCacheConfig as KVCacheConfig
+from aidx.cache.contiguous import CacheOverflow as CacheOverflow
+from aidx.cache.contiguous import KVCache as KVCache
+from aidx.cache.contiguous import KVCacheStats as KVCacheStats
 from aidx.cache.paged import PagedKVCache as PagedKVCache
 from aidx.cache.paged import defragment as defragment

@@ -54,7 +54,10 @@ class KVCacheConfig:
         max_seq_len: tokens that a row can hold when there is no window.
         max_batch: rows.
         window: a row keeps the last `window` tokens and forgets older ones (a ring buffer); one
-            number for all layers or one entry per layer; None keeps everything.
+            number for all layers or one entry per layer; None keeps everything.  A window wider
+            than max_seq_len is none.
+        rollback: tokens kept beyond the window, so that `truncate` can take back as many and the
+            window before them is still whole.
         dtype: storage of K and V: bfloat16, float16, float32, or int8 with one f32 scale per token
             and head.
 
@@ -74,6 +77,7 @@ class KVCacheConfig:
     max_seq_len: int = 2048
     max_batch: int = 1
     window: int | tuple[int | None, ...] | None = None
+    rollback: int = 0
     dtype: str = "bfloat16"
 
     def __post_init__(self):
@@ -88,18 +92,23 @@ class KVCacheConfig:
             raise ValueError(f"{len(self.window)} windows for {self.num_layers=}")
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"{self.window=}: a window holds at least 1 token")
+        if self.rollback < 0:
+            raise ValueError(f"{self.rollback=} must not be negative")
         if self.dtype not in STORAGE:
             raise ValueError(f"dtype={self.dtype!r} is none of {', '.join(STORAGE)}")
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The window of each layer."""
-        return self.window if isinstance(self.window, tuple) else (self.window,) * self.num_layers
+        """The window of each layer, None where it would never fill."""
+        windows = (
+            self.window if isinstance(self.window, tuple) else (self.window,) * self.num_layers
+        )
+        return tuple(None if w is None or w > self.max_seq_len else w for w in windows)
 
     @property
     def capacities(self) -> tuple[int, ...]:
-        """Slots per row in each layer's buffer: max_seq_len, or the window where it is smaller."""
-        return tuple(min(w or self.max_seq_len, self.max_seq_len) for w in self.windows)
+        """Slots per row in each layer's buffer: max_seq_len, or window + rollback."""
+        return tuple(self.max_seq_len if w is None else w + self.rollback for w in self.windows)
 
     @classmethod
     def for_model(cls, name: str, **changes: Any) -> "KVCacheConfig":

@@ -5,8 +5,8 @@ back to itself, and becomes the newest when it is read ("rerooting": Baker, "Sha
 functional arrays fast", 1991).  A change costs what it changes, as long as one works on the newest
 version, which is what a scheduler does; going back to a version costs the changes made since.
 
-Every `len(data) + 64` changed entries the data are copied once.  That bounds how far apart two versions
-of the same buffer can be, hence the memory that a version kept for long holds on to.
+Every `len(data) + 64` changed entries the data are copied once.  That bounds how far apart two
+versions of the same buffer can be, hence the memory that a version kept for long holds on to.
 """
 
 import threading

@@ -1,0 +1,146 @@
+"""Where models and caches meet: each function here makes an `Attend` (`aidx/typing.py`).
+
+An `Attend` writes a layer's new keys and values and attends with its queries.  What it attends to
+is what the cache has stored: a token that went through int8 or bf16 is seen so by its own chunk
+too, hence how a prompt is cut into chunks changes nothing.
+"""
+
+import jax.numpy as jnp
+
+from aidx.cache.contiguous import KVCache, dequantize, quantize_int8
+from aidx.ops.flash_attention import flash_attention
+from aidx.ops.registry import ImplementationChoice
+from aidx.typing import Array, Attend, Cache
+
+
+def no_cache_attend(
+    *,
+    segment_ids: Array | None = None,
+    cu_seqlens: Array | None = None,
+    implementation: ImplementationChoice = None,
+) -> Attend:
+    """Causal attention within the call; the cache goes through untouched (training, scoring).
+
+    Args:
+        segment_ids: `[*B, T]`: a token sees only those of its own id.
+        cu_seqlens: `[sequences + 1]`: borders of sequences packed along T of a `[T]` call.
+        implementation: of `flash_attention`.
+
+    Example:
+        >>> q = jnp.ones((3, 2, 4))
+        >>> out, cache = no_cache_attend()(None, 0, q, q, q)
+        >>> out.shape, cache
+        ((3, 2, 4), None)
+    """
+
+    def attend(cache, layer, q, k, v, *, window=None, scale=None, soft_cap=None, sinks=None):
+        del layer  # every layer attends alike
+        out = flash_attention(
+            q,
+            k,
+            v,
+            causal=True,
+            window=window,
+            segment_ids=segment_ids,
+            cu_seqlens=cu_seqlens,
+            scale=scale,
+            logits_soft_cap=soft_cap,
+            sinks=sinks,
+            implementation=implementation,
+        )
+        return out, cache
+
+    return attend
+
+
+def contiguous_attend(
+    counts: Array | None = None, *, implementation: ImplementationChoice = None
+) -> Attend:
+    """Append to a `KVCache` and attend to what each row holds: prefill, decode, anything between.
+
+    Query t of row b stands at position `lengths[b] + t`.  A layer sees the narrower of its own
+    window and the cache's.
+
+    Args:
+        counts: `[B]` i32: row b's first `counts[b]` of T tokens count, the others are padding (not
+            stored; their output is zero).  None: all T.
+        implementation: of `flash_attention`.
+
+    Raises:
+        CacheOverflow, ValueError: as `KVCache.append`.
+
+    Example:
+        >>> from aidx.cache import KVCacheConfig
+        >>> config = KVCacheConfig(
+        ...     num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, max_seq_len=8
+        ... )
+        >>> q, kv = jnp.ones((1, 3, 2, 4)), jnp.ones((1, 3, 1, 4))
+        >>> out, cache = contiguous_attend()(KVCache.create(config), 0, q, kv, kv)
+        >>> out.shape, cache.lengths.tolist()
+        ((1, 3, 2, 4), [[3]])
+    """
+
+    def attend(
+        cache: KVCache, layer, q, k, v, *, window=None, scale=None, soft_cap=None, sinks=None
+    ) -> tuple[Array, Cache]:
+        before, tokens = cache, q.shape[1]
+        cache = cache.append(layer, k, v, counts)
+        limits = [w for w in (window, cache.windows[layer]) if w is not None]
+        window = min(limits, default=None)
+        if cache.windows[layer] is None:
+            keys, values = (x.astype(q.dtype) for x in cache.get(layer)[:2])
+            where = dict(
+                causal=True,
+                window=window,
+                query_offset=before.lengths[layer],
+                kv_lens=jnp.minimum(cache.lengths[layer], cache.capacity(layer)),
+            )
+        elif tokens == 1:
+            # The ring as it lies: softmax does not ask for an order, so a mask is enough.
+            keys, values, positions = cache.get(layer)
+            keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+            latest = cache.lengths[layer][:, None] - 1
+            seen = (positions >= 0) & (positions > latest - window)
+            where = dict(mask=seen[:, None, None, :])
+        else:
+            keys, values = _unrolled(before, layer, k, v, q.dtype)
+            held = before.lengths[layer] - before.starts[layer]
+            added = tokens if counts is None else counts
+            where = dict(causal=True, window=window, query_offset=held, kv_lens=held + added)
+        out = flash_attention(
+            q,
+            keys,
+            values,
+            q_lens=counts,
+            scale=scale,
+            logits_soft_cap=soft_cap,
+            sinks=sinks,
+            implementation=implementation,
+            **where,
+        )
+        return out, cache
+
+    return attend
+
+
+def _unrolled(cache: KVCache, layer: int, k: Array, v: Array, dtype) -> tuple[Array, Array]:
+    """`[B, S + T, K, H]`: what a ring holds, oldest first, and behind it the new tokens.
+
+    The early queries of a chunk see keys that its late tokens push out of the ring, so a chunk
+    cannot be attended to after it has been written.
+    """
+    size, tokens = cache.capacity(layer), k.shape[1]
+    starts = cache.starts[layer][:, None]
+    held = cache.lengths[layer][:, None] - starts
+    index = jnp.arange(size + tokens, dtype=jnp.int32)[None]
+    old = (starts + index) % size
+    new = jnp.clip(index - held, 0, tokens - 1)
+    past_k, past_v, _ = cache.get(layer)
+
+    def join(past, values):
+        stored = dequantize(*quantize_int8(values)) if cache.k_scale else values.astype(past.dtype)
+        take = lambda x, at: jnp.take_along_axis(x, at[..., None, None], axis=1)
+        joined = jnp.where((index < held)[..., None, None], take(past, old), take(stored, new))
+        return joined.astype(dtype)
+
+    return join(past_k, k), join(past_v, v)
