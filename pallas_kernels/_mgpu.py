@@ -24,7 +24,9 @@ HOPPER_SMS = 132  # H100 SXM and H200; kernels never ask for devices
 
 # A finite "minus infinity": a fully masked block leaves exp2(0) = 1 in the running sums, and the
 # next block with a visible key multiplies that by exp2(MASKED - m) = 0 exactly; -inf gives NaN.
-MASKED = -1e30
+# A power of two, so that MASKED * scale is exact: with a rounded product the fused
+# s * scale - max(s) * scale leaves a residual of 1e22 where it should be 0, and exp2 of it is inf.
+MASKED = -(2.0**100)
 
 
 def swizzled(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:

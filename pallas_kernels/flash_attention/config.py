@@ -1,0 +1,90 @@
+"""Tile shapes and schedules of the kernels, and the table that chooses them."""
+
+import dataclasses
+
+from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """How the forward kernel is laid out.
+
+    Attributes:
+      block_kv: keys of one block (a multiple of 64).
+      stages: K/V blocks in flight.
+      consumers: warpgroups that compute, 64 query rows each.
+      pingpong: the consumers issue their matmuls in turn, so that the softmax of one runs under the
+        matmuls of the others.
+      persistent: one CTA per SM walks many tiles; the next tile's loads run under this one's end.
+      release: "named" frees K/V slots by named barriers (one instruction a warp), "mbar" by
+        mbarriers (one arrival a thread).
+      late_sum: keep row sums as 8 columns a row and reduce across lanes once per tile.
+      poly: of every 8 column groups, this many take exp2 by a cubic on the FMA pipe, not on MUFU.
+      num_sms: CTAs of a persistent grid.
+
+    >>> ForwardConfig(block_kv=100)
+    Traceback (most recent call last):
+        ...
+    ValueError: block_kv=100 is not a positive multiple of 64 up to 256
+    """
+
+    block_kv: int = 128
+    stages: int = 2
+    consumers: int = 2
+    pingpong: bool = True
+    persistent: bool = False
+    release: str = "mbar"
+    late_sum: bool = False
+    poly: int = 0
+    num_sms: int = HOPPER_SMS
+
+    def __post_init__(self):
+        if self.block_kv <= 0 or self.block_kv % 64 or self.block_kv > 256:
+            raise ValueError(f"block_kv={self.block_kv} is not a positive multiple of 64 up to 256")
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages} is below 2: nothing would overlap")
+        if self.consumers not in (1, 2, 3):
+            raise ValueError(f"consumers={self.consumers} is not 1, 2 or 3")
+        if self.release not in ("named", "mbar"):
+            raise ValueError(f"release={self.release!r} is neither 'named' nor 'mbar'")
+        if not 0 <= self.poly <= 8:
+            raise ValueError(f"poly={self.poly} is not in 0..8")
+        if self.poly and not self.late_sum:
+            raise ValueError("poly needs late_sum")
+        if self.num_sms < 1:
+            raise ValueError(f"num_sms={self.num_sms} is below 1")
+        if self.release == "named" and self.first_named_id + 2 * self.stages > 16:
+            raise ValueError(f"{self.stages=} needs more than the 16 named barriers of a CTA")
+
+    @property
+    def first_named_id(self) -> int:
+        """Named barriers 0..4 belong to Mosaic; the ping-pong takes one per consumer."""
+        return 5 + self.consumers
+
+    @property
+    def block_q(self) -> int:
+        """Query rows of a CTA."""
+        return 64 * self.consumers
+
+    def o_chunks(self, head_dim_v: int) -> int:
+        """Persistent only: 64-column slots through which O leaves (0: a whole tile of its own)."""
+        return 2 if head_dim_v >= 256 else 0
+
+    def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Shared memory of operands and staging, 2-byte elements."""
+        q = self.block_q * head_dim
+        kv = self.stages * self.block_kv * (head_dim + head_dim_v)
+        o = 0
+        if self.persistent:
+            chunks = self.o_chunks(head_dim_v)
+            o = self.block_q * (64 * chunks if chunks else head_dim_v)
+        return 2 * (q + kv + o) + 4 * self.block_q
+
+    def check(self, head_dim: int, head_dim_v: int) -> None:
+        """Raises NotImplementedError where the tiles do not fit."""
+        need = self.smem_bytes(head_dim, head_dim_v)
+        if need > SMEM_BYTES - 1024:
+            raise NotImplementedError(
+                f"{self} needs {need} bytes of shared memory at {head_dim=}, {head_dim_v=}; "
+                f"a CTA has {SMEM_BYTES}"
+            )

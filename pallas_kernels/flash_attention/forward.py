@@ -1,0 +1,688 @@
+"""Flash attention forward for Hopper.
+
+One warpgroup loads, `config.consumers` warpgroups compute 64 query rows each.  Inside a consumer
+the matmul Q K^T of block i is issued before P V of block i-1, and the softmax of block i runs under it
+(FlashAttention-3, Shah et al. 2024); between consumers the matmuls are issued in turn, so the
+tensor cores stay busy under every softmax.
+
+A tile walks its key blocks from the last to the first, since the diagonal and the ragged end lie
+there: they are masked first, and the main loop then has no mask in it.  Every consumer has its own
+range of blocks (see `mask.py`); for blocks outside it only keeps the barriers in step.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _mgpu
+from pallas_kernels._mgpu import MASKED, Ops, cdiv, div, rem
+from pallas_kernels.flash_attention import tile
+from pallas_kernels.flash_attention.config import ForwardConfig
+from pallas_kernels.flash_attention.mask import TILE, Band, Bounds, pad_rows, tile_ranges
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static side of one call; `queries` and `keys` are what the caller gave, not padded."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    dtype: Any
+    band: Band
+    dynamic: bool  # bounds come as arrays
+    scale: float
+    soft_cap: float | None
+    alibi: bool
+    sinks: bool
+    config: ForwardConfig
+    interpret: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads of one KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def q_tiles(self) -> int:
+        """Query tiles of one head."""
+        return cdiv(self.queries, self.config.block_q)
+
+    @property
+    def total(self) -> int:
+        """Tiles of the call."""
+        return self.batch * self.heads * self.q_tiles
+
+    @property
+    def multiplier(self) -> float:
+        """Takes what `_Consumer.logits` returns to base-2 logits."""
+        if self.alibi:
+            return 1.0
+        return (self.scale if self.soft_cap is None else self.soft_cap) * LOG2E
+
+    @property
+    def masked_low(self) -> bool:
+        """Whether blocks at the low end of a range may need a mask."""
+        return self.dynamic or self.band.left is not None
+
+    @property
+    def masked_high(self) -> bool:
+        """Whether blocks at the high end of a range may need a mask."""
+        return self.dynamic or self.band.right is not None or self.keys % self.config.block_kv != 0
+
+    @property
+    def one_high_block(self) -> bool:
+        """Whether at most one block at the high end needs a mask, known statically.
+
+        The 64 rows of a consumer stay in one block where the diagonal enters at a multiple of 64;
+        a ragged end is in the last block, which is that one or the only one to mask.
+        """
+        right = self.band.right
+        aligned = right is None or (self.band.offset + right) % 64 == 0
+        return not self.dynamic and aligned
+
+
+class Refs(NamedTuple):
+    """What a CTA works on."""
+
+    q: Any
+    k: Any
+    v: Any
+    rows: Any  # [B, 2, T'] i32 or None
+    ranges: Any  # [B, T' / 64, 4] i32 or None
+    slopes: Any  # [N] f32 or None
+    sinks: Any  # [N] f32 or None
+    o: Any
+    lse: Any
+    q_smem: Any
+    k_smem: Any
+    v_smem: Any
+    o_smem: Any
+    lse_smem: Any
+    k_full: Any
+    v_full: Any
+    q_full: Any
+    k_free: Any
+    v_free: Any
+    q_free: Any
+    turn: Any
+
+
+# --- which tile, which blocks ---------------------------------------------------------------------
+
+
+def head_group(p: Problem) -> int:
+    """(batch, head) pairs whose tiles run together, so that their K and V stay in L2."""
+    pairs = p.batch * p.heads
+    if p.config.persistent:
+        return pairs
+    per_head = p.keys * (p.head_dim + p.head_dim_v) * 2
+    most = max(p.group, (32 << 20) // max(per_head, 1) * p.group)
+    return max(x for x in range(1, pairs + 1) if pairs % x == 0 and (x <= most or x == 1))
+
+
+def longest_first(p: Problem) -> bool:
+    """Whether tiles differ in length by their place, so that long ones should start first."""
+    return not p.dynamic and p.band.right is not None and p.band.left is None
+
+
+def decode(p: Problem, t):
+    """Flat tile number to (batch, head, query tile)."""
+    if longest_first(p):
+        size = head_group(p)
+        group, r = div(t, size * p.q_tiles), rem(t, size * p.q_tiles)
+        pair = group * size + rem(r, size)
+        q_tile = p.q_tiles - 1 - div(r, size)
+    else:
+        pair, q_tile = div(t, p.q_tiles), rem(t, p.q_tiles)
+    return div(pair, p.heads), rem(pair, p.heads), q_tile
+
+
+def tile_of(p: Problem, cta, j):
+    """The j-th tile of a CTA; zigzag over the SMs evens out tiles sorted by length."""
+    if not p.config.persistent:
+        return cta
+    n = min(p.config.num_sms, p.total)
+    if not longest_first(p):
+        return j * n + cta
+    return j * n + jnp.where(rem(j, 2) == 1, n - 1 - cta, cta)
+
+
+def over_tiles(p: Problem, f):
+    """`f(j, tile, blocks so far) -> blocks so far` over the tiles of this CTA."""
+    cta = lax.axis_index("cta")
+    if not p.config.persistent:
+        return f(jnp.int32(0), cta, jnp.int32(0))
+    n = min(p.config.num_sms, p.total)
+    full, part = divmod(p.total, n)
+    count = jnp.int32(full)
+    if part:
+        position = n - 1 - cta if longest_first(p) and full % 2 else cta
+        count = count + (position < part).astype(jnp.int32)
+    body = lambda j, done: f(j, tile_of(p, cta, j), done)
+    return lax.fori_loop(jnp.int32(0), count, body, jnp.int32(0))
+
+
+def row_ranges(p: Problem, refs: Refs, b, base):
+    """Blocks that the 64 rows from `base` touch: `(first, end, full_first, full_end)`.
+
+    Blocks in `[full_first, full_end)` are seen by every row.  Without a row, all are zero.
+    """
+    bk = p.config.block_kv
+    if p.dynamic:
+        r = lambda i: refs.ranges[b, div(base, TILE), i]
+        any_lo, any_hi, all_lo, all_hi = r(0), r(1), r(2), r(3)
+    else:
+        last = lax.min(base + (TILE - 1), jnp.int32(p.queries - 1))
+        zero, keys, band = jnp.int32(0), jnp.int32(p.keys), p.band
+        any_lo = all_lo = zero
+        any_hi = all_hi = keys
+        if band.left is not None:
+            any_lo = lax.max(base + (band.offset - band.left), zero)
+            all_lo = lax.max(last + (band.offset - band.left), zero)
+        if band.right is not None:
+            clip = lambda x: lax.max(lax.min(x + (band.offset + band.right + 1), keys), zero)
+            any_hi, all_hi = clip(last), clip(base)
+        any_hi = jnp.where(base < p.queries, any_hi, 0)
+    some = any_lo < any_hi
+    first = jnp.where(some, div(any_lo, bk), 0)
+    end = jnp.where(some, div(any_hi + (bk - 1), bk), 0)
+    full_first = lax.min(div(all_lo + (bk - 1), bk), end)
+    full_end = lax.max(div(all_hi, bk), full_first)
+    return first, end, full_first, full_end
+
+
+def tile_blocks(p: Problem, refs: Refs, b, q_tile):
+    """`(first, end)` of the blocks that some consumer of the tile touches."""
+    bases = [q_tile * p.config.block_q + w * TILE for w in range(p.config.consumers)]
+    if not p.dynamic and p.band.unbounded:
+        return jnp.int32(0), jnp.int32(cdiv(p.keys, p.config.block_kv))
+    ranges = [row_ranges(p, refs, b, base) for base in bases]
+    end = functools.reduce(lax.max, [r[1] for r in ranges])
+    # an empty consumer reports (0, 0) and must not pull the start down
+    starts = [jnp.where(r[1] > 0, r[0], end) for r in ranges]
+    return functools.reduce(lax.min, starts), end
+
+
+# --- barriers -------------------------------------------------------------------------------------
+
+
+def free_slot(p: Problem, refs: Refs, which: int, slot) -> None:
+    """A consumer has read K (0) or V (1) of `slot`."""
+    c = p.config
+    if c.release == "named" and not p.interpret:
+        threads = _mgpu.WARPGROUP * (c.consumers + 1)
+        _mgpu.named_barrier_arrive(slot + (c.first_named_id + which * c.stages), threads)
+    else:
+        plgpu.barrier_arrive((refs.k_free, refs.v_free)[which].at[slot])
+
+
+def await_slot(p: Problem, refs: Refs, which: int, slot) -> None:
+    """The producer waits until every consumer has freed `slot`."""
+    c = p.config
+    if c.release == "named" and not p.interpret:
+        threads = _mgpu.WARPGROUP * (c.consumers + 1)
+        _mgpu.named_barrier_sync(slot + (c.first_named_id + which * c.stages), threads)
+    else:
+        plgpu.barrier_wait((refs.k_free, refs.v_free)[which].at[slot])
+
+
+def _turn_barrier(p: Problem, refs: Refs, op: str, wg) -> None:
+    if p.interpret:
+        {"sync": plgpu.barrier_wait, "arrive": plgpu.barrier_arrive}[op](refs.turn.at[wg])
+    else:
+        named = {"sync": _mgpu.named_barrier_sync, "arrive": _mgpu.named_barrier_arrive}[op]
+        named(wg + 5, 2 * _mgpu.WARPGROUP)
+
+
+def take_turn(p: Problem, refs: Refs, wg) -> None:
+    """Wait for the tensor cores."""
+    if p.config.pingpong and p.config.consumers > 1:
+        _turn_barrier(p, refs, "sync", wg)
+
+
+def give_turn(p: Problem, refs: Refs, wg) -> None:
+    """Hand the tensor cores to the next consumer."""
+    c = p.config.consumers
+    if p.config.pingpong and c > 1:
+        _turn_barrier(p, refs, "arrive", jnp.where(wg == c - 1, 0, wg + 1))
+
+
+# --- the consumer ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """One consumer warpgroup at one tile; blocks are numbered from the high end, i = 0 first."""
+
+    p: Problem
+    refs: Refs
+    wg: Any
+    b: Any
+    head: Any
+    base: Any  # first query row
+    end: Any  # blocks of the tile: end - 1 - i is the block number of i
+    done: Any  # blocks of earlier tiles, which have used the ring
+    begin_i: Any  # this warpgroup's blocks are begin_i <= i < end_i
+    end_i: Any
+    full_i: Any  # blocks full_i <= i < low_i need no mask
+    low_i: Any
+
+    @property
+    def ops(self) -> Ops:
+        """Accumulators."""
+        return Ops(self.p.interpret)
+
+    def slot(self, i):
+        """Ring slot of block i."""
+        return rem(self.done + i, self.p.config.stages)
+
+    def row_bounds(self, key0):
+        """`(lo, hi)` for `tile.mask` on the block whose first key is key0."""
+        p = self.p
+        column = tile.iota(TILE, 1) + key0
+        if p.dynamic:
+            at = pl.ds(self.base, TILE)
+            load = lambda x: plgpu.load(
+                self.refs.rows.at[self.b, x, at],
+                layout=plgpu.Layout.WGMMA.reduce(1),
+                optimized=False,
+            )
+            return tuple(tile.by_row(load(x), tile.GROUP) - column for x in (0, 1))
+        distance = tile.iota(TILE, 0) - column + (self.base + p.band.offset)
+        lo = None if p.band.left is None else distance - p.band.left
+        hi = None
+        if p.band.right is not None:
+            hi = distance + (p.band.right + 1)
+        if p.keys % p.config.block_kv:
+            inside = p.keys - column
+            hi = inside if hi is None else jnp.minimum(hi, inside)
+        return lo, hi
+
+    def logits(self, s, i, masked: bool):
+        """Scores as the softmax takes them: times `p.multiplier` they are base-2 logits."""
+        p = self.p
+        key0 = (self.end - 1 - i) * p.config.block_kv
+        if p.soft_cap is not None:
+            s = jnp.tanh(s * (p.scale / p.soft_cap))
+        if p.alibi:
+            s = s * ((p.scale if p.soft_cap is None else p.soft_cap) * LOG2E)
+            distance = tile.iota(TILE, 0) - tile.iota(TILE, 1) + (self.base + p.band.offset - key0)
+            slope = self.refs.slopes[self.head] * LOG2E
+            s = tile.add_distance(s, distance.astype(jnp.float32), slope)
+        return tile.mask(s, *self.row_bounds(key0)) if masked else s
+
+    def row_sum(self, x):
+        """Row sums, or their 8 columns (`late_sum`)."""
+        return tile.fold(x) if self.p.config.late_sum else x.sum(axis=1)
+
+    def softmax(self, s, m, total):
+        """Online softmax step: new maximum (base 2), sum, rescale factor and P."""
+        p = self.p
+        block_max = s.max(axis=1) * p.multiplier
+        m_new = block_max if m is None else jnp.maximum(m, block_max)
+        prob = tile.exp2(
+            s * p.multiplier - tile.by_row(m_new, s.shape[1]), p.config.poly, p.interpret
+        )
+        fresh = self.row_sum(prob)
+        if m is None:
+            return m_new, fresh, None, prob
+        rescale = jnp.exp2(m - m_new)
+        old = tile.by_row(rescale, tile.GROUP) if p.config.late_sum else rescale
+        return m_new, total * old + fresh, rescale, prob
+
+    def release_q(self, i) -> None:
+        """The last Q K^T of the tile has read Q."""
+        if self.p.config.persistent:
+            pl.when(i + 1 == self.end_i)(lambda: plgpu.barrier_arrive(self.refs.q_free.at[self.wg]))
+
+    def first_block(self, oacc):
+        """Q K^T and softmax of the first block: nothing to overlap with yet."""
+        p, r, i = self.p, self.refs, self.begin_i
+        slot = self.slot(i)
+
+        def scores(acc):
+            plgpu.barrier_wait(r.k_full.at[slot])
+            acc = self.ops.wgmma(acc, r.q_smem.at[self.wg], r.k_smem.at[slot].T)
+            return self.ops.load(acc)
+
+        s = self.ops.with_acc(scores, (TILE, p.config.block_kv))
+        free_slot(p, r, 0, slot)
+        self.release_q(i)
+        s = self.logits(s, i, masked=p.masked_low or p.masked_high)
+        m, total, _, prob = self.softmax(s, None, None)
+        nxt = self.slot(i + 1)
+        pl.when(i + 1 < self.end_i)(lambda: plgpu.barrier_wait(r.k_full.at[nxt]))
+        return m, total, prob.astype(p.dtype), self.ops.carry(oacc)
+
+    def step(self, i, carry, oacc, masked: bool):
+        """Block i: issue Q K^T, then P V of block i-1, and run the softmax under it."""
+        p, r, ops = self.p, self.refs, self.ops
+        m, total, prob, o_carry = carry
+        cur, prev, nxt = self.slot(i), self.slot(i - 1), self.slot(i + 1)
+        o = ops.uncarry(oacc, o_carry)
+
+        def scores(acc):
+            nonlocal o
+            take_turn(p, r, self.wg)
+            acc = ops.wgmma(acc, r.q_smem.at[self.wg], r.k_smem.at[cur].T)
+            plgpu.barrier_wait(r.v_full.at[prev])
+            o = ops.wgmma(o, prob, r.v_smem.at[prev])
+            give_turn(p, r, self.wg)
+            s = ops.load(acc, 1)
+            free_slot(p, r, 0, cur)
+            self.release_q(i)
+            return s
+
+        s = self.logits(ops.with_acc(scores, (TILE, p.config.block_kv)), i, masked)
+        m, total, rescale, prob = lax.optimization_barrier(self.softmax(s, m, total))
+        # a basic-block border: ptxas may not hoist the wait for P V above the softmax
+        pl.when(i + 1 < self.end_i)(lambda: plgpu.barrier_wait(r.k_full.at[nxt]))
+        value = ops.load(o, 0)
+        free_slot(p, r, 1, prev)
+        o = ops.store(o, value * tile.by_row(rescale, value.shape[1]))
+        return m, total, prob.astype(p.dtype), ops.carry(o)
+
+    def attend(self, oacc):
+        """All blocks of this warpgroup: O (not normalised), row maximum (base 2) and row sum."""
+        p, r, ops = self.p, self.refs, self.ops
+        loop = lambda lo, hi, masked, c: lax.fori_loop(
+            lo, hi, functools.partial(self.step, oacc=oacc, masked=masked), c
+        )
+        c = self.first_block(oacc)
+        i = self.begin_i + 1
+        if p.masked_high and not p.one_high_block:
+            border = lax.max(i, lax.min(self.full_i, self.end_i))
+            c = loop(i, border, True, c)
+            i = border
+        if p.masked_low:
+            border = lax.max(i, lax.min(self.low_i, self.end_i))
+            c = loop(i, border, False, c)
+            c = loop(border, self.end_i, True, c)
+        else:
+            c = loop(i, self.end_i, False, c)
+        m, total, prob, o_carry = c
+        last = self.slot(self.end_i - 1)
+        plgpu.barrier_wait(r.v_full.at[last])
+        o = ops.wgmma(ops.uncarry(oacc, o_carry), prob, r.v_smem.at[last])
+        if p.config.late_sum:
+            total = total.sum(axis=1)
+        value = ops.load(o)
+        free_slot(p, r, 1, last)
+        return value, m, total
+
+    def normalise(self, o, m, total):
+        """O / total and the natural-log lse; a row that saw no key gives zeros and -inf."""
+        p = self.p
+        empty = m < MASKED * p.multiplier * 0.5
+        lse = (m + jnp.log2(total)) * LN2
+        if p.sinks:
+            total = total + jnp.exp2(self.refs.sinks[self.head] * LOG2E - m)
+        scale = jnp.where(empty, 0.0, 1.0 / total)
+        return o * tile.by_row(scale, o.shape[1]), jnp.where(empty, -jnp.inf, lse)
+
+    def skip(self, lo, hi, turns) -> None:
+        """Keep the barriers in step over blocks that this warpgroup does not see.
+
+        A tile has one turn fewer than blocks (the first block of a consumer takes none): the turn
+        of block i is taken where `i < turns`.
+        """
+        p, r = self.p, self.refs
+
+        @pl.loop(lo, hi)
+        def _(i):
+            slot = self.slot(i)
+            plgpu.barrier_wait(r.k_full.at[slot])
+            free_slot(p, r, 0, slot)
+            plgpu.barrier_wait(r.v_full.at[slot])
+            free_slot(p, r, 1, slot)
+
+            @pl.when(i < turns)
+            def _():
+                take_turn(p, r, self.wg)
+                give_turn(p, r, self.wg)
+
+    def store(self, o, lse) -> None:
+        """Through shared memory by TMA, which drops the rows past the end."""
+        p, r, wg = self.p, self.refs, self.wg
+        rows = pl.ds(self.base, TILE)
+        chunks = p.config.o_chunks(p.head_dim_v) if p.config.persistent else 0
+        if p.config.persistent:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        r.lse_smem[wg] = lse
+        if chunks:
+            for c in range(p.head_dim_v // 64):
+                dst = r.o_smem.at[wg, c % chunks]
+                if c >= chunks:
+                    plgpu.wait_smem_to_gmem(chunks - 1, wait_read_only=True)
+                dst[...] = o[:, c * 64 : c * 64 + 64]
+                plgpu.commit_smem()
+                columns = pl.ds(c * 64, 64)
+                plgpu.copy_smem_to_gmem(dst, r.o.at[self.b, rows, self.head, columns])
+        else:
+            dst = (
+                r.o_smem.at[wg]
+                if p.config.persistent
+                else r.q_smem.at[wg, :, pl.ds(0, p.head_dim_v)]
+            )
+            dst[...] = o
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(dst, r.o.at[self.b, rows, self.head])
+        plgpu.copy_smem_to_gmem(r.lse_smem.at[wg], r.lse.at[self.b, self.head, rows])
+
+    def run(self, blocks) -> None:
+        """The whole tile, `blocks` of them in the ring."""
+        p, r = self.p, self.refs
+        plgpu.barrier_wait(r.q_full.at[self.wg])
+        self.skip(jnp.int32(0), self.begin_i, blocks - 1)
+
+        @pl.when(self.begin_i < self.end_i)
+        def _():
+            o, m, total = self.ops.with_acc(self.attend, (TILE, p.head_dim_v))
+            o, lse = self.normalise(o, m, total)
+            self.store(o.astype(p.dtype), lse)
+
+        if p.dynamic or not p.band.unbounded or p.queries % p.config.block_q:
+
+            @pl.when(self.begin_i >= self.end_i)
+            def _():
+                if p.config.persistent:
+                    plgpu.barrier_arrive(r.q_free.at[self.wg])
+                zeros = lambda shape, layout: plgpu.layout_cast(
+                    jnp.zeros(shape, jnp.float32), layout
+                )
+                o = zeros((TILE, p.head_dim_v), plgpu.Layout.WGMMA).astype(p.dtype)
+                self.store(o, zeros((TILE,), plgpu.Layout.WGMMA.reduce(1)) - jnp.inf)
+
+        self.skip(self.end_i, blocks, blocks)
+
+
+def consume(p: Problem, refs: Refs, wg) -> None:
+    """A consumer warpgroup."""
+    c = p.config
+    regs = {1: 240, 2: 240, 3: 160}[c.consumers]
+    plgpu.set_max_registers(regs, action="increase")
+    if c.pingpong and c.consumers > 1:
+        pl.when(wg == c.consumers - 1)(lambda: give_turn(p, refs, wg))
+
+    def one(j, t, done):
+        del j
+        b, head, q_tile = decode(p, t)
+        first, end = tile_blocks(p, refs, b, q_tile)
+        blocks = end - first
+        base = q_tile * c.block_q + wg * TILE
+        mine = row_ranges(p, refs, b, base)
+        none = mine[1] == 0
+        # an empty consumer skips every block of the tile
+        begin_i = jnp.where(none, blocks, end - mine[1])
+        end_i = jnp.where(none, blocks, end - mine[0])
+        Consumer(
+            p, refs, wg, b, head, base, end, done, begin_i, end_i, end - mine[3], end - mine[2]
+        ).run(blocks)
+        return done + blocks
+
+    over_tiles(p, one)
+    if c.pingpong and c.consumers > 1:
+        pl.when(wg == 0)(lambda: take_turn(p, refs, wg))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def produce(p: Problem, refs: Refs) -> None:
+    """The warpgroup that loads: Q of every consumer, K and V from the last block to the first."""
+    c = p.config
+    plgpu.set_max_registers(32 if c.consumers == 3 else 24, action="decrease")
+
+    def one(j, t, done):
+        b, head, q_tile = decode(p, t)
+        first, end = tile_blocks(p, refs, b, q_tile)
+        blocks = end - first
+        kv_head = div(head, p.group)
+
+        def load_q():
+            for w in range(c.consumers):
+                if c.persistent:
+                    pl.when(j > 0)(lambda w=w: plgpu.barrier_wait(refs.q_free.at[w]))
+                rows = pl.ds(q_tile * c.block_q + w * TILE, TILE)
+                dst = refs.q_smem.at[w]
+                plgpu.copy_gmem_to_smem(refs.q.at[b, rows, head], dst, refs.q_full.at[w])
+
+        def load(which, i):
+            slot = rem(done + i, c.stages)
+            src, dst, full = (
+                (refs.k, refs.k_smem, refs.k_full),
+                (refs.v, refs.v_smem, refs.v_full),
+            )[which]
+            rows = pl.ds((end - 1 - i) * c.block_kv, c.block_kv)
+            pl.when(done + i >= c.stages)(lambda: await_slot(p, refs, which, slot))
+            plgpu.copy_gmem_to_smem(src.at[b, rows, kv_head], dst.at[slot], full.at[slot])
+
+        # K of the next tile may start before the consumers have let go of Q
+        pl.when(blocks > 0)(lambda: load(0, jnp.int32(0)))
+        load_q()
+        pl.when(blocks > 0)(lambda: load(1, jnp.int32(0)))
+
+        @pl.loop(1, blocks)
+        def _(i):
+            load(0, i)
+            load(1, i)
+
+        return done + blocks
+
+    total = over_tiles(p, one)
+
+    @pl.loop(lax.max(total - c.stages, jnp.int32(0)), total)
+    def _(g):  # leave no completion unobserved
+        for which in (0, 1):
+            await_slot(p, refs, which, rem(g, c.stages))
+
+    if c.persistent:
+        for w in range(c.consumers):
+            plgpu.barrier_wait(refs.q_free.at[w])
+
+
+def scratch_types(p: Problem) -> list:
+    """Operands, staging and barriers of a CTA, in the order of `Refs`."""
+    c, swizzled = p.config, _mgpu.swizzled(p.dtype)
+    operand = lambda *shape: plgpu.SMEM(shape, p.dtype, transforms=swizzled)
+    chunks = c.o_chunks(p.head_dim_v)
+    o_shape = (c.consumers, chunks, TILE, 64) if chunks else (c.consumers, TILE, p.head_dim_v)
+    barrier = lambda n, arrivals=1: plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
+    return [
+        operand(c.consumers, TILE, p.head_dim),
+        operand(c.stages, c.block_kv, p.head_dim),
+        operand(c.stages, c.block_kv, p.head_dim_v),
+        operand(*o_shape) if c.persistent else None,
+        plgpu.SMEM((c.consumers, TILE), jnp.float32),
+        barrier(c.stages),
+        barrier(c.stages),
+        barrier(c.consumers),
+        barrier(c.stages, c.consumers),
+        barrier(c.stages, c.consumers),
+        barrier(c.consumers),
+        barrier(c.consumers),
+    ]
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    band: Band,
+    bounds: Bounds | None,
+    scale: float,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    config: ForwardConfig,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel: `(out [B, T, N, Hv], lse [B, N, T] f32)`.
+
+    T and S are multiples of 8 in memory only where `entry` padded them: `queries` and `keys` of the
+    problem are what the masks use.  H and Hv are multiples of 64 with Hv <= H.
+    """
+    (batch, queries, heads, head_dim), (_, keys, kv_heads, head_dim_v) = q.shape, v.shape
+    p = Problem(
+        batch, queries, keys, heads, kv_heads, head_dim, head_dim_v, q.dtype, band,
+        bounds is not None, scale, soft_cap, alibi_slopes is not None, sinks is not None,
+        config, bool(interpret),
+    )  # fmt: skip
+    config.check(head_dim, head_dim_v)
+    # TMA strides and the 8-row tiles want multiples of 8 rows; rows past the end are never seen
+    q, k, v = (_pad_tokens(x) for x in (q, k, v))
+    padded = q.shape[1]
+    optional: dict[str, jax.Array] = {}
+    if bounds is not None:
+        rows = pad_rows(bounds.key_lo, bounds.key_hi, config.block_q)
+        rows = jnp.broadcast_to(rows, (batch, *rows.shape[1:]))
+        optional["rows"], optional["ranges"] = rows, tile_ranges(rows)
+    if alibi_slopes is not None:
+        optional["slopes"] = alibi_slopes.astype(jnp.float32)
+    if sinks is not None:
+        optional["sinks"] = sinks.astype(jnp.float32)
+    names = tuple(optional)
+
+    def body(q, k, v, *rest):
+        extra = dict.fromkeys(("rows", "ranges", "slopes", "sinks"))
+        extra.update(zip(names, rest[: len(names)], strict=True))
+        o, lse, *scratch = rest[len(names) :]
+        refs = Refs(
+            q, k, v, **extra, o=o, lse=lse, **dict(zip(Refs._fields[9:], scratch, strict=True))
+        )
+        wg = lax.axis_index("wg")
+        pl.when(wg < config.consumers)(lambda: consume(p, refs, wg))
+        pl.when(wg == config.consumers)(lambda: produce(p, refs))
+
+    out, lse = _mgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, padded, heads, head_dim_v), q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32),
+        ),
+        scratch_types=scratch_types(p),
+        grid=(min(config.num_sms, p.total) if config.persistent else p.total,),
+        grid_names=("cta",),
+        num_warpgroups=config.consumers + 1,
+        interpret=interpret,
+    )(q, k, v, *optional.values())
+    return out[:, :queries], lse[:, :, :queries]
+
+
+def _pad_tokens(x: jax.Array) -> jax.Array:
+    extra = -x.shape[1] % 8
+    return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x
