@@ -2,6 +2,8 @@
 
 from .gpt2 import GPT2Config as GPT2Config
 from .llama import LlamaConfig as LlamaConfig
+from .load import load_model as load_model
+from .load import save_model as save_model
 from .model import PRESETS as PRESETS
 from .model import Model as Model
 from .model import ModelConfig as ModelConfig
@@ -11,3 +13,6 @@ from .model import num_params as num_params
 from .model import param_shapes as param_shapes
 from .model import stack_layers as stack_layers
 from .model import unstack_layers as unstack_layers
+from .sharding import param_shardings as param_shardings
+from .sharding import shard_params as shard_params
+from .tokenizer import Tokenizer as Tokenizer

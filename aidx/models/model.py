@@ -13,6 +13,7 @@ from ..typing import Forward, Params
 from . import gpt2, llama
 from .gpt2 import GPT2Config
 from .llama import LlamaConfig
+from .tokenizer import Tokenizer
 
 ModelConfig = LlamaConfig | GPT2Config
 
@@ -39,7 +40,7 @@ class Model:
 
     config: ModelConfig
     params: Params = dataclasses.field(repr=False)
-    tokenizer: Any = dataclasses.field(default=None, repr=False)
+    tokenizer: Tokenizer | None = dataclasses.field(default=None, repr=False)
     generation_config: Any = dataclasses.field(default_factory=lambda: MappingProxyType({}))
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
