@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-ImplementationChoice: TypeAlias = str | Sequence[str] | None
+type ImplementationChoice = str | Sequence[str] | None
 
 
 @dataclasses.dataclass(frozen=True)

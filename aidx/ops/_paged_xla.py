@@ -1,0 +1,453 @@
+"""Paged attention in plain XLA: every platform, every option, work that follows the real contexts.
+
+Two ways to go over the keys, both a loop whose trip count is known on the device only:
+
+- `_rows`: rows with few queries (decode, verification).  The chunks of all rows form one list of
+  work items, (row, chunk); every trip takes the next items of the list whatever their rows, so a
+  long row among short ones costs its own chunks and no more.
+- `_tiles`: rows with many queries (prefill).  One tile of queries after the other goes over the
+  chunks that its last query can see.
+
+Both gather a chunk of blocks once for all queries of the item and all heads that share a key head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._paged_spec import PagedOperands, PagedSpec
+
+Array = jax.Array
+NEG_INF = float("-inf")
+FEW = 8  # queries of a row up to which all rows go through the work list
+CHUNK = 256  # keys of a chunk of `_rows`
+TILE_Q, TILE_CHUNK = 64, 512  # queries and keys of `_tiles`
+ITEMS = 64  # work items of a trip, at most
+
+
+class Partial(NamedTuple):
+    """Softmax over a part of the keys: out is not divided by l yet."""
+
+    m: Array  # [..., K, Q * G] largest logit
+    l: Array  # [..., K, Q * G] sum of exp(logit - m)
+    acc: Array  # [..., K, Q * G, Hv]
+
+
+class Rows(NamedTuple):
+    """Rows of queries and the keys `first <= s < context` that they go over."""
+
+    tables: Array  # [R, M]
+    context: Array  # [R]
+    first: Array  # [R]
+    start: Array  # [R] index of the first query
+    count: Array  # [R] queries
+
+
+class Queries(NamedTuple):
+    """The queries of some items, gathered: index i of Q counts the row's new tokens from `at`."""
+
+    q: Array  # [U, K, Q * G, H]
+    token: Array  # [U, Q] index into T
+    index: Array  # [U, Q] i
+    real: Array  # [U, Q] whether there is such a query
+    position: Array  # [U, Q] for window and ALiBi
+
+
+def forward(spec: PagedSpec, ops: PagedOperands) -> tuple[Array, Array]:
+    """(out [T, N, Hv], lse [T, N])."""
+    T, N, _ = ops.q.shape
+    R = ops.block_tables.shape[0]
+    if T == 0 or R == 0 or ops.block_tables.shape[1] == 0:
+        return (
+            jnp.zeros((T, N, ops.v_pool.shape[3]), ops.q.dtype),
+            jnp.full((T, N), NEG_INF, jnp.float32),
+        )
+    out, lse = _own(spec, ops)
+    if ops.shared_tables is not None:
+        with jax.named_scope("cascade"):
+            out, lse = _merge_outputs((out, lse), _shared(spec, ops))
+    if ops.sinks is not None:
+        # The sink is one more logit with no value.
+        out = out * jax.nn.sigmoid(lse - ops.sinks[None])[..., None]
+    return out.astype(ops.q.dtype), lse
+
+
+def _own(spec: PagedSpec, ops: PagedOperands) -> tuple[Array, Array]:
+    """Every row over its own table, past what it shares."""
+    start, count = ops.q_indptr[:-1], jnp.diff(ops.q_indptr)
+    first = jnp.zeros_like(start)
+    if ops.shared_group is not None:
+        group = ops.shared_group
+        first = jnp.where(group >= 0, ops.shared_lens[jnp.maximum(group, 0)], 0)
+    rows = Rows(ops.block_tables, ops.context_lens, first, start, count)
+    if spec.max_q <= FEW:
+        return _rows(spec, ops, rows, spec.max_q)
+    # Single queries would fill a tile of `_tiles` with padding: they go through the work list.
+    single = rows._replace(count=jnp.where(count == 1, 1, 0))
+    many = rows._replace(count=jnp.where(count == 1, 0, count))
+    out, lse = _rows(spec, ops, single, 1)
+    more, more_lse = _tiles(spec, ops, many)
+    is_single = (single.count[_row_of_tokens(ops)] == 1)[:, None]
+    return jnp.where(is_single[..., None], out, more), jnp.where(is_single, lse, more_lse)
+
+
+def _row_of_tokens(ops: PagedOperands) -> Array:
+    """The row that owns each token, clipped to a row where none does: [T]."""
+    tokens = jnp.arange(ops.q.shape[0], dtype=jnp.int32)
+    row = jnp.searchsorted(ops.q_indptr, tokens, side="right").astype(jnp.int32) - 1
+    return jnp.clip(row, 0, ops.block_tables.shape[0] - 1)
+
+
+# --- one chunk of keys ---------------------------------------------------------------------------
+
+
+def _positions(ops: PagedOperands, rows: Rows, row: Array, index: Array, token: Array) -> Array:
+    """Where queries stand: given, or context - n + i."""
+    if ops.positions is not None:
+        return ops.positions[token]
+    return (rows.context - rows.count)[row][..., None] + index
+
+
+def _take(ops: PagedOperands, rows: Rows, row: Array, at: Array, Q: int) -> Queries:
+    """Queries at .. at + Q of each item's row."""
+    T, N, H = ops.q.shape
+    K = ops.k_pool.shape[1]
+    index = at[:, None] + jnp.arange(Q, dtype=jnp.int32)[None]
+    real = index < rows.count[row][:, None]
+    token = jnp.clip(rows.start[row][:, None] + index, 0, T - 1)
+    q = ops.q[token].reshape(*token.shape, K, N // K, H)
+    q = q.transpose(0, 2, 1, 3, 4).reshape(token.shape[0], K, Q * (N // K), H)
+    return Queries(q, token, index, real, _positions(ops, rows, row, index, token))
+
+
+def _key_positions(ops: PagedOperands, rows: Rows, row: Array, s: Array, old: Array) -> Array:
+    """Where keys stand: their index, or what `positions` says of the new tokens."""
+    if ops.positions is None:
+        return s
+    new = jnp.clip(rows.start[row][:, None] + s - old, 0, ops.q.shape[0] - 1)
+    return jnp.where(s >= old, ops.positions[new], s)
+
+
+def _seen(
+    spec: PagedSpec, ops: PagedOperands, rows: Rows, row: Array, x: Queries, s: Array, past: bool
+) -> tuple[Array, Array]:
+    """(which keys each query sees, distance to them): [U, Q, C].
+
+    `past` says that the keys are a shared prefix: older than every query, so causality is settled.
+    """
+    context = rows.context[row][:, None]
+    old = context if past else context - rows.count[row][:, None]
+    where = s if past else _key_positions(ops, rows, row, s, old)
+    away = x.position[:, :, None] - where[:, None, :]
+    seen = x.real[:, :, None] & ((s < context) & (s >= rows.first[row][:, None]))[:, None, :]
+    if not past:
+        j = (s - old)[:, None, :]  # index among the new tokens, negative for old keys
+        if ops.tree_mask is None:
+            seen &= j <= x.index[:, :, None]
+        else:
+            seen &= (j < 0) | _tree_bit(ops.tree_mask[x.token], j)
+    if spec.window is not None:
+        seen &= away < spec.window
+    return seen, away
+
+
+def _tree_bit(words: Array, j: Array) -> Array:
+    """Bit j of `words` [U, Q, W] at j [U, 1, C]: bool [U, Q, C]; beyond the words none is set."""
+    number = words.shape[2]
+    U, Q, C = words.shape[0], words.shape[1], j.shape[2]
+    at = jnp.clip(j // 32, 0, number - 1)
+    word = jnp.take_along_axis(words, jnp.broadcast_to(at, (U, Q, C)), axis=2)
+    bit = (word >> (j % 32).astype(jnp.uint32)) & 1
+    return (bit == 1) & (j >= 0) & (j < 32 * number)
+
+
+def _blocks(pool: Array, blocks: Array) -> Array:
+    """Blocks [U, n] of a pool [P, K, block_size, ...] side by side: [U, K, n * block_size, ...]."""
+    x = pool.at[blocks].get(mode="clip")
+    x = jnp.moveaxis(x, 2, 1)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _scale_of(scale: Array, blocks: Array) -> Array:
+    """Scales of a chunk's columns: [U, K, 1, C] or [1, K, 1, 1]."""
+    if scale.ndim == 1:
+        return scale[None, :, None, None]
+    return _blocks(scale, blocks)[:, :, None, :]
+
+
+def _chunk(
+    spec: PagedSpec,
+    ops: PagedOperands,
+    rows: Rows,
+    row: Array,
+    chunk: Array,
+    size: int,
+    x: Queries,
+    past: bool = False,
+) -> Partial:
+    """Items (row, chunk) [U]: their queries over the `size` keys from `chunk * size`."""
+    block_size = ops.k_pool.shape[2]
+    K, G = ops.k_pool.shape[1], ops.q.shape[1] // ops.k_pool.shape[1]
+    U, Q = x.token.shape
+    n = size // block_size
+    columns = chunk[:, None] * n + jnp.arange(n, dtype=jnp.int32)[None]
+    blocks = rows.tables[row[:, None], jnp.minimum(columns, rows.tables.shape[1] - 1)]
+    s = chunk[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
+    # A table narrower than a whole number of chunks repeats its last block: not keys of the row.
+    s = jnp.where(s < rows.tables.shape[1] * block_size, s, jnp.iinfo(jnp.int32).max // 2)
+    seen, away = _seen(spec, ops, rows, row, x, s, past)
+    heads = lambda a: jnp.broadcast_to(a[:, None, :, None], (U, 1, Q, G, size))
+    with jax.named_scope("scores"):
+        k = _blocks(ops.k_pool, blocks).astype(x.q.dtype)
+        logits = _dot(x.q, k, "ukxh,uksh->ukxs") * spec.scale
+        if ops.k_scale is not None:
+            logits = logits * _scale_of(ops.k_scale, blocks)
+        if spec.soft_cap is not None:
+            logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
+        if ops.alibi_slopes is not None:
+            slopes = ops.alibi_slopes.reshape(1, K, 1, G, 1)
+            slope = slopes * heads(jnp.abs(away).astype(jnp.float32))
+            logits = logits - slope.reshape(U, K, Q * G, size)
+        logits = jnp.where(heads(seen).reshape(U, 1, Q * G, size), logits, NEG_INF)
+    with jax.named_scope("softmax"):
+        m = logits.max(axis=-1)
+        p = jnp.exp(logits - jnp.where(m == NEG_INF, 0.0, m)[..., None])
+        l = p.sum(axis=-1)
+    with jax.named_scope("values"):
+        # A slot nobody sees may hold NaN, and 0 * NaN is NaN.
+        live = seen.any(axis=1)[:, None, :]
+        v = _blocks(ops.v_pool, blocks).astype(x.q.dtype)
+        v = jnp.where(live[..., None], v, 0)
+        if ops.v_scale is not None:
+            p = p * jnp.where(live[:, :, None, :], _scale_of(ops.v_scale, blocks), 0.0)
+        acc = _dot(p.astype(v.dtype), v, "ukxs,uksh->ukxh")
+    return Partial(m, l, acc)
+
+
+def _dot(x: Array, y: Array, contract: str) -> Array:
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.einsum(contract, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+# --- merging parts -------------------------------------------------------------------------------
+
+
+def _empty(lead: tuple[int, ...], Hv: int) -> Partial:
+    return Partial(
+        jnp.full(lead, NEG_INF, jnp.float32),
+        jnp.zeros(lead, jnp.float32),
+        jnp.zeros((*lead, Hv), jnp.float32),
+    )
+
+
+def _merge(a: Partial, b: Partial) -> Partial:
+    """Softmax over the union of two sets of keys."""
+    m = jnp.maximum(a.m, b.m)
+    finite = jnp.where(m == NEG_INF, 0.0, m)
+    x, y = jnp.exp(a.m - finite), jnp.exp(b.m - finite)
+    return Partial(m, a.l * x + b.l * y, a.acc * x[..., None] + b.acc * y[..., None])
+
+
+def _merge_into(total: Partial, row: Array, part: Partial) -> Partial:
+    """Add items of rows `row` (len(total) for none) to the totals by row."""
+    R = total.m.shape[0]
+    m = total.m.at[row].max(part.m, mode="drop")
+    finite = jnp.where(m == NEG_INF, 0.0, m)
+    keep = jnp.exp(total.m - finite)
+    weight = jnp.exp(part.m - finite[jnp.minimum(row, R - 1)])
+    # A product with the 0/1 matrix of membership: one matmul, and no order left to chance.
+    member = (row[None, :] == jnp.arange(R, dtype=row.dtype)[:, None]).astype(jnp.float32)
+    weight = jnp.where((row < R)[:, None, None], weight, 0.0)
+    gather = lambda x: jnp.einsum("ru,u...->r...", member, x, precision="highest")
+    return Partial(
+        m,
+        total.l * keep + gather(part.l * weight),
+        total.acc * keep[..., None] + gather(part.acc * weight[..., None]),
+    )
+
+
+def _finish(total: Partial) -> tuple[Array, Array]:
+    """(out f32, lse) of a complete softmax."""
+    some = total.l > 0
+    safe = jnp.where(some, total.l, 1.0)
+    lse = jnp.where(some, total.m + jnp.log(safe), NEG_INF)
+    return total.acc / safe[..., None], lse
+
+
+def _merge_outputs(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Two finished softmaxes over disjoint keys."""
+    lse = jnp.logaddexp(a[1], b[1])
+    share = lambda part: jnp.exp(part - jnp.where(lse == NEG_INF, 0.0, lse))[..., None]
+    return a[0] * share(a[1]) + b[0] * share(b[1]), lse
+
+
+# --- rows with few queries -----------------------------------------------------------------------
+
+
+def _chunk_size(spec: PagedSpec, ops: PagedOperands, default: int, slots: int) -> int:
+    """Keys of a chunk: whole blocks, no more than a table holds."""
+    block_size = ops.k_pool.shape[2]
+    size = min(spec.config.chunk_size_kv or default, slots)
+    return -(-size // block_size) * block_size
+
+
+def _key_range(spec: PagedSpec, ops: PagedOperands, rows: Rows) -> tuple[Array, Array]:
+    """First and past-the-last key that some query of each row may see."""
+    low = rows.first
+    if spec.window is not None and ops.positions is None:
+        low = jnp.maximum(low, rows.context - rows.count - spec.window + 1)
+    return low, jnp.where(rows.count > 0, rows.context, 0)
+
+
+def _rows(spec: PagedSpec, ops: PagedOperands, rows: Rows, Q: int) -> tuple[Array, Array]:
+    """(out f32 [T, N, Hv], lse [T, N]) of rows with at most Q queries; zeros and -inf elsewhere."""
+    T, N, _ = ops.q.shape
+    K, block_size = ops.k_pool.shape[1:3]
+    R, M = rows.tables.shape
+    size = _chunk_size(spec, ops, CHUNK, M * block_size)
+    row = jnp.arange(R, dtype=jnp.int32)
+    low, high = _key_range(spec, ops, rows)
+    first, past = low // size, -(-high // size)
+    x = _take(ops, rows, row, jnp.zeros_like(row), Q)
+    most = -(-M * block_size // size)
+    if most == 1:
+        total = _chunk(spec, ops, rows, row, jnp.zeros_like(row), size, x)
+    elif spec.deterministic or R == 1:
+        total = _in_step(spec, ops, rows, x, first, past, size)
+    else:
+        total = _work_list(spec, ops, rows, x, first, past, size, most)
+    out, lse = _finish(total)
+    out = out.reshape(R, K, Q, N // K, -1).transpose(0, 2, 1, 3, 4).reshape(R, Q, N, -1)
+    lse = lse.reshape(R, K, Q, N // K).transpose(0, 2, 1, 3).reshape(R, Q, N)
+    return _to_tokens(ops, rows, out, lse)
+
+
+def _to_tokens(ops: PagedOperands, rows: Rows, out: Array, lse: Array) -> tuple[Array, Array]:
+    """[R, Q, N, *] by row -> [T, N, *] by token."""
+    row = _row_of_tokens(ops)
+    index = jnp.arange(ops.q.shape[0], dtype=jnp.int32) - rows.start[row]
+    owned = (index >= 0) & (index < rows.count[row])
+    index = jnp.clip(index, 0, out.shape[1] - 1)
+    return (
+        jnp.where(owned[:, None, None], out[row, index], 0.0),
+        jnp.where(owned[:, None], lse[row, index], NEG_INF),
+    )
+
+
+def _in_step(
+    spec: PagedSpec,
+    ops: PagedOperands,
+    rows: Rows,
+    x: Queries,
+    first: Array,
+    past: Array,
+    size: int,
+) -> Partial:
+    """Chunk c of every row in trip c: a row's sums do not depend on the other rows."""
+    row = jnp.arange(first.shape[0], dtype=jnp.int32)
+
+    def trip(c: Array, total: Partial) -> Partial:
+        return _merge(total, _chunk(spec, ops, rows, row, jnp.full_like(row, c), size, x))
+
+    start = _empty(x.q.shape[:3], ops.v_pool.shape[3])
+    low = jnp.min(jnp.where(past > first, first, jnp.iinfo(jnp.int32).max))
+    return lax.fori_loop(low, past.max(), trip, start)
+
+
+def _work_list(
+    spec: PagedSpec,
+    ops: PagedOperands,
+    rows: Rows,
+    x: Queries,
+    first: Array,
+    past: Array,
+    size: int,
+    most: int,
+) -> Partial:
+    """The items (row, chunk) of all rows, `ITEMS` a trip."""
+    R = first.shape[0]
+    ends = jnp.cumsum(jnp.maximum(past - first, 0))
+    U = min(ITEMS, max(8, R), R * most)
+
+    def trip(i: Array, total: Partial) -> Partial:
+        item = i * U + jnp.arange(U, dtype=jnp.int32)
+        row = jnp.searchsorted(ends, item, side="right").astype(jnp.int32)
+        real = row < R
+        at = jnp.minimum(row, R - 1)
+        began = jnp.where(at > 0, ends[jnp.maximum(at - 1, 0)], 0)
+        chunk = jnp.where(real, first[at] + item - began, 0)
+        picked = jax.tree.map(lambda a: a[at], x)
+        picked = picked._replace(real=picked.real & real[:, None])
+        return _merge_into(total, row, _chunk(spec, ops, rows, at, chunk, size, picked))
+
+    start = _empty(x.q.shape[:3], ops.v_pool.shape[3])
+    return lax.fori_loop(0, -(-ends[-1] // U), trip, start)
+
+
+# --- rows with many queries ----------------------------------------------------------------------
+
+
+def _tiles(
+    spec: PagedSpec, ops: PagedOperands, rows: Rows, past: bool = False
+) -> tuple[Array, Array]:
+    """(out f32 [T, N, Hv], lse [T, N]): one tile of queries of a row after the other."""
+    T, N, _ = ops.q.shape
+    K, Hv, block_size = ops.k_pool.shape[1], ops.v_pool.shape[3], ops.k_pool.shape[2]
+    R, M = rows.tables.shape
+    Q = min(spec.config.block_size_q or TILE_Q, T)
+    size = _chunk_size(spec, ops, TILE_CHUNK, M * block_size)
+    ends = jnp.cumsum(-(-rows.count // Q))
+    low, high = _key_range(spec, ops, rows)
+
+    def tile(i: Array, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        row = jnp.minimum(jnp.searchsorted(ends, i, side="right"), R - 1).astype(jnp.int32)
+        at = (i - jnp.where(row > 0, ends[jnp.maximum(row - 1, 0)], 0)) * Q
+        x = _take(ops, rows, row[None], at[None], Q)
+        begin, end = low[row], high[row]
+        if not past and ops.tree_mask is None:
+            # The last query of the tile sees no key after its own.
+            end = jnp.minimum(end, rows.context[row] - rows.count[row] + at + Q)
+        if spec.window is not None and ops.positions is None:
+            begin = jnp.maximum(begin, x.position.min() - spec.window + 1)
+
+        def trip(c: Array, total: Partial) -> Partial:
+            return _merge(total, _chunk(spec, ops, rows, row[None], c[None], size, x, past))
+
+        start = _empty(x.q.shape[:3], Hv)
+        total = lax.fori_loop(begin // size, -(-end // size), trip, start)
+        out, lse = _finish(total)
+        out = out.reshape(K, Q, N // K, Hv).transpose(1, 0, 2, 3).reshape(Q, N, Hv)
+        lse = lse.reshape(K, Q, N // K).transpose(1, 0, 2).reshape(Q, N)
+        token = jnp.where(x.real[0], x.token[0], T)
+        return (
+            outputs[0].at[token].set(out, mode="drop"),
+            outputs[1].at[token].set(lse, mode="drop"),
+        )
+
+    outputs = (jnp.zeros((T, N, Hv), jnp.float32), jnp.full((T, N), NEG_INF, jnp.float32))
+    return lax.fori_loop(0, ends[-1], tile, outputs)
+
+
+def _shared(spec: PagedSpec, ops: PagedOperands) -> tuple[Array, Array]:
+    """All queries over the prefix their group shares: queries sorted by group are its rows."""
+    T = ops.q.shape[0]
+    C = ops.shared_tables.shape[0]
+    row = _row_of_tokens(ops)
+    tokens = jnp.arange(T, dtype=jnp.int32)
+    owned = (tokens >= ops.q_indptr[0]) & (tokens < ops.q_indptr[-1])
+    group = jnp.where(owned & (ops.shared_group[row] >= 0), ops.shared_group[row], C)
+    order = jnp.argsort(group, stable=True)
+    counts = jnp.zeros(C, jnp.int32).at[group].add(1, mode="drop")
+    start = jnp.cumsum(counts) - counts
+    position = ops.positions
+    if position is None:
+        own = ops.context_lens - jnp.diff(ops.q_indptr)
+        position = own[row] + tokens - ops.q_indptr[row]
+    sorted_ops = ops._replace(q=ops.q[order], positions=position[order], tree_mask=None)
+    rows = Rows(ops.shared_tables, ops.shared_lens, jnp.zeros(C, jnp.int32), start, counts)
+    out, lse = _tiles(spec, sorted_ops, rows, past=True)
+    return jnp.zeros_like(out).at[order].set(out), jnp.full_like(lse, NEG_INF).at[order].set(lse)

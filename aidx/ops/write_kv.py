@@ -1,0 +1,121 @@
+"""`write_kv`: new keys and values into their slots of the block pools, in place under donation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# Largest magnitude each quantised pool dtype stores; a token's largest value is scaled to it.
+QUANTISED_MAX = {
+    jnp.dtype(jnp.int8): 127.0,
+    jnp.dtype(jnp.float8_e4m3fn): 448.0,
+}
+
+
+def write_kv(
+    k_pool: Array,
+    v_pool: Array,
+    k: Array,
+    v: Array,
+    slots: Array,
+    *,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+) -> tuple[Array, ...]:
+    """Write token t's key and value into slot `slots[t]` = block * block_size + offset.
+
+    Args:
+      k_pool: `[P, K, block_size, H]`; donate it (and v_pool) and the write is in place.
+      v_pool: `[P, K, block_size, Hv]`.
+      k: `[T, K, H]`, cast to the pool's dtype.
+      v: `[T, K, Hv]`.
+      slots: i32 `[T]`, distinct; -1 writes nothing.
+      k_scale: for int8 and float8_e4m3fn pools only, f32: `[P, K, block_size]`, one scale per token
+        and head that is chosen here from the token alone and written beside it, or `[K]`, fixed.
+        A value is stored as round(value / scale).
+      v_scale: as k_scale, for v_pool.
+
+    Returns:
+      `(k_pool, v_pool)`, followed by `(k_scale, v_scale)` where the scales are pools.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit.
+
+    >>> pool = jnp.zeros((2, 1, 4, 2))
+    >>> k, v = write_kv(pool, pool, jnp.ones((2, 1, 2)), jnp.ones((2, 1, 2)), jnp.array([5, -1]))
+    >>> print(k[1, 0, :, 0], k[0].sum())
+    [0. 1. 0. 0.] 0.0
+    """
+    _check(k_pool, v_pool, k, v, slots, k_scale, v_scale)
+    P, _, block_size, _ = k_pool.shape
+    # A slot of -1 gets a block of its own past the pool: indices stay unique, the write is dropped.
+    spare = P + jnp.arange(slots.shape[0], dtype=jnp.int32)
+    block = jnp.where(slots < 0, spare, slots // block_size)
+    offset = jnp.where(slots < 0, 0, slots % block_size)
+
+    def put(pool: Array, x: Array) -> Array:
+        at = pool.at[block, :, offset]
+        return at.set(x.astype(pool.dtype), mode="drop", unique_indices=True)
+
+    with jax.named_scope("write_kv"):
+        if k_scale is None or v_scale is None:
+            return put(k_pool, k), put(v_pool, v)
+        k, k_own = quantise(k, k_pool.dtype, k_scale if k_scale.ndim == 1 else None)
+        v, v_own = quantise(v, v_pool.dtype, v_scale if v_scale.ndim == 1 else None)
+        pools = put(k_pool, k), put(v_pool, v)
+        if k_scale.ndim == 1:
+            return pools
+        return *pools, put(k_scale, k_own), put(v_scale, v_own)
+
+
+def quantise(x: Array, dtype: Any, scale: Array | None = None) -> tuple[Array, Array]:
+    """`(values in dtype, scale)` of x `[T, K, H]` with scale `[T, K]` (or `[K]` where given).
+
+    The scale of a token and head is its largest magnitude over the largest stored one.
+
+    >>> stored, scale = quantise(jnp.array([[[2.54, -1.27]]]), jnp.int8)
+    >>> print(stored, scale)
+    [[[127 -64]]] [[0.02]]
+    """
+    x, top = x.astype(jnp.float32), QUANTISED_MAX[jnp.dtype(dtype)]
+    if scale is None:
+        scale = jnp.max(jnp.abs(x), axis=-1) / top
+    column = jnp.broadcast_to(scale, x.shape[:-1])[..., None]
+    x = jnp.clip(x / jnp.where(column > 0, column, 1.0), -top, top)
+    return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), scale
+
+
+def _check(
+    k_pool: Array, v_pool: Array, k: Array, v: Array, slots: Array, k_scale: Any, v_scale: Any
+) -> None:
+    if k_pool.ndim != 4 or k_pool.shape[:3] != v_pool.shape[:3] or v_pool.ndim != 4:
+        raise ValueError(
+            f"pools must be [P, K, block_size, H] alike, not {k_pool.shape=} {v_pool.shape=}"
+        )
+    tokens = slots.shape
+    for name, pool, x in (("k", k_pool, k), ("v", v_pool, v)):
+        wanted = (*tokens, pool.shape[1], pool.shape[3])
+        if x.shape != wanted:
+            raise ValueError(f"{name} must be {wanted} for {slots.shape=}, not {x.shape}")
+    if slots.ndim != 1 or slots.dtype != jnp.int32:
+        raise TypeError(f"slots must be i32 [T], not {slots.dtype}{slots.shape}")
+    quantised = jnp.dtype(k_pool.dtype) in QUANTISED_MAX
+    if (jnp.dtype(v_pool.dtype) in QUANTISED_MAX) != quantised:
+        raise TypeError(f"one pool is quantised, the other not: {k_pool.dtype=} {v_pool.dtype=}")
+    if quantised != (k_scale is not None) or quantised != (v_scale is not None):
+        raise ValueError(
+            f"k_scale and v_scale go with int8 and float8_e4m3fn pools; this is {k_pool.dtype}"
+        )
+    if not quantised:
+        return
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale.shape not in (k_pool.shape[:3], k_pool.shape[1:2]):
+            raise ValueError(
+                f"{name} must be {k_pool.shape[:3]} or {k_pool.shape[1:2]}, not {scale.shape}"
+            )
+    if k_scale.ndim != v_scale.ndim:
+        raise ValueError(f"scales of one kind only: {k_scale.shape=} {v_scale.shape=}")
