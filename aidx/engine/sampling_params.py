@@ -18,6 +18,26 @@ from ..ops.sampling import (
     state_row,
 )
 
+# What a generation_config.json may ask for that no sampler here does, and the value that asks for
+# nothing.
+_NOT_BUILT = {
+    "num_beams": 1,
+    "typical_p": 1.0,
+    "top_h": None,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "penalty_alpha": 0.0,
+    "no_repeat_ngram_size": 0,
+    "guidance_scale": 1.0,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+}
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -137,14 +157,24 @@ class SamplingParams:
     def from_generation_config(cls, config: Mapping[str, Any], **overrides) -> "SamplingParams":
         """The defaults that a checkpoint's generation_config.json asks for.
 
-        `do_sample` false (or absent) is temperature 0, as transformers reads it.  Keys that say
-        nothing about sampling (token ids, cache settings, ...) are left to who owns them.
+        `do_sample` false (or absent) is temperature 0, as transformers reads it; other absent keys
+        are the defaults of this class (so no top_k of 50).  Keys that say nothing about sampling
+        (token ids, cache settings, ...) are left to who owns them.
+
+        Raises:
+          ValueError: a key that asks for another way of sampling, which is not built.
 
         >>> config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}
         >>> params = SamplingParams.from_generation_config(config, max_tokens=8)
         >>> params.temperature, params.top_p, params.max_tokens
         (0.6, 0.9, 8)
         """
+        for name, neutral in _NOT_BUILT.items():
+            if config.get(name) not in (None, neutral):
+                raise ValueError(
+                    f"generation_config.json asks for {name}={config[name]!r}, which aidx does not "
+                    "do; pass SamplingParams"
+                )
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         values = {name: config[name] for name in names if config.get(name) is not None}
         if config.get("max_new_tokens") is not None:

@@ -174,14 +174,8 @@ def sampling_state(num_rows: int, vocab_size: int) -> SamplingState:
     >>> sampling_state(2, 40).allowed.shape
     (2, 2)
     """
-    words = -(-vocab_size // 32)
-    return SamplingState(
-        counts=jnp.zeros((num_rows, vocab_size), jnp.int32),
-        prompt=jnp.zeros((num_rows, words), jnp.uint32),
-        allowed=jnp.full((num_rows, words), 0xFFFFFFFF, jnp.uint32),
-        stop=jnp.zeros((num_rows, words), jnp.uint32),
-        bias=jnp.zeros((num_rows, vocab_size), jnp.float32),
-    )
+    row = state_row(vocab_size)
+    return jax.tree.map(lambda a: jnp.tile(a, (num_rows, 1)), row)
 
 
 def state_row(
