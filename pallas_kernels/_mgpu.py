@@ -89,6 +89,22 @@ class Ops:
         if not self.interpret:
             plgpu.wgmma_wait(n)
 
+    def store_plain(self, ref, value, *, transpose: bool = False) -> None:
+        """`ref[...] = value` (or `value.T`) where ref is GMEM, or SMEM without transforms.
+
+        Such stores of a WGMMA layout touch partial cache lines, or conflict on SMEM banks; newer
+        releases of JAX want to be told that this is meant.
+        """
+        if self.interpret:
+            ref[...] = value.T if transpose else value
+            return
+        if transpose:
+            ref, value = ref.T, plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+        if hasattr(plgpu, "store"):
+            plgpu.store(ref, value, optimized=False)
+        else:
+            ref[...] = value
+
     def store_transposed(self, ref, value) -> None:
         """`ref[...] = value.T`."""
         if self.interpret:

@@ -1,0 +1,390 @@
+"""Decode by a persistent split-KV kernel: every CTA reads an equal share of all keys.
+
+One producer warpgroup keeps a ring of key tiles in flight (one TMA box per block), across the
+borders of segments; one consumer warpgroup runs `Columns.step` over them.  A segment that lies in
+one share is written at once.  A segment cut by share borders leaves partial outputs with their
+log-sum-exp, and `combine`, a second small kernel, merges them in the order of the keys.
+
+Flash-Decoding (Dao et al., 2023) with Stream-K's equal shares (Osama et al., 2023).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES, Ops, cdiv, div, interpret_params, swizzled
+
+from . import worklist as wl
+from .columns import Columns, reduce_scratch, spread
+from .geometry import Geometry, Scoring
+from .pages import PageTiles
+from .worklist import WorkList
+
+STARTED, ENDED = 0, 1  # which partial of a share: goes on in the next share, or ends here
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitConfig:
+    """How the split-KV kernel runs.
+
+    `stages` key tiles of `key_tile` keys in flight per CTA, `ctas` CTAs; with 2 CTAs an SM one
+    computes while the other waits.
+
+    >>> SplitConfig().ctas
+    264
+    """
+
+    key_tile: int = 64
+    stages: int = 3
+    ctas: int = 2 * HOPPER_SMS
+    dependent_launch: bool = False  # overlap the launch of `combine` with the end of the kernel
+
+    def __post_init__(self):
+        if self.key_tile % 64 or self.key_tile <= 0:
+            raise ValueError(f"{self.key_tile=} is not a positive multiple of 64")
+        if self.stages < 1 or self.ctas < 1:
+            raise ValueError(f"{self.stages=} and {self.ctas=} have to be positive")
+
+
+def smem_bytes(config: SplitConfig, geom: Geometry, itemsize: int) -> int:
+    """Shared memory of one CTA."""
+    h, hv, cols = geom.head_dim, geom.value_dim, geom.cols
+    ring = config.stages * config.key_tile * (h + hv) * itemsize
+    small = (2 * cols * h + cols * config.key_tile + cols * hv) * itemsize
+    return ring + small + 4 * reduce_scratch(cols) + 1024
+
+
+def _check(config: SplitConfig, geom: Geometry, dtype: Any) -> None:
+    need = smem_bytes(config, geom, jnp.dtype(dtype).itemsize)
+    if need > SMEM_BYTES:
+        raise NotImplementedError(f"{config} needs {need} bytes of shared memory, not {SMEM_BYTES}")
+
+
+def split_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    block_tables: jax.Array,
+    work: WorkList,
+    *,
+    geom: Geometry,
+    scoring: Scoring,
+    config: SplitConfig,
+    slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Output `[T, K, G, Hv]` and base-2 log-sum-exp by column, f32 `[U, K, cols]`.
+
+    `q` is packed (`pack_queries`), `slopes` and `sinks` are f32 `[blocks, cols]` (`pack_columns`).
+    """
+    _check(config, geom, q.dtype)
+    cols, hv, ctas = geom.cols, geom.value_dim, config.ctas
+    tile, stages, u = config.key_tile, config.stages, work.tiles.shape[0]
+    pages = PageTiles(geom, tile)
+    sds, smem, swz = jax.ShapeDtypeStruct, plgpu.SMEM, swizzled(q.dtype)
+    out_type = (
+        sds((geom.num_tokens, geom.num_kv_heads, geom.group, hv), q.dtype),
+        sds((u, geom.num_kv_heads, cols), jnp.float32),
+        sds((ctas, 2, hv, cols), jnp.float32),
+        sds((ctas, 2, cols), jnp.float32),
+    )
+    scratch = (
+        smem((2, cols, geom.head_dim), q.dtype, transforms=swz),
+        smem((stages, tile, geom.head_dim), q.dtype, transforms=swz),
+        smem((stages, tile, hv), q.dtype, transforms=swz),
+        smem((cols, tile), q.dtype, transforms=swz),
+        smem((cols, hv), q.dtype),
+        smem((reduce_scratch(cols),), jnp.float32),
+        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_arrivals=2 * pages.per_tile, num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+    )
+    columns = [x for x in (slopes, sinks) if x is not None]
+    call = _Split(
+        math=Columns(Ops(bool(interpret)), geom, scoring, tile, q.dtype),
+        pages=pages,
+        config=config,
+        has=(slopes is not None, sinks is not None),
+    )
+    with jax.named_scope("paged_attention.split"):
+        out, lse, part_o, part_lse = plgpu.kernel(
+            call.body,
+            out_type=out_type,
+            scratch_types=scratch,
+            grid=(ctas,),
+            grid_names=("cta",),
+            num_threads=2,
+            thread_name="wg",
+            interpret=interpret_params(interpret),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+        )(q, k_pool, v_pool, block_tables, *work, *columns)
+    with jax.named_scope("paged_attention.combine"):
+        out, lse = jax.new_ref(out), jax.new_ref(lse)
+        plgpu.kernel(
+            call.combine_body,
+            out_type=(),
+            scratch_types=(smem((cols, hv), q.dtype),),
+            grid=(ctas,),
+            grid_names=("cta",),
+            interpret=interpret_params(interpret),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+        )(work.tiles, work.shares, part_o, part_lse, *columns[-1:] * call.has[1], out, lse)
+        return out[...], lse[...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """The two kernel bodies; static facts only."""
+
+    math: Columns
+    pages: PageTiles
+    config: SplitConfig
+    has: tuple[bool, bool]  # slopes, sinks
+
+    def body(self, q_ref, k_ref, v_ref, table_ref, tiles_ref, shares_ref, dead_ref, *refs):
+        columns, refs = refs[: sum(self.has)], refs[sum(self.has) :]
+        slopes_ref = columns[0] if self.has[0] else None
+        sinks_ref = columns[-1] if self.has[1] else None
+        outputs, (q_s, k_s, v_s, p_s, o_s, red_s, q_full, q_free, kv_full, kv_free) = (
+            refs[:4],
+            refs[4:],
+        )
+        wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+        share = tuple(shares_ref[cta, x] for x in (wl.LENGTH, wl.TILE, wl.HEAD, wl.OFFSET))
+
+        @pl.when(wg == 0)
+        def _():
+            smem = (q_s, k_s, v_s, p_s, o_s, red_s)
+            bars = (q_full, q_free, kv_full, kv_free)
+            self.consume(cta, share, tiles_ref, slopes_ref, sinks_ref, smem, bars, outputs)
+
+        @pl.when(wg == 1)
+        def _():
+            inputs = (q_ref, k_ref, v_ref, table_ref, tiles_ref)
+            bars = (q_full, q_free, kv_full, kv_free)
+            self.produce(share, inputs, (q_s, k_s, v_s), bars)
+            if self.config.dependent_launch and not self.math.ops.interpret:
+                plgpu.griddepcontrol_launch_dependents()
+            self.clear(cta, dead_ref, outputs[0])
+
+    # ---------------------------------------------------------------- consumer
+
+    def consume(self, cta, share, tiles_ref, slopes_ref, sinks_ref, smem, bars, outputs):
+        math, geom, tile = self.math, self.math.geom, self.math.tile
+        ops, stages = math.ops, self.config.stages
+        q_s, k_s, v_s, p_s, o_s, red_s = smem
+        q_full, q_free, kv_full, kv_free = bars
+        length, *first = share
+
+        def segment(carry):
+            done, u, head, offset, seen = carry
+            count = tiles_ref[u, wl.COUNT]
+            position, context = tiles_ref[u, wl.POSITION], tiles_ref[u, wl.CONTEXT]
+            first_tile, following = tiles_ref[u, wl.KEY_TILE], tiles_ref[u, wl.NEXT]
+            n = lax.min(count - offset, length - done)
+            q_slot = seen & 1
+            block = geom.column_block(head)
+            slopes = None if slopes_ref is None else math.load(slopes_ref.at[block])
+            plgpu.barrier_wait(q_full.at[q_slot])
+
+            def attend(acc):
+                def step(j, carry):
+                    m, l, a = carry
+                    slot = lax.rem(done + j, jnp.int32(stages))
+                    plgpu.barrier_wait(kv_full.at[slot])
+                    refs = (q_s.at[q_slot], k_s.at[slot], v_s.at[slot], p_s, red_s)
+                    key = (first_tile + offset + j) * tile
+                    a, m, l = math.step(
+                        ops.uncarry(acc, a), m, l, refs, key, position, context, slopes
+                    )
+                    ops.load(a)
+                    plgpu.barrier_arrive(kv_free.at[slot])
+                    return m, l, ops.carry(a)
+
+                m, l, a = lax.fori_loop(0, n, step, (*math.start(), ops.carry(acc)))
+                return m, l, ops.load(ops.uncarry(acc, a))
+
+            m, l, o = ops.with_acc(attend, (geom.value_dim, geom.cols))
+
+            plgpu.barrier_arrive(q_free.at[q_slot])
+            o, lse = math.finish(m, l, o, red_s)
+            ended = offset + n == count
+            sinks = None if sinks_ref is None else math.load(sinks_ref.at[block])
+            where = (cta, u, head, offset == 0, ended)
+            self.emit(where, o, lse, sinks, tiles_ref, o_s, outputs)
+            head = jnp.where(ended, head + 1, head)
+            wrap = head == geom.num_kv_heads
+            u = jnp.where(wrap, following, u)
+            head = jnp.where(wrap, 0, head)
+            offset = jnp.where(ended, 0, offset + n)
+            return done + n, u, head, offset, seen + 1
+
+        zero = jnp.int32(0)
+        lax.while_loop(lambda c: c[0] < length, segment, (zero, *first, zero))
+        plgpu.wait_smem_to_gmem(0)
+
+    def emit(self, where, o, lse, sinks, tiles_ref, o_s, outputs):
+        """A whole segment goes to the output, a part of one to this share's partials."""
+        cta, u, head, starts, ends = where
+        out_ref, lse_ref, part_o_ref, part_lse_ref = outputs
+
+        @pl.when(starts & ends)
+        def _():
+            out, total = self.math.with_sinks(o, lse, sinks)
+            self.math.ops.store_plain(lse_ref.at[u, head], total)
+            self.put(out, o_s, out_ref, tiles_ref, u, head)
+
+        @pl.when(jnp.logical_not(starts & ends))
+        def _():
+            slot = jnp.where(ends, ENDED, STARTED)
+            self.math.ops.store_plain(part_o_ref.at[cta, slot], o)
+            self.math.ops.store_plain(part_lse_ref.at[cta, slot], lse)
+
+    def put(self, o, o_s, out_ref, tiles_ref, u, head):
+        """The live columns of `o [Hv, cols]` as rows of the output."""
+        geom, group = self.math.geom, self.math.geom.group
+        token, tokens = tiles_ref[u, wl.FIRST_TOKEN], tiles_ref[u, wl.NUM_TOKENS]
+        self.math.ops.store_plain(o_s, o.astype(self.math.dtype), transpose=True)
+        plgpu.commit_smem()
+        for i in range(geom.q_tokens):
+            rows = pl.ds(geom.first_column(head) + i * group, group)
+
+            @pl.when(i < tokens)
+            def _():
+                plgpu.copy_smem_to_gmem(o_s.at[rows], out_ref.at[token + i, head])
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    # ---------------------------------------------------------------- producer
+
+    def produce(self, share, inputs, smem, bars):
+        pages, geom = self.pages, self.math.geom
+        q_ref, k_ref, v_ref, table_ref, tiles_ref = inputs
+        q_s, k_s, v_s = smem
+        q_full, q_free, kv_full, kv_free = bars
+        length, *first = share
+        stages = self.config.stages
+
+        def facts(u):
+            """What the copies need to know of query tile u."""
+            return tuple(tiles_ref[u, x] for x in range(8))
+
+        def load_q(u, head, seen, token):
+            slot = seen & 1
+            pl.when(seen >= 2)(lambda: plgpu.barrier_wait(q_free.at[slot]))
+            index = u if geom.q_tokens > 1 else token
+            source = q_ref.at[index, geom.column_block(head)]
+            plgpu.copy_gmem_to_smem(source, q_s.at[slot], q_full.at[slot])
+
+        def step(i, carry):
+            u, head, offset, seen, fact, ids = carry
+            token, first_tile, count, following = (
+                fact[x] for x in (wl.FIRST_TOKEN, wl.KEY_TILE, wl.COUNT, wl.NEXT)
+            )
+            last = offset + 1 == count
+            next_head = jnp.where(last, head + 1, head)
+            wrap = next_head == geom.num_kv_heads
+            next_head = jnp.where(wrap, 0, next_head)
+            next_u = jnp.where(wrap, following, u)
+            next_fact = facts(next_u)
+            next_offset = jnp.where(last, 0, offset + 1)
+            next_ids = self.block_ids(table_ref, next_fact, next_offset)  # a tile ahead of its use
+            pl.when((offset == 0) | (i == 0))(lambda: load_q(u, head, seen, token))
+            slot = lax.rem(i, jnp.int32(stages))
+            pl.when(i >= stages)(lambda: plgpu.barrier_wait(kv_free.at[slot]))
+            pages.fetch(
+                first_tile + offset,
+                ids,
+                head,
+                ((k_ref, k_s.at[slot]), (v_ref, v_s.at[slot])),
+                kv_full.at[slot],
+            )
+            seen = jnp.where(last, seen + 1, seen)
+            return next_u, next_head, next_offset, seen, next_fact, next_ids
+
+        u, head, offset = first
+        fact = facts(u)
+        carry = (u, head, offset, jnp.int32(0), fact, self.block_ids(table_ref, fact, offset))
+        _, _, offset, seen, *_ = lax.fori_loop(0, length, step, carry)
+        seen = jnp.where(offset == 0, seen, seen + 1)  # a segment that the next share goes on with
+
+        @pl.loop(lax.max(length - stages, 0), length)
+        def _(i):
+            plgpu.barrier_wait(kv_free.at[lax.rem(i, jnp.int32(stages))])
+
+        @pl.loop(lax.max(seen - 2, 0), jnp.where(length > 0, seen, 0))
+        def _(x):
+            plgpu.barrier_wait(q_free.at[x & 1])
+
+    def block_ids(self, table_ref, fact, offset):
+        row, tile = fact[wl.ROW], fact[wl.KEY_TILE] + offset
+        seen = (fact[wl.POSITION], fact[wl.CONTEXT], self.math.scoring.window)
+        return self.pages.block_ids(table_ref, row, tile, *seen)
+
+    def clear(self, cta, dead_ref, out_ref):
+        """Zeros for the tokens that attend to nothing, every CTA its part."""
+        geom = self.math.geom
+        shape = (geom.group, geom.value_dim)
+
+        @pl.loop(0, cdiv(geom.num_tokens, self.config.ctas))
+        def _(x):
+            token = x * self.config.ctas + cta
+            inside = lax.min(token, jnp.int32(geom.num_tokens - 1))
+
+            @pl.when((token < geom.num_tokens) & (dead_ref[inside] > 0))
+            def _():
+                @pl.loop(0, geom.num_kv_heads)
+                def _(head):
+                    for g in range(shape[0]):
+                        out_ref[token, head, g] = jnp.zeros((shape[1],), self.math.dtype)
+
+    # ---------------------------------------------------------------- combine
+
+    def combine_body(self, tiles_ref, shares_ref, part_o_ref, part_lse_ref, *refs):
+        sinks_ref = refs[0] if self.has[1] else None
+        out_ref, lse_ref, o_s = refs[-3:]
+        math = self.math
+        if self.config.dependent_launch and not math.ops.interpret:
+            plgpu.griddepcontrol_wait()
+        cta = lax.axis_index("cta")
+        begin = shares_ref[cta, wl.MERGE_FROM]
+
+        @pl.when(begin >= 0)
+        def _():
+            u, head = shares_ref[cta, wl.TILE], shares_ref[cta, wl.HEAD]
+            m, w, o = self.fold(part_o_ref, part_lse_ref, begin, cta)
+            out = o * spread(1.0 / w, o.shape)
+            lse = m + jnp.log2(w)
+            sinks = None
+            if sinks_ref is not None:
+                sinks = math.load(sinks_ref.at[math.geom.column_block(head)])
+            out, lse = math.with_sinks(out, lse, sinks)
+            math.ops.store_plain(lse_ref.at[u, head], lse)
+            self.put(out, o_s, out_ref, tiles_ref, u, head)
+            plgpu.wait_smem_to_gmem(0)
+
+    def fold(self, part_o_ref, part_lse_ref, begin, cta, at_once: int = 8):
+        """Merge the partials of shares `begin .. cta`, loads of `at_once` of them overlapped."""
+        math = self.math
+        load = lambda c, slot: (
+            math.load(part_lse_ref.at[c, slot]),
+            math.load(part_o_ref.at[c, slot]),
+        )
+
+        def step(r, carry):
+            index = [begin + r * at_once + x for x in range(at_once)]
+            parts = [load(lax.min(c, cta - 1), STARTED) for c in index]
+            for c, (lse, o) in zip(index, parts, strict=True):
+                carry = math.merge(*carry, lse + jnp.where(c < cta, 0.0, -1e31), o)
+            return carry
+
+        lse, o = load(cta, ENDED)
+        rounds = div(cta - begin + (at_once - 1), at_once)
+        return lax.fori_loop(0, rounds, step, (lse, math.full(1.0), o))
