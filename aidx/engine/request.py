@@ -27,20 +27,13 @@ class SequenceStatus(enum.StrEnum):
     FAILED = "failed"
 
 
-class FinishReason(enum.StrEnum):
-    """Why a sequence ended, as it stands in `CompletionOutput.finish_reason`."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    ERROR = "error"
-
-    @property
-    def status(self) -> SequenceStatus:
-        """The status of a sequence that ended for this reason."""
-        if self is FinishReason.ABORT:
-            return SequenceStatus.CANCELLED
-        return SequenceStatus.FAILED if self is FinishReason.ERROR else SequenceStatus.COMPLETED
+STATUS_AFTER = {
+    "stop": SequenceStatus.COMPLETED,
+    "length": SequenceStatus.COMPLETED,
+    "abort": SequenceStatus.CANCELLED,
+    "error": SequenceStatus.FAILED,
+}
+"""The status of a sequence that ended for a `CompletionOutput.finish_reason`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

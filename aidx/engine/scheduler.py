@@ -402,6 +402,14 @@ def _preempt(batch: BatchScheduler, seat: int) -> tuple[BatchScheduler, Sequence
     return _queued(finish(batch, [seat]), seq), seq
 
 
+def preempt_all(batch: BatchScheduler) -> BatchScheduler:
+    """Everybody waits again: what the cache holds is worth nothing any more."""
+    for seat, seq in enumerate(batch.running):
+        if seq is not None:
+            batch, _ = _preempt(batch, seat)
+    return batch
+
+
 def _grow(batch: BatchScheduler, short: np.ndarray) -> BatchScheduler:
     """Allocate `short[s]` blocks for each seat, in one call to the pool."""
     seats = np.flatnonzero(short)

@@ -1,0 +1,861 @@
+"""`Engine`: the one mutable class.  It owns the queues, the cache and the step in flight.
+
+    schedule -> pack -> run_step(t)          the device works on step t,
+    read step t - 1 -> record -> finish      while the host reads what step t - 1 sampled
+
+A decode's input token never comes to the host first: the device keeps every seat's last token.  So
+the host is one step behind, and a sequence that ends with a stop token has been given one step too
+many by the time the host sees it; that token is dropped.
+"""
+
+import dataclasses
+import itertools
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax
+import numpy as np
+
+from aidx.cache import BlockPool, PagedKVCache
+from aidx.engine import scheduler as scheduling
+from aidx.engine import step as stepping
+from aidx.engine.detokenizer import Detokenizer, Pieces
+from aidx.engine.outputs import (
+    FinishReason,
+    Logprobs,
+    RequestMetrics,
+    RequestOutput,
+    logprobs_of_token,
+)
+from aidx.engine.progress import Progress, Rules, advance, completion, end, start
+from aidx.engine.request import Request, SequenceState, new_sequence
+from aidx.engine.sampling_params import (
+    SamplingParams,
+    banned_tokens,
+    encode_bad_words,
+    params_row,
+    params_state_row,
+)
+from aidx.engine.stats import EngineStats, Meter
+from aidx.ops.sampling import VARIANTS, pack_rows, state_row
+from aidx.typing import Forward, Params
+
+COPY_SIZES = (16, 4, 1)  # pairs of blocks that one copy program takes
+TABLE_UPDATES = 1024  # entries that one `write_tables` takes
+
+
+class EngineDeadError(RuntimeError):
+    """The device state was lost and could not be made anew; the engine takes no more requests."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Everything the engine is told at its start; static.
+
+    Attributes:
+        num_layers, num_kv_heads, head_dim: geometry of the cache.
+        vocab_size: width of the logits.
+        dtype: of the cache.
+        num_blocks: blocks of the pool, the null block included.
+        block_size: tokens per block.
+        max_num_seqs, max_num_batched_tokens, max_model_len, scheduling_policy, max_overtaken,
+            enable_prefix_caching, watermark: see `SchedulerConfig`.
+        max_logprobs: the most likely tokens that a request may ask for; beams need
+            2 * beam_width of them.
+        eos_token_ids: tokens that end a sequence unless its request ignores them.
+        implementation: of paged attention.
+        asynchronous: issue step t before reading step t - 1.
+
+    Raises:
+        ValueError: from `SchedulerConfig`, or sizes below 1.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    num_blocks: int
+    dtype: Any = "float32"
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 4096
+    scheduling_policy: str = "fcfs"
+    max_overtaken: int = 256
+    enable_prefix_caching: bool = True
+    watermark: float = 0.01
+    max_logprobs: int = 20
+    eos_token_ids: tuple[int, ...] = ()
+    implementation: Any = None
+    asynchronous: bool = True
+
+    def __post_init__(self):
+        if self.vocab_size < 1 or self.max_logprobs < 0:
+            raise ValueError(
+                f"{self.vocab_size=} must be positive, {self.max_logprobs=} not negative"
+            )
+        object.__setattr__(self, "max_logprobs", min(self.max_logprobs, self.vocab_size))
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        self.scheduler()
+
+    def scheduler(self) -> scheduling.SchedulerConfig:
+        """The scheduler's part."""
+        return scheduling.SchedulerConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            policy=self.scheduling_policy,
+            max_overtaken=self.max_overtaken,
+            enable_prefix_caching=self.enable_prefix_caching,
+            watermark=self.watermark,
+        )
+
+    @property
+    def max_blocks(self) -> int:
+        """M, blocks of the longest sequence."""
+        return -(-self.max_model_len // self.block_size)
+
+    def shapes(self) -> tuple[stepping.Shape, ...]:
+        """Every trace of the step that these limits can ask for."""
+        return stepping.all_shapes(
+            self.max_num_seqs, self.max_num_batched_tokens, self.max_logprobs
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ticket:
+    """What the engine keeps of a request: the static side of its samples, and its clock."""
+
+    request: Request
+    seed: int
+    samples: tuple[SequenceState, ...]  # as they arrived
+    stream: bool
+    sampling: np.ndarray  # [11] i32, packed SamplingRows of sample 0
+    needs: tuple[int, int, int]  # place in VARIANTS, masked, num_logprobs + 1
+    rules: Rules
+    bad_words: tuple[tuple[int, ...], ...]
+    metrics: RequestMetrics
+    num_cached: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows of a plan; several of them may belong to one seat (every_logit)."""
+
+    seats: np.ndarray  # [r]
+    seq_ids: np.ndarray  # [r]
+    starts: np.ndarray  # [r]
+    counts: np.ndarray  # [r]
+    samples: np.ndarray  # [r] bool
+    targets: np.ndarray  # [r] prompt token whose logprob the row reports, -1 for none
+    tokens: np.ndarray  # [t]
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlight:
+    """A step whose tokens the host has not read."""
+
+    rows: _Rows
+    out: jax.Array
+    epoch: int
+
+
+class Engine:
+    """Continuous batching over one model: requests go in, `step()` gives what they produced.
+
+    Example:
+        >>> from aidx.models import LlamaConfig, Model, init_params
+        >>> model = LlamaConfig(97, 32, 64, 2, 4, 2, 8)
+        >>> model = Model(model, init_params(model, jax.random.key(0)))
+        >>> config = EngineConfig(
+        ...     num_layers=2, num_kv_heads=2, head_dim=8, vocab_size=97, num_blocks=17,
+        ...     block_size=4, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=32,
+        ... )
+        >>> engine = Engine(model.forward, model.params, config)
+        >>> name = engine.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=4))
+        >>> while engine.has_unfinished:
+        ...     outputs = engine.step()
+        >>> [(o.request_id == name, len(o.outputs[0].token_ids)) for o in outputs]
+        [(True, 4)]
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        params: Params,
+        config: EngineConfig,
+        *,
+        tokenizer: Any = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.config = config
+        self._forward = forward
+        self._params = params
+        self._tokenizer = tokenizer
+        self._clock = clock
+        self._batch = self._new_batch()
+        self._allocate()
+        s = config.max_num_seqs
+        self._sampling = np.zeros((s, stepping.SAMPLING_COLUMNS), np.int32)
+        self._needs = np.zeros((s, 3), np.int64)  # place in VARIANTS, masked, num_logprobs + 1
+        self._drew = np.zeros(s, bool)  # whether the device has the seat's last token
+        self._every = np.zeros(s, bool)  # one row a prompt token
+        self._masked = np.zeros(s, bool)  # whether the seat's masks are not neutral
+        self._tickets: dict[str, _Ticket] = {}
+        self._progress: dict[int, Progress] = {}  # seq_id -> output so far
+        self._num_output: dict[int, int] = {}  # seq_id -> tokens of it
+        self._prompt_logprobs: dict[str, list[Logprobs | None]] = {}
+        self._in_flight: _InFlight | None = None
+        self._epoch = 0  # how often the device state was made anew
+        self._touched: dict[str, None] = {}  # requests with something to tell
+        self._seq_ids = itertools.count()
+        self._names = itertools.count()
+        self._pieces: dict[bool, Pieces] = {}
+        self._meter = Meter()
+        self._last_tick: float | None = None
+        self._dead: str | None = None
+
+    # The outside.
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` still has something to do or to say."""
+        return bool(self._tickets)
+
+    def add_request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        user: str = "",
+        stream: bool = False,
+        prompt_text: str | None = None,
+        cache_salt: str | None = None,
+    ) -> str:
+        """Queue a request; the name it goes by comes back.
+
+        Args:
+            prompt: token ids.
+            params: None takes `SamplingParams()`.
+            request_id: unique among the unfinished; None makes one up.
+            priority: smaller goes first under the policy `priority`.
+            user: whose service the policy `fair` counts it as.
+            stream: whether `step` reports it after every token or at its end only.
+            prompt_text: handed back in the output.
+            cache_salt: prefixes are shared only within one salt.
+
+        Raises:
+            ValueError: it could never run, or asks for something that this engine cannot do.
+            EngineDeadError: the engine lost its device.
+        """
+        if self._dead:
+            raise EngineDeadError(self._dead)
+        params = params if params is not None else SamplingParams()
+        name = request_id if request_id is not None else f"request-{next(self._names)}"
+        if name in self._tickets:
+            raise ValueError(f"request_id={name!r} is unfinished already")
+        tokens = self._checked_prompt(prompt)
+        request = Request(name, tokens, params, priority, user, prompt_text, cache_salt)
+        ticket = self._ticket(request, stream)
+        batch = self._batch
+        for seq in ticket.samples:
+            batch = scheduling.add(batch, seq)
+        self._batch = batch
+        self._tickets[name] = ticket
+        begin = start(ticket.rules, tokens.tolist())
+        for seq in ticket.samples:
+            self._progress[seq.seq_id] = begin
+            self._num_output[seq.seq_id] = 0
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs[name] = [None] * len(tokens)
+        if self._last_tick is None:
+            self._last_tick = self._clock()
+        return name
+
+    def abort(self, request_id: str) -> bool:
+        """Cancel a request, waiting or running; the next `step` reports it as aborted.
+
+        False: there is no such unfinished request.
+        """
+        if request_id not in self._tickets:
+            return False
+        self._end_request(request_id, "abort")
+        return True
+
+    def step(self) -> list[RequestOutput]:
+        """Issue one step, read the step before it, and report who got on or ended.
+
+        Requests that stream are reported whenever they got a token, the others when they end.  A
+        request that fails is reported with finish_reason "error" and the message as its
+        stop_reason; the others go on.
+        """
+        self._tick()
+        flight = self._in_flight
+        batch, work = scheduling.schedule(self._batch, drained=flight is None)
+        if work is None:  # a preemption is due, and the host must know its tokens first
+            self._read(flight)
+            flight = None
+            batch, work = scheduling.schedule(self._batch)
+        self._batch = batch
+        issued, failure = None, None
+        if len(work.seats):
+            try:
+                issued = self._issue(work)
+            except Exception as error:  # whatever the device or the model raises ends here
+                failure = error
+        elif flight is None and self._batch.unfinished and not self._touched:
+            self._end_all("error", "the scheduler has no work and somebody waits")
+        self._read(flight)
+        if failure is not None:
+            self._survive(failure, work.seats)
+        self._in_flight = issued if issued and issued.epoch == self._epoch else None
+        if not self.config.asynchronous:
+            self._read(self._in_flight)
+            self._in_flight = None
+        return self._report()
+
+    def update_params(self, params: Params) -> None:
+        """Take other parameters of the same shapes; nothing compiles.
+
+        What was computed with the old ones is worth nothing: the prefix cache is emptied, and the
+        running sequences compute their tokens again.
+
+        Raises:
+            ValueError: the tree, a shape or a dtype differs.
+        """
+        describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+        if describe(params) != describe(self._params):
+            raise ValueError("the new parameters differ in structure, shape or dtype")
+        self._read(self._in_flight)
+        self._in_flight = None
+        self._params = jax.tree.map(
+            lambda new, old: (
+                new if isinstance(new, jax.Array) else jax.device_put(new, old.sharding)
+            ),
+            params,
+            self._params,
+        )
+        self._batch = scheduling.preempt_all(self._batch)
+        self._batch = dataclasses.replace(self._batch, pool=self._batch.pool.clear_prefix_cache())
+
+    def stats(self) -> EngineStats:
+        """Where the engine stands, and what it has done."""
+        batch = self._batch
+        pool = batch.pool.stats()
+        room = pool.held * self.config.block_size
+        return self._meter.snapshot(
+            running=batch.num_running,
+            waiting=len(batch.waiting),
+            pool_use=pool.utilization,
+            pool_utilization=float(batch.num_computed.sum()) / room if room else 0.0,
+        )
+
+    @property
+    def pool(self) -> BlockPool:
+        """The block pool as it is now (immutable)."""
+        return self._batch.pool
+
+    # Arrivals.
+
+    def _checked_prompt(self, prompt: Sequence[int]) -> np.ndarray:
+        tokens = np.asarray(prompt)
+        if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"a prompt is a non-empty list of token ids, not {prompt!r}")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            bad = [int(t) for t in tokens if not 0 <= t < self.config.vocab_size]
+            raise ValueError(
+                f"token ids {bad[:8]} are outside a vocabulary of {self.config.vocab_size}"
+            )
+        return tokens.astype(np.int32)
+
+    def _ticket(self, request: Request, stream: bool) -> _Ticket:
+        """Everything about a request that its steps will need, checked."""
+        config, params = self.config, request.params
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            if asked is not None and asked > config.max_logprobs:
+                raise ValueError(f"{name}={asked} exceeds max_logprobs={config.max_logprobs}")
+        text = params.detokenize and self._tokenizer is not None
+        if (params.stop or params.bad_words) and self._tokenizer is None:
+            raise ValueError(
+                f"stop={params.stop!r} and bad_words={params.bad_words!r} need a tokenizer"
+            )
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        encode = lambda word: self._tokenizer.encode(word, add_special_tokens=False)
+        ticket = _Ticket(
+            request=request,
+            seed=seed,
+            samples=(),
+            stream=stream,
+            sampling=pack_rows(
+                params_row(params, seed=seed, sample=0, prompt_length=len(request.prompt))
+            )[0],
+            needs=(
+                VARIANTS.index(params.variant),
+                int(params.needs_state),
+                1
+                + max(
+                    (n for n in (params.logprobs, params.prompt_logprobs) if n is not None),
+                    default=-1,
+                ),
+            ),
+            rules=Rules(
+                eos_ids=frozenset(() if params.ignore_eos else config.eos_token_ids),
+                stop_ids=frozenset(params.stop_token_ids),
+                min_tokens=params.min_tokens,
+                include_stop=params.include_stop_str_in_output,
+                detokenizer=self._detokenizer(params) if text else None,
+            ),
+            bad_words=encode_bad_words(params.bad_words, encode) if params.bad_words else (),
+            metrics=RequestMetrics(arrival_time=self._clock()),
+        )
+        self._mask_row(ticket, ()) if params.needs_state else None  # ids out of range raise here
+        ids = [next(self._seq_ids) for _ in range(params.n)]
+        samples = tuple(
+            new_sequence(
+                request,
+                seq_id=seq_id,
+                arrival=seq_id,
+                index=index,
+                max_tokens=params.max_tokens,
+                max_model_len=config.max_model_len,
+                synchronous=any(len(word) > 1 for word in ticket.bad_words),
+                every_logit=params.prompt_logprobs is not None and index == 0,
+            )
+            for index, seq_id in enumerate(ids)
+        )
+        return dataclasses.replace(ticket, samples=samples)
+
+    def _detokenizer(self, params: SamplingParams) -> Detokenizer:
+        skip = params.skip_special_tokens
+        if skip not in self._pieces:
+            self._pieces[skip] = Pieces(self._tokenizer, skip_special_tokens=skip)
+        return Detokenizer(
+            self._pieces[skip],
+            stop=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+
+    # One step, on the way out.
+
+    def _issue(self, work: scheduling.Schedule) -> _InFlight:
+        """Hand a step to the device; nothing here waits for it."""
+        for seq in work.admitted:
+            self._take_seat(seq)
+        self._meter.steps += 1
+        self._meter.preempted += len(work.preempted)
+        self._copy_blocks(work.copies)
+        rows = self._plan_rows(work)
+        shape = self._shape(rows)
+        self._ban_words(rows)
+        updates, room = work.updates, shape.num_updates
+        for at in range(room, len(updates), TABLE_UPDATES):
+            self._write_tables(updates[at : at + TABLE_UPDATES])
+        packed = stepping.pack_plan(
+            shape,
+            max_num_seqs=self.config.max_num_seqs,
+            seats=rows.seats,
+            writes=np.where(rows.samples, rows.seats, self.config.max_num_seqs),
+            starts=rows.starts,
+            counts=rows.counts,
+            targets=rows.targets,
+            sampling=self._sampling[rows.seats],
+            tokens=rows.tokens,
+            updates=updates[:room],
+        )
+        out = self._run(shape, packed)
+        out.copy_to_host_async()
+        self._drew[rows.seats[rows.samples]] = True
+        return _InFlight(rows, out, self._epoch)
+
+    def _run(self, shape: stepping.Shape, packed: np.ndarray) -> jax.Array:
+        masked = shape.sampler.masked
+        if masked and self._masks is None:
+            self._masks = stepping.new_masks(self.config.max_num_seqs, self.config.vocab_size)
+        self._cache, self._state, masks, out = stepping.run_step(
+            self._params,
+            self._cache,
+            self._state,
+            packed,
+            self._masks if masked else None,
+            forward=self._forward,
+            shape=shape,
+            implementation=self.config.implementation,
+        )
+        if masked:
+            self._masks = masks
+        return out
+
+    def _plan_rows(self, work: scheduling.Schedule) -> _Rows:
+        """The schedule's rows; a sequence that wants every logit has one for each of its tokens."""
+        running = self._batch.running
+        seats, starts, counts, samples = work.seats, work.starts, work.counts, work.samples
+        targets = np.full(len(seats), -1, np.int64)
+        if self._every[seats].any():
+            every = self._every[seats] & (starts < [running[s].num_prompt for s in seats])
+            repeats = np.where(every, counts, 1)
+            row = np.repeat(np.arange(len(seats)), repeats)
+            offset = np.arange(len(row)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+            seats, starts, every = seats[row], starts[row] + offset, every[row]
+            samples = samples[row] & (~every | (offset == counts[row] - 1))
+            counts = np.where(every, 1, counts[row])
+            following = [
+                running[s].log[p + 1] if e and p + 1 < running[s].num_prompt else -1
+                for s, p, e in zip(seats, starts, every, strict=True)
+            ]
+            targets = np.array(following, np.int64)
+        tokens = np.full(int(counts.sum()), -1, np.int32)
+        ends = np.cumsum(counts)
+        for i in np.flatnonzero(~(self._drew[seats] & (counts == 1))):
+            at, first = ends[i] - counts[i], starts[i]
+            tokens[at : ends[i]] = running[seats[i]].log[first : first + counts[i]]
+        seq_ids = np.array([running[s].seq_id for s in seats], np.int64)
+        return _Rows(seats, seq_ids, starts, counts, samples, targets, tokens)
+
+    def _shape(self, rows: _Rows) -> stepping.Shape:
+        """The cheapest trace that serves these rows."""
+        telling = rows.seats[rows.samples | (rows.targets >= 0)]
+        variant, masked, logprobs = self._needs[telling].max(axis=0, initial=0)
+        needed = stepping.Sampler(
+            VARIANTS[variant], bool(masked), int(logprobs) - 1 if logprobs else None
+        )
+        return stepping.pick_shape(
+            len(rows.counts),
+            len(rows.tokens),
+            needed,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_logprobs=self.config.max_logprobs,
+        )
+
+    def _take_seat(self, seq: SequenceState) -> None:
+        """Put down what the steps need to know about the sequence in `seq.seat`."""
+        ticket, seat = self._tickets[seq.request.request_id], seq.seat
+        self._sampling[seat] = ticket.sampling
+        self._sampling[seat, 2] = seq.index
+        self._needs[seat] = ticket.needs
+        self._drew[seat] = False
+        self._every[seat] = seq.every_logit
+        if ticket.needs[1]:
+            self._write_masks(seat, self._mask_row(ticket, seq.output.tolist()))
+            self._masked[seat] = True
+        elif self._masked[seat]:
+            self._write_masks(seat, self._neutral)
+            self._masked[seat] = False
+        self._meter.admitted_tokens += seq.num_prompt * (not seq.preemptions)
+        self._meter.cached_tokens += seq.num_cached * (not seq.preemptions)
+        self._meter.prompt_tokens += seq.num_prompt - min(seq.num_computed, seq.num_prompt)
+        if ticket.metrics.first_scheduled_time is None:
+            metrics = dataclasses.replace(ticket.metrics, first_scheduled_time=self._clock())
+            ticket = dataclasses.replace(ticket, metrics=metrics, num_cached=seq.num_cached)
+        if seq.preemptions:
+            metrics = dataclasses.replace(
+                ticket.metrics, num_preemptions=ticket.metrics.num_preemptions + 1
+            )
+            ticket = dataclasses.replace(ticket, metrics=metrics)
+        self._tickets[seq.request.request_id] = ticket
+
+    def _mask_row(self, ticket: _Ticket, output: Sequence[int], banned: Sequence[int] = ()):
+        """The per-vocabulary sampling state of a sequence, on the host."""
+        return params_state_row(
+            ticket.request.params,
+            self.config.vocab_size,
+            prompt=ticket.request.prompt.tolist(),
+            output=output,
+            eos_token_ids=self.config.eos_token_ids,
+            bad_word_ids=[*(w for w in ticket.bad_words if len(w) == 1), *((t,) for t in banned)],
+        )
+
+    def _ban_words(self, rows: _Rows) -> None:
+        """Ban what would complete a bad word; such a row is synchronous, so its output is known."""
+        for seat in rows.seats[rows.samples & self._batch.synchronous[rows.seats]]:
+            seq = self._batch.sequence(int(seat))
+            ticket = self._tickets[seq.request.request_id]
+            if not ticket.bad_words:
+                continue
+            output = seq.output.tolist()
+            now = banned_tokens(ticket.bad_words, output)
+            if now or banned_tokens(ticket.bad_words, output[:-1]):
+                self._write_masks(int(seat), self._mask_row(ticket, output, now))
+
+    # One step, on the way back.
+
+    def _read(self, flight: _InFlight | None) -> None:
+        """Wait for a step's tokens, record them, and end the samples that they end."""
+        if flight is None or flight.epoch != self._epoch:
+            return
+        try:
+            out = np.asarray(flight.out)[: len(flight.rows.seats)]
+        except Exception as error:  # an error of the device shows only here
+            self._lose_device(error)
+            return
+        rows = flight.rows
+        if (rows.targets >= 0).any():
+            self._read_prompt_logprobs(rows, out)
+        for i in np.flatnonzero(self._alive(rows) & rows.samples & (out[:, 0] < 0)):
+            self._end_request(
+                self._batch.running[rows.seats[i]].request.request_id,
+                "error",
+                "no token has a finite logit: the model gave NaN, or every token is forbidden",
+            )
+        at = np.flatnonzero(self._alive(rows) & rows.samples)
+        seats, tokens = rows.seats[at], out[at, 0]
+        self._batch = scheduling.record(self._batch, seats, tokens)
+        self._meter.generated_tokens += len(at)
+        done = []
+        for i, seat, token in zip(at.tolist(), seats.tolist(), tokens.tolist(), strict=True):
+            seq = self._batch.running[seat]
+            if seq is not None and self._advance(seq, token, out[i]):
+                done.append(seat)
+        self._batch = scheduling.finish(self._batch, done)
+
+    def _alive(self, rows: _Rows) -> np.ndarray:
+        """Which rows still belong to the sequence that sits there: others ended meanwhile."""
+        ids = np.array([-1 if seq is None else seq.seq_id for seq in self._batch.running])
+        return ids[rows.seats] == rows.seq_ids
+
+    def _advance(self, seq: SequenceState, token: int, out: np.ndarray) -> bool:
+        """Give a sample its token; whether it ended with that."""
+        name, count = seq.request.request_id, self._num_output[seq.seq_id] + 1
+        ticket = self._tickets[name]
+        self._num_output[seq.seq_id] = count
+        if ticket.metrics.first_token_time is None:
+            metrics = dataclasses.replace(ticket.metrics, first_token_time=self._clock())
+            ticket = self._tickets[name] = dataclasses.replace(ticket, metrics=metrics)
+        try:
+            logprobs = None
+            if ticket.request.params.logprobs is not None:
+                logprobs = self._logprobs(ticket, token, out, ticket.request.params.logprobs)
+            progress = advance(
+                self._progress[seq.seq_id],
+                ticket.rules,
+                token,
+                count,
+                last=seq.num_prompt + count >= seq.limit,
+                logprobs=logprobs,
+            )
+        except Exception as error:  # a tokenizer is foreign code: its failure is this request's
+            self._end_request(name, "error", f"{type(error).__name__}: {error}")
+            return False
+        self._progress[seq.seq_id] = progress
+        if ticket.stream or progress.finish_reason is not None:
+            self._touched[name] = None
+        return progress.finish_reason is not None
+
+    def _logprobs(self, ticket: _Ticket, token: int, out: np.ndarray, asked: int) -> Logprobs:
+        """One row of a step's output as `Logprobs`: the token's own and the `asked` best."""
+        n = self.config.max_logprobs
+        values = out.view(np.float32)
+        decode = ticket.rules.detokenizer.pieces.one if ticket.rules.detokenizer else None
+        return logprobs_of_token(
+            token,
+            values[1],
+            out[2],
+            out[3 : 3 + asked],
+            values[3 + n : 3 + n + asked],
+            decode,
+        )
+
+    def _read_prompt_logprobs(self, rows: _Rows, out: np.ndarray) -> None:
+        for i in np.flatnonzero(self._alive(rows) & (rows.targets >= 0)):
+            request = self._batch.running[rows.seats[i]].request
+            ticket = self._tickets[request.request_id]
+            self._prompt_logprobs[request.request_id][rows.starts[i] + 1] = self._logprobs(
+                ticket, int(rows.targets[i]), out[i], request.params.prompt_logprobs
+            )
+
+    # Endings.
+
+    def _end_request(
+        self, name: str, reason: FinishReason, stop_reason: int | str | None = None
+    ) -> None:
+        """End every sample of a request that has not ended; the next report says so."""
+        ticket = self._tickets[name]
+        for seq in ticket.samples:
+            progress = self._progress[seq.seq_id]
+            if progress.finish_reason is None:
+                self._progress[seq.seq_id] = end(progress, ticket.rules, reason, stop_reason)
+        self._batch = scheduling.cancel(self._batch, [seq.seq_id for seq in ticket.samples])
+        self._touched[name] = None
+
+    def _end_all(self, reason: FinishReason, stop_reason: str) -> None:
+        for name in list(self._tickets):
+            self._end_request(name, reason, stop_reason)
+
+    def _survive(self, error: Exception, seats: np.ndarray) -> None:
+        """A step could not be issued: those in it fail; if it took the cache along, all running."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves((self._cache, self._state))):
+            self._lose_device(error)
+            return
+        running = self._batch.running
+        for name in {running[s].request.request_id for s in seats if running[s] is not None}:
+            self._end_request(name, "error", f"{type(error).__name__}: {error}")
+        # Blocks were published on the strength of that step.
+        self._batch = dataclasses.replace(self._batch, pool=self._batch.pool.clear_prefix_cache())
+
+    def _lose_device(self, error: Exception) -> None:
+        """The cache is gone: whoever runs fails, and whoever waits gets a new one."""
+        message = f"{type(error).__name__}: {error}"
+        for name in {s.request.request_id for s in self._batch.running if s is not None}:
+            self._end_request(name, "error", message)
+        self._epoch += 1
+        waiting = self._batch
+        self._batch = dataclasses.replace(
+            self._new_batch(),
+            waiting=waiting.waiting,
+            users=waiting.users,
+            service=waiting.service,
+        )
+        try:
+            self._allocate()
+        except Exception as second:  # no memory, or no device any more
+            self._dead = f"{message}; then {type(second).__name__}: {second}"
+            self._end_all("error", self._dead)
+
+    # Reports.
+
+    def _report(self) -> list[RequestOutput]:
+        outputs = []
+        for name in self._touched:
+            ticket = self._tickets[name]
+            output = self._output(ticket)
+            outputs.append(output)
+            if not output.finished:
+                continue
+            self._meter.finish(output.outputs[0].finish_reason, output.metrics)
+            del self._tickets[name]
+            self._prompt_logprobs.pop(name, None)
+            for seq in ticket.samples:
+                del self._progress[seq.seq_id], self._num_output[seq.seq_id]
+        self._touched = {}
+        self._tick()
+        return outputs
+
+    def _output(self, ticket: _Ticket) -> RequestOutput:
+        request, samples = ticket.request, []
+        total = 0
+        for seq in ticket.samples:
+            count = self._num_output[seq.seq_id]
+            total += count
+            tokens = tuple(seq.log[seq.num_prompt : seq.num_prompt + count].tolist())
+            samples.append(
+                completion(
+                    self._progress[seq.seq_id],
+                    seq.index,
+                    tokens,
+                    with_logprobs=request.params.logprobs is not None,
+                )
+            )
+        done = all(sample.finished for sample in samples)
+        metrics = dataclasses.replace(
+            ticket.metrics,
+            num_generation_tokens=total,
+            finished_time=self._clock() if done else None,
+        )
+        found = self._prompt_logprobs.get(request.request_id)
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt_text,
+            prompt_token_ids=tuple(request.prompt.tolist()),
+            outputs=tuple(samples),
+            prompt_logprobs=None if found is None else tuple(found),
+            metrics=metrics,
+            num_cached_tokens=ticket.num_cached,
+            seed=ticket.seed,
+        )
+
+    def _tick(self) -> None:
+        """Time counts as busy while some request is unfinished."""
+        now = self._clock()
+        if self._last_tick is not None:
+            self._meter.busy_seconds += now - self._last_tick
+        self._last_tick = now if self._tickets else None
+
+    # Device state and its small programs.
+
+    def _new_batch(self) -> scheduling.BatchScheduler:
+        pool = BlockPool.create(self.config.num_blocks, self.config.block_size)
+        return scheduling.new_batch(self.config.scheduler(), pool)
+
+    def _allocate(self) -> None:
+        """The cache and the batch state, zeroed."""
+        config = self.config
+        self._cache = PagedKVCache.create(
+            num_layers=config.num_layers,
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=config.dtype,
+        )
+        self._state = stepping.new_state(config.max_num_seqs, config.max_blocks)
+        self._masks = None
+        self._neutral = state_row(config.vocab_size)
+
+    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies on write, in programs of a few fixed sizes."""
+        at = 0
+        while at < len(copies):
+            size = next(size for size in COPY_SIZES if size <= len(copies) - at)
+            src, dst = zip(*copies[at : at + size], strict=True)
+            self._cache = self._cache.copy_blocks(src, dst)
+            at += size
+
+    def _write_tables(self, updates: np.ndarray) -> None:
+        padded = np.full((TABLE_UPDATES, 3), self.config.max_num_seqs + 1, np.int32)
+        padded[: len(updates)] = updates
+        self._state = stepping.write_tables(self._state, padded)
+
+    def _write_masks(self, seat: int, row) -> None:
+        if self._masks is None:
+            self._masks = stepping.new_masks(self.config.max_num_seqs, self.config.vocab_size)
+        self._masks = stepping.write_masks(self._masks, np.int32(seat), row)
+
+    # Warm-up.
+
+    def warmup(
+        self,
+        on_progress: Callable[[int, int], None] | None = None,
+        *,
+        shapes: Sequence[stepping.Shape] | None = None,
+    ) -> int:
+        """Compile every program that a request could ask for, then run each once with no rows.
+
+        Args:
+            on_progress: called with (done, all) after each program.
+            shapes: the traces to compile; None: all that the limits allow.
+
+        Returns:
+            How many programs there are.
+        """
+        config = self.config
+        shapes = config.shapes() if shapes is None else shapes
+        masks = stepping.mask_shapes(config.max_num_seqs, config.vocab_size)
+        done = 0
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            jobs = []
+            for shape in shapes:
+                lowered = stepping.run_step.lower(
+                    self._params,
+                    self._cache,
+                    self._state,
+                    np.zeros(shape.plan_size, np.int32),
+                    masks if shape.sampler.masked else None,
+                    forward=self._forward,
+                    shape=shape,
+                    implementation=config.implementation,
+                )
+                jobs.append(pool.submit(lowered.compile))
+            for job in as_completed(jobs):
+                job.result()
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, len(shapes))
+        return done

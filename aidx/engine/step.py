@@ -1,0 +1,451 @@
+"""One step on the device: one function for prefill, decode, prefix hits and forks.
+
+    step(params, cache, state, plan) -> (cache, state, tokens)
+
+`plan` is what only the host knows, packed into one array because the cost of a call grows with the
+number of its arguments; `state` is what only the device knows without a sync: the last token of
+every seat, and the block tables, of which a plan carries the new entries only.  Both `cache` and
+`state` are donated: nothing is copied.
+
+A few traces of it exist, named by `Shape`: how many tokens and rows it has room for, whether a row
+may have more than one token, and which sampler it ends in.  A pure decode step of 5 rows runs in
+the trace for 8 rows of one token.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+import aidx.cache
+from aidx.cache import PagedKVCache
+from aidx.ops.sampling import (
+    SamplingState,
+    Variant,
+    count_tokens,
+    sample,
+    set_state_row,
+    token_logprobs,
+    unpack_rows,
+)
+from aidx.typing import Forward, Params
+
+SAMPLING_COLUMNS = 11  # of aidx.ops.sampling.pack_rows
+# Columns of a row of the plan, before its sampling parameters.
+SEAT, WRITES, CONTEXT, COUNT, TARGET = range(5)
+ROW_COLUMNS = 5 + SAMPLING_COLUMNS
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """What a step ends in; what no row of the step needs is not computed.
+
+    Attributes:
+        variant: of `aidx.sample`.
+        masked: whether per-vocabulary state (counts, masks, bias) is read and kept.
+        num_logprobs: how many of the most likely tokens are reported; None: no logprobs at all.
+    """
+
+    variant: Variant = "greedy"
+    masked: bool = False
+    num_logprobs: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static side of a step: T, R, the bound on a row's tokens, and the sampler.
+
+    Example:
+        >>> Shape(num_tokens=8, num_rows=8, max_q=1, sampler=Sampler()).decode
+        True
+    """
+
+    num_tokens: int
+    num_rows: int
+    max_q: int
+    sampler: Sampler
+
+    @property
+    def decode(self) -> bool:
+        """Whether every row has one token: token i is row i's."""
+        return self.max_q == 1
+
+    @property
+    def num_updates(self) -> int:
+        """Entries of block tables that the plan has room for."""
+        return max(16, self.num_rows)
+
+    @property
+    def plan_size(self) -> int:
+        """i32 words of a packed plan."""
+        return self.num_rows * ROW_COLUMNS + self.num_tokens + 3 * self.num_updates
+
+
+@struct.dataclass
+class BatchState:
+    """What the device remembers between steps, by seat; the last seat stands for nobody.
+
+    Example:
+        >>> state = new_state(max_num_seqs=4, max_blocks=16)
+        >>> state.last_token.shape, state.block_tables.shape
+        ((5,), (5, 16))
+    """
+
+    last_token: jax.Array  # [S + 1] i32
+    block_tables: jax.Array  # [S + 1, M] i32
+
+
+@struct.dataclass
+class Plan:
+    """A step's work as the device reads it (see `Schedule`); padding rows have count 0."""
+
+    seats: jax.Array  # [R] i32, the last seat for padding
+    writes: jax.Array  # [R] i32, the seat whose last token the row draws, the last seat for none
+    context_lens: jax.Array  # [R] i32, keys after this step's write
+    counts: jax.Array  # [R] i32, query tokens
+    targets: jax.Array  # [R] i32, token whose logprob is wanted; -1: the one that is drawn
+    sampling: jax.Array  # [R, 11] i32, packed SamplingRows
+    tokens: jax.Array  # [T] i32, -1: the seat's last token, which only the device knows
+    updates: jax.Array  # [U, 3] i32, (seat, index, block); a seat out of range writes nothing
+
+
+def new_state(max_num_seqs: int, max_blocks: int) -> BatchState:
+    """No tokens, no blocks.  Uploaded from NumPy, so that nothing is compiled."""
+    zeros = functools.partial(np.zeros, dtype=np.int32)
+    return BatchState(
+        last_token=jax.device_put(zeros(max_num_seqs + 1)),
+        block_tables=jax.device_put(zeros((max_num_seqs + 1, max_blocks))),
+    )
+
+
+def mask_shapes(max_num_seqs: int, vocab_size: int) -> SamplingState:
+    """Shapes and dtypes of `new_masks`.
+
+    Example:
+        >>> mask_shapes(3, 40).prompt.shape
+        (4, 2)
+    """
+    s, words = max_num_seqs + 1, -(-vocab_size // 32)
+    return SamplingState(
+        counts=jax.ShapeDtypeStruct((s, vocab_size), jnp.int32),
+        prompt=jax.ShapeDtypeStruct((s, words), jnp.uint32),
+        allowed=jax.ShapeDtypeStruct((s, words), jnp.uint32),
+        stop=jax.ShapeDtypeStruct((s, words), jnp.uint32),
+        bias=jax.ShapeDtypeStruct((s, vocab_size), jnp.float32),
+    )
+
+
+def new_masks(max_num_seqs: int, vocab_size: int) -> SamplingState:
+    """`sampling_state` of every seat.  Uploaded from NumPy, so that nothing is compiled.
+
+    Example:
+        >>> new_masks(3, 40).counts.shape
+        (4, 40)
+    """
+    zeros = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), mask_shapes(max_num_seqs, vocab_size)
+    )
+    return jax.device_put(zeros.replace(allowed=~zeros.allowed))
+
+
+# The plan: packed on the host, unpacked on the device.
+
+
+def pack_plan(
+    shape: Shape,
+    *,
+    max_num_seqs: int,
+    seats: np.ndarray,
+    writes: np.ndarray,
+    starts: np.ndarray,
+    counts: np.ndarray,
+    targets: np.ndarray,
+    sampling: np.ndarray,
+    tokens: np.ndarray,
+    updates: np.ndarray,
+) -> np.ndarray:
+    """One i32 array of `shape.plan_size` words; everything beyond the given rows is padding.
+
+    Raises:
+        ValueError: more rows, tokens or updates than the shape has room for.
+    """
+    rows, size = len(seats), (len(seats), len(tokens), len(updates))
+    room = (shape.num_rows, shape.num_tokens, shape.num_updates)
+    if any(have > most for have, most in zip(size, room, strict=True)):
+        raise ValueError(f"(rows, tokens, updates) {size} do not fit {room}")
+    table = np.zeros((shape.num_rows, ROW_COLUMNS), np.int32)
+    table[:, SEAT] = table[:, WRITES] = max_num_seqs
+    table[:, TARGET] = -1
+    table[:rows, SEAT], table[:rows, WRITES] = seats, writes
+    table[:rows, CONTEXT], table[:rows, COUNT] = starts + counts, counts
+    table[:rows, TARGET] = targets
+    table[:rows, 5:] = sampling
+    packed = np.full(shape.plan_size, -1, np.int32)
+    at = table.size
+    packed[:at] = table.ravel()
+    packed[at : at + len(tokens)] = tokens
+    at += shape.num_tokens
+    packed[at:] = max_num_seqs + 1
+    packed[at : at + updates.size] = updates.ravel()
+    return packed
+
+
+def unpack_plan(packed: jax.Array, shape: Shape) -> Plan:
+    """The inverse of `pack_plan`, on the device."""
+    at = shape.num_rows * ROW_COLUMNS
+    rows = packed[:at].reshape(shape.num_rows, ROW_COLUMNS)
+    return Plan(
+        seats=rows[:, SEAT],
+        writes=rows[:, WRITES],
+        context_lens=rows[:, CONTEXT],
+        counts=rows[:, COUNT],
+        targets=rows[:, TARGET],
+        sampling=rows[:, 5:],
+        tokens=packed[at : at + shape.num_tokens],
+        updates=packed[at + shape.num_tokens :].reshape(shape.num_updates, 3),
+    )
+
+
+# The step.
+
+
+def step(
+    params: Params,
+    cache: PagedKVCache,
+    state: BatchState,
+    packed: jax.Array,
+    masks: SamplingState | None = None,
+    *,
+    forward: Forward,
+    shape: Shape,
+    implementation: Any = None,
+) -> tuple[PagedKVCache, BatchState, SamplingState | None, jax.Array]:
+    """Write, attend, sample.
+
+    Args:
+        params: the model's parameters.
+        cache: the pools; donated.
+        state: donated.
+        packed: `pack_plan`'s array.
+        masks: per-vocabulary sampling state by seat, for a masked sampler; donated.
+        forward: the model.
+        shape: which trace.
+        implementation: of paged attention, see `aidx.ops.paged_attention`.
+
+    Returns:
+        cache, state, masks, and per row `[R, 1]` i32 the drawn token (-1: no finite logit), or
+        `[R, 3 + 2 n]` with logprobs: token, logprob, rank, n tokens, n logprobs (f32 as bits).
+    """
+    with jax.named_scope("plan"):
+        plan = unpack_plan(packed, shape)
+        tables = state.block_tables.at[plan.updates[:, 0], plan.updates[:, 1]].set(
+            plan.updates[:, 2], mode="drop"
+        )
+        q_indptr = jnp.pad(jnp.cumsum(plan.counts, dtype=jnp.int32), (1, 0))
+        row, live = _rows_of_tokens(q_indptr, shape)
+        seat = plan.seats[row]
+        index = jnp.arange(shape.num_tokens, dtype=jnp.int32) - q_indptr[row]
+        positions = jnp.maximum(plan.context_lens[row] - plan.counts[row] + index, 0)
+        tokens = jnp.maximum(jnp.where(plan.tokens < 0, state.last_token[seat], plan.tokens), 0)
+        block, offset = jnp.divmod(positions, cache.block_size)
+        slots = jnp.where(live, tables[seat, block] * cache.block_size + offset, -1)
+    attend = aidx.cache.paged_attend(
+        tables[plan.seats],
+        plan.context_lens,
+        q_indptr,
+        slots,
+        max_q=shape.max_q,
+        implementation=implementation,
+    )
+    last = jnp.maximum(q_indptr[1:] - 1, 0)
+    logits, cache = forward(params, tokens, positions, attend, cache, logits_at=last)
+    with jax.named_scope("sample"):
+        drawn, masks, out = _draw(logits, plan, masks, shape.sampler)
+    last_token = state.last_token.at[plan.writes].set(drawn)
+    return cache, BatchState(last_token, tables), masks, out
+
+
+def _rows_of_tokens(q_indptr: jax.Array, shape: Shape) -> tuple[jax.Array, jax.Array]:
+    """The row of each token `[T]`, and whether it has one."""
+    t = jnp.arange(shape.num_tokens, dtype=jnp.int32)
+    live = t < q_indptr[-1]
+    if shape.decode and shape.num_tokens == shape.num_rows:
+        return t, live
+    row = jnp.searchsorted(q_indptr[1:], t, side="right", method="compare_all")
+    return jnp.minimum(row, shape.num_rows - 1).astype(jnp.int32), live
+
+
+def _draw(logits: jax.Array, plan: Plan, masks: SamplingState | None, sampler: Sampler):
+    """The tokens `[R]`, the masks that have counted them, and what the host reads."""
+    rows = unpack_rows(plan.sampling)
+    own = None
+    if sampler.masked:
+        own = jax.tree.map(lambda leaf: leaf[plan.seats], masks)
+    drawn = sample(logits, rows, plan.context_lens, own, variant=sampler.variant).tokens
+    # A NaN is the largest of its row: the token it wins is no answer.
+    won = jnp.take_along_axis(logits, jnp.maximum(drawn, 0)[:, None], axis=-1)[:, 0]
+    drawn = jnp.where(jnp.isnan(won), -1, drawn)
+    if sampler.masked:
+        nobody = masks.counts.shape[0] - 1
+        masks = count_tokens(masks, plan.writes, jnp.where(plan.writes == nobody, -1, drawn))
+    out = drawn[:, None]
+    if sampler.num_logprobs is not None:
+        asked = jnp.where(plan.targets < 0, drawn, plan.targets)
+        found = token_logprobs(logits, asked, sampler.num_logprobs)
+        bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
+        out = jnp.concatenate(
+            (
+                out,
+                bits(found.logprob)[:, None],
+                found.rank[:, None],
+                found.top_tokens,
+                bits(found.top_logprobs),
+            ),
+            axis=1,
+        )
+    return drawn, masks, out
+
+
+run_step = jax.jit(
+    step,
+    static_argnames=("forward", "shape", "implementation"),
+    donate_argnames=("cache", "state", "masks"),
+)
+"""`step`, compiled once a shape; cache, state and masks are updated in place."""
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write_tables(state: BatchState, updates: jax.Array) -> BatchState:
+    """Entries of block tables that did not fit a plan: `updates` `[U, 3]` (seat, index, block)."""
+    tables = state.block_tables.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
+    return state.replace(block_tables=tables)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write_masks(masks: SamplingState, seat: jax.Array, row: SamplingState) -> SamplingState:
+    """A seat's per-vocabulary sampling state, when a sequence takes the seat."""
+    return set_state_row(masks, seat, row)
+
+
+# Which traces there are.
+
+
+def row_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """Rows that decode steps come in: powers of two, and the most there can be.
+
+    Example:
+        >>> row_buckets(24)
+        (1, 2, 4, 8, 16, 24)
+    """
+    powers = [1 << i for i in range(max_num_seqs.bit_length())]
+    return tuple(sorted({*(p for p in powers if p < max_num_seqs), max_num_seqs}))
+
+
+def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
+    """Tokens that other steps come in: halves near the top, where padding is dear, then quarters.
+
+    Example:
+        >>> token_buckets(2048)
+        (16, 64, 256, 512, 1024, 2048)
+    """
+    sizes, size = [max_num_batched_tokens], max_num_batched_tokens
+    while size > 16:
+        size = -(-size // (2 if len(sizes) < 4 else 4))
+        sizes.append(max(size, 16))
+    return tuple(sorted(set(sizes)))
+
+
+def samplers(max_logprobs: int, *, decode: bool) -> tuple[Sampler, ...]:
+    """The samplers that are compiled, cheapest first.
+
+    A step that prefills is dear enough to draw where the most likely token would do.
+
+    Example:
+        >>> [s.variant for s in samplers(5, decode=True)]
+        ['greedy', 'plain', 'full', 'full']
+    """
+    everything = Sampler("full", masked=True, num_logprobs=max_logprobs)
+    drawing = (Sampler("plain"), Sampler("full"), everything)
+    return (Sampler("greedy"), *drawing) if decode else drawing
+
+
+def all_shapes(
+    max_num_seqs: int, max_num_batched_tokens: int, max_logprobs: int
+) -> tuple[Shape, ...]:
+    """Every trace that a batch with these limits can ask for, the largest first."""
+    decode = [
+        Shape(r, r, 1, sampler)
+        for r in row_buckets(max_num_seqs)
+        for sampler in samplers(max_logprobs, decode=True)
+    ]
+    prefill = [
+        Shape(t, min(max_num_seqs, t), t, sampler)
+        for t in token_buckets(max_num_batched_tokens)
+        for sampler in samplers(max_logprobs, decode=False)
+    ]
+    return tuple(sorted((*decode, *prefill), key=lambda s: s.num_tokens, reverse=True))
+
+
+@functools.lru_cache(maxsize=4096)
+def pick_shape(
+    rows: int,
+    tokens: int,
+    needed: Sampler,
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_logprobs: int,
+) -> Shape:
+    """The smallest trace for `rows` rows of `tokens` tokens in all that samples as `needed`.
+
+    Example:
+        >>> limits = dict(max_num_seqs=8, max_num_batched_tokens=64, max_logprobs=5)
+        >>> shape = pick_shape(3, 3, Sampler(), **limits)
+        >>> shape.num_tokens, shape.max_q
+        (4, 1)
+        >>> shape = pick_shape(2, 10, Sampler(), **limits)
+        >>> shape.num_tokens, shape.num_rows, shape.sampler.variant
+        (16, 8, 'plain')
+    """
+    decode = tokens == rows
+    sampler = next(s for s in samplers(max_logprobs, decode=decode) if _serves(s, needed))
+    if decode:
+        r = next(r for r in row_buckets(max_num_seqs) if r >= rows)
+        return Shape(r, r, 1, sampler)
+    fits = (
+        t
+        for t in token_buckets(max_num_batched_tokens)
+        if t >= tokens and min(max_num_seqs, t) >= rows
+    )
+    t = next(fits)
+    return Shape(t, min(max_num_seqs, t), t, sampler)
+
+
+def _serves(sampler: Sampler, needed: Sampler) -> bool:
+    order = ("greedy", "plain", "full")
+    return (
+        order.index(sampler.variant) >= order.index(needed.variant)
+        and sampler.masked >= needed.masked
+        and (needed.num_logprobs is None or sampler.num_logprobs is not None)
+    )
+
+
+def widest(samplers: Sequence[Sampler]) -> Sampler:
+    """What serves all of these rows.
+
+    Example:
+        >>> widest([Sampler("plain"), Sampler("greedy", num_logprobs=2)])
+        Sampler(variant='plain', masked=False, num_logprobs=2)
+    """
+    order = ("greedy", "plain", "full")
+    logprobs = [s.num_logprobs for s in samplers if s.num_logprobs is not None]
+    return Sampler(
+        max((s.variant for s in samplers), key=order.index, default="greedy"),
+        any(s.masked for s in samplers),
+        max(logprobs, default=None),
+    )
