@@ -1,0 +1,114 @@
+"""The embedded checkpoints, and the script that trains them."""
+
+import importlib
+import itertools
+import json
+import math
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aidx.models import LlamaConfig, init_params, load_model, stack_layers
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The two modules under examples/, which is no package."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        yield importlib.import_module("train_embedded"), importlib.import_module("stdlib_corpus")
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+
+
+@pytest.fixture(scope="module")
+def data(scripts, tmp_path_factory):
+    """What `prepare` makes of six small modules."""
+    _, corpus = scripts
+    root, folder = tmp_path_factory.mktemp("lib"), tmp_path_factory.mktemp("data")
+    for i in range(40):
+        (root / f"file{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\n" * 20)
+    (root / "broken.py").write_bytes(b"# \xff\n")
+    (root / "copy.py").write_bytes((root / "file1.py").read_bytes())
+    (root / "site-packages").mkdir()
+    (root / "site-packages" / "theirs.py").write_text("x = 1\n")
+    return folder, corpus.prepare(folder, vocab_size=300, root=root), root
+
+
+def test_the_corpus_is_distinct_files_of_the_standard_library(scripts, data):
+    _, corpus = scripts
+    folder, meta, root = data
+    names = [name for name, _ in corpus.source_files(root)]
+    assert names == sorted(names) and len(names) == 40
+    assert "broken.py" not in names and "copy.py" in names  # the first of two equal files stays
+    assert "file1.py" not in names
+    held = [n for n in names if corpus.held_out(n)]
+    assert held and meta["heldout"]["files"] == len(held)
+    for part in ("train", "heldout"):
+        tokens = np.fromfile(folder / f"{part}.bin", np.uint16)
+        assert tokens.size == meta[part]["tokens"] and tokens.max() < meta["vocab_size"]
+        assert (tokens == 0).sum() == meta[part]["files"]  # one end of text a document
+
+
+def test_the_tokenizer_survives_any_text_and_splits_at_line_ends(scripts, data):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(data[0] / "tokenizer.json"))
+    for text in ("def f(x):\n    return x\n", "naïve 漢字 🙂 \t\r\n x", "\x00\x7f", "   lead"):
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+    # A prompt may end after a line end or after the indentation without changing its tokens.
+    whole = tokenizer.encode("def f(x):\n    return x").ids
+    for prompt in ("def f(x):\n", "def f(x):\n    "):
+        assert whole[: len(tokenizer.encode(prompt).ids)] == tokenizer.encode(prompt).ids
+
+
+def test_the_schedule_warms_up_holds_and_falls_to_zero(scripts):
+    train, _ = scripts
+    rates = [float(train.schedule(jnp.int32(i), jnp.float32(1000))) for i in range(1001)]
+    assert rates[0] == pytest.approx(1 / train.WARMUP) and rates[1000] == 0
+    assert rates[train.WARMUP] == rates[500] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(rates[500:]))
+
+
+def test_dropout_keeps_the_mean_and_refuses_what_it_cannot_do(scripts):
+    train, _ = scripts
+    q, k = jnp.ones((1, 64, 2, 8)), jnp.ones((1, 64, 1, 8))
+    plain, _ = train.dropping_attend(jax.random.key(0), 0.0, "xla")(None, 0, q, k, k)
+    dropped, _ = train.dropping_attend(jax.random.key(0), 0.25, "xla")(None, 0, q, k, k)
+    np.testing.assert_allclose(plain, 1.0, rtol=1e-5)
+    assert float((dropped == 0).mean()) == pytest.approx(0.25, abs=0.05)
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.08)
+    with pytest.raises(NotImplementedError, match="window=4"):
+        train.dropping_attend(jax.random.key(0), 0.0, "xla")(None, 0, q, k, k, window=4)
+
+
+def test_every_matrix_of_a_layer_is_orthogonalised_by_itself(scripts):
+    train, _ = scripts
+    config = LlamaConfig(64, 16, 24, 2, 4, 2, 8, tied=True)
+    params = stack_layers(init_params(config, jax.random.key(0)))
+    transform = train.optimizer(train.Recipe(weight_decay=0.0))
+    updates, _ = transform.update(params, transform.init(params), params)
+    qkv = np.asarray(updates["layers"]["qkv"])  # [L, D, K, G+2, H]
+    for layer, kv, part in np.ndindex(2, 2, 4):
+        singular = np.linalg.svd(qkv[layer, :, kv, part], compute_uv=False)
+        assert (singular / (0.2 * 4)).min() > 0.5 and (singular / (0.2 * 4)).max() < 1.3
+
+
+def test_a_short_run_writes_two_checkpoints_that_load(scripts, data, tmp_path, monkeypatch):
+    train, _ = scripts
+    monkeypatch.setattr(train, "TINY", LlamaConfig(300, 16, 24, 1, 1, 1, 8, tied=True,
+                                                   max_position_embeddings=32))  # fmt: skip
+    train.main(["--stage", "train", "--tiny", "--data", str(data[0]), "--out", str(tmp_path),
+                "--minutes", "0", "--draft-minutes", "1e-6", "--batch", "4"])  # fmt: skip
+    for name in ("embedded", "embedded-draft"):
+        model = load_model(tmp_path / name)
+        assert model.eos_token_ids == (0,) and model.config.tied
+        assert model.tokenizer.encode_chat([{"role": "user", "content": "1 + 1"}])
+        report = json.loads((tmp_path / name / "training.json").read_text())
+        assert report["heldout_nll"] < math.log(300) - 0.2  # learned something
+    assert report["agreement_with_teacher"] > 0.2
