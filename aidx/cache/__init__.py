@@ -7,6 +7,7 @@ through an `Attend` (`contiguous_attend`, `paged_attend`, `no_cache_attend`).
 
 from aidx.cache.attend import contiguous_attend as contiguous_attend
 from aidx.cache.attend import no_cache_attend as no_cache_attend
+from aidx.cache.attend import paged_attend as paged_attend
 from aidx.cache.block_pool import NULL_BLOCK as NULL_BLOCK
 from aidx.cache.block_pool import BlockKey as BlockKey
 from aidx.cache.block_pool import BlockPool as BlockPool

@@ -7,9 +7,12 @@ too, hence how a prompt is cut into chunks changes nothing.
 
 import jax.numpy as jnp
 
-from aidx.cache.contiguous import KVCache, dequantize, quantize_int8
+from aidx.cache.contiguous import KVCache, dequantize
+from aidx.cache.paged import PagedKVCache
 from aidx.ops.flash_attention import flash_attention
+from aidx.ops.paged_attention import Cascade, paged_attention
 from aidx.ops.registry import ImplementationChoice
+from aidx.ops.write_kv import quantise
 from aidx.typing import Array, Attend, Cache
 
 
@@ -123,6 +126,75 @@ def contiguous_attend(
     return attend
 
 
+def paged_attend(
+    block_tables: Array,
+    context_lens: Array,
+    q_indptr: Array,
+    slots: Array,
+    *,
+    max_q: int | None = None,
+    positions: Array | None = None,
+    tree_mask: Array | None = None,
+    cascade: Cascade | None = None,
+    deterministic: bool = False,
+    implementation: ImplementationChoice = None,
+) -> Attend:
+    """Write into the slots of a `PagedKVCache` and attend through the rows' block tables.
+
+    Args:
+        block_tables: `[R, M]` i32.
+        context_lens: `[R]` i32, keys of a row with those of this call; 0 for a padding row.
+        q_indptr: `[R + 1]` i32: row r owns tokens `q_indptr[r]:q_indptr[r + 1]` of `[T]`.
+        slots: `[T]` i32: where each token is stored; -1 for padding.
+        max_q: static bound on a row's tokens, 1 for pure decode; None is T.
+        positions, tree_mask, cascade, deterministic, implementation: of `paged_attention`.
+
+    A pool that is neither quantised nor of q's dtype lends its dtype to the computation; the output
+    is q's again.
+
+    Example:
+        >>> cache = PagedKVCache.create(
+        ...     num_layers=1, num_blocks=4, block_size=2, num_kv_heads=1, head_dim=4
+        ... )
+        >>> attend = paged_attend(
+        ...     jnp.array([[2, 1]]), jnp.array([3]), jnp.array([0, 3]), jnp.array([4, 5, 2])
+        ... )
+        >>> q, kv = jnp.ones((3, 2, 4)), jnp.ones((3, 1, 4))
+        >>> out, cache = attend(cache, 0, q, kv, kv)
+        >>> out.shape, cache.k[0][1, 0, :, 0].tolist()
+        ((3, 2, 4), [1.0, 0.0])
+    """
+
+    def attend(
+        cache: PagedKVCache, layer, q, k, v, *, window=None, scale=None, soft_cap=None, sinks=None
+    ) -> tuple[Array, Cache]:
+        cache = cache.write(layer, k, v, slots)
+        quantised = cache.k_scale is not None and cache.v_scale is not None
+        out = paged_attention(
+            q if quantised else q.astype(cache.k[layer].dtype),
+            cache.k[layer],
+            cache.v[layer],
+            block_tables,
+            context_lens,
+            q_indptr,
+            max_q=max_q,
+            positions=positions,
+            window=window,
+            logits_soft_cap=soft_cap,
+            sinks=sinks,
+            tree_mask=tree_mask,
+            cascade=cascade,
+            scale=scale,
+            k_scale=cache.k_scale[layer] if quantised else None,
+            v_scale=cache.v_scale[layer] if quantised else None,
+            deterministic=deterministic,
+            implementation=implementation,
+        )
+        return out.astype(q.dtype), cache
+
+    return attend
+
+
 def _unrolled(cache: KVCache, layer: int, k: Array, v: Array, dtype) -> tuple[Array, Array]:
     """`[B, S + T, K, H]`: what a ring holds, oldest first, and behind it the new tokens.
 
@@ -138,7 +210,9 @@ def _unrolled(cache: KVCache, layer: int, k: Array, v: Array, dtype) -> tuple[Ar
     past_k, past_v, _ = cache.get(layer)
 
     def join(past, values):
-        stored = dequantize(*quantize_int8(values)) if cache.k_scale else values.astype(past.dtype)
+        stored = (
+            dequantize(*quantise(values, jnp.int8)) if cache.k_scale else values.astype(past.dtype)
+        )
         take = lambda x, at: jnp.take_along_axis(x, at[..., None, None], axis=1)
         joined = jnp.where((index < held)[..., None, None], take(past, old), take(stored, new))
         return joined.astype(dtype)

@@ -15,6 +15,7 @@ from flax import struct
 from jax.experimental import checkify
 
 from aidx.cache.config import KVCacheConfig
+from aidx.ops.write_kv import quantise
 
 
 class CacheOverflow(ValueError):
@@ -132,7 +133,7 @@ class KVCache:
                 are known; under `jit` what does not fit is dropped and `overflowed` becomes true).
             ValueError: shapes do not fit the cache.
         """
-        layer = _static_layer(layer)
+        layer = static_layer(layer)
         counts = self._check(layer, k, v, counts)
         slots, lengths, starts = self._plan(layer, k.shape[1], counts)
         return self._store(layer, k, v, slots).replace(
@@ -147,7 +148,7 @@ class KVCache:
         `positions[b, s]` is the absolute position of what lies in slot s of row b, -1 where nothing
         does.  int8 comes back as f32.
         """
-        layer = _static_layer(layer)
+        layer = static_layer(layer)
         size = self.capacity(layer)
         slots = jnp.arange(size, dtype=jnp.int32)[None]
         lengths, starts = self.lengths[layer][:, None], self.starts[layer][:, None]
@@ -176,7 +177,7 @@ class KVCache:
             IndexError: a position is not held (under `jit` it is not written).
             ValueError: shapes do not fit the cache.
         """
-        layer = _static_layer(layer)
+        layer = static_layer(layer)
         self._check(layer, k, v, None, room=False)
         positions = jnp.asarray(positions, jnp.int32)
         if positions.shape != k.shape[:2]:
@@ -369,7 +370,7 @@ class KVCache:
         with jax.named_scope("kv_write"):
             if self.k_scale is None or self.v_scale is None:
                 return self.replace(k=put(self.k, k), v=put(self.v, v))
-            (k, k_scale), (v, v_scale) = quantize_int8(k), quantize_int8(v)
+            (k, k_scale), (v, v_scale) = quantise(k, jnp.int8), quantise(v, jnp.int8)
             return self.replace(
                 k=put(self.k, k),
                 v=put(self.v, v),
@@ -405,26 +406,6 @@ class KVCache:
         return rows
 
 
-def quantize_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Symmetric int8 with one scale per leading index: `x ~ q * scale`, `scale = max|x| / 127`.
-
-    Args:
-        x: `[..., H]` floating.
-
-    Returns:
-        q `[..., H]` i8 and scale `[...]` f32; the error is at most scale / 2.
-
-    Example:
-        >>> q, scale = quantize_int8(jnp.array([[-1.0, 0.5]]))
-        >>> q.tolist(), f"{scale[0]:.4f}"
-        ([[-127, 64]], '0.0079')
-    """
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / 127
-    q = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
-    return q.astype(jnp.int8), scale
-
-
 def dequantize(q: jax.Array, scale: jax.Array | None) -> jax.Array:
     """`q * scale` in f32, or q itself where nothing was scaled.
 
@@ -439,7 +420,16 @@ def _traced(*values) -> bool:
     return any(isinstance(value, jax.core.Tracer) for value in values)
 
 
-def _static_layer(layer) -> int:
+def static_layer(layer) -> int:
+    """`layer` as an int.
+
+    Raises:
+        TypeError: it is traced.
+
+    Example:
+        >>> static_layer(np.int32(3))
+        3
+    """
     try:
         return operator.index(layer)
     except TypeError as error:

@@ -11,6 +11,8 @@ from flax import struct
 from aidx.cache.block_pool import BlockPool
 from aidx.cache.block_table import BlockTable
 from aidx.cache.config import KVCacheConfig
+from aidx.cache.contiguous import dequantize, static_layer
+from aidx.ops.write_kv import QUANTISED_MAX, write_kv
 
 
 @struct.dataclass
@@ -31,7 +33,7 @@ class PagedKVCache:
 
     k: tuple[jax.Array, ...]  # per layer [P, K, block_size, H]
     v: tuple[jax.Array, ...]  # per layer [P, K, block_size, H]
-    k_scale: tuple[jax.Array, ...] | None = None  # int8: per layer [P, K, block_size] f32
+    k_scale: tuple[jax.Array, ...] | None = None  # quantised: per layer [P, K, block_size] f32
     v_scale: tuple[jax.Array, ...] | None = None
 
     @classmethod
@@ -46,7 +48,14 @@ class PagedKVCache:
         dtype: jax.typing.DTypeLike = "bfloat16",
         sharding: jax.sharding.Sharding | None = None,
     ) -> "PagedKVCache":
-        """Zeroed pools; with `sharding` placed so (heads are axis 1 of `[P, K, block_size, H]`).
+        """Zeroed pools.
+
+        Args:
+            num_layers, num_blocks, block_size, num_kv_heads, head_dim: the geometry; block 0 is the
+                null block.
+            dtype: bf16, f16 or f32, which should be the model's; or int8 or float8_e4m3fn with one
+                f32 scale per token and head.
+            sharding: of every pool; heads are axis 1 of `[P, K, block_size, H]`.
 
         Raises:
             ValueError: a size below 1.
@@ -67,7 +76,7 @@ class PagedKVCache:
             make = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
             return tuple(make() for _ in range(num_layers))
 
-        scaled = jnp.dtype(dtype) == jnp.int8
+        scaled = jnp.dtype(dtype) in QUANTISED_MAX
         scales = (lambda: pools(shape[:-1], jnp.float32)) if scaled else lambda: None
         return cls(pools(shape, dtype), pools(shape, dtype), scales(), scales())
 
@@ -100,6 +109,35 @@ class PagedKVCache:
     def memory_bytes(self) -> int:
         """Bytes of all pools."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def write(self, layer: int, k: jax.Array, v: jax.Array, slots: jax.Array) -> "PagedKVCache":
+        """K and V `[T, K, H]` into `slots` `[T]` i32 of one layer; slot -1 writes nothing.
+
+        In place when the cache is donated to the program that calls this.
+        """
+        layer = static_layer(layer)
+
+        def put(pools, new):
+            return (*pools[:layer], new, *pools[layer + 1 :])
+
+        if self.k_scale is None or self.v_scale is None:
+            new_k, new_v = write_kv(self.k[layer], self.v[layer], k, v, slots)
+            return self.replace(k=put(self.k, new_k), v=put(self.v, new_v))
+        new_k, new_v, k_scale, v_scale = write_kv(
+            self.k[layer],
+            self.v[layer],
+            k,
+            v,
+            slots,
+            k_scale=self.k_scale[layer],
+            v_scale=self.v_scale[layer],
+        )
+        return self.replace(
+            k=put(self.k, new_k),
+            v=put(self.v, new_v),
+            k_scale=put(self.k_scale, k_scale),
+            v_scale=put(self.v_scale, v_scale),
+        )
 
     def copy_blocks(self, src: Sequence[int] | np.ndarray, dst: Sequence[int] | np.ndarray):
         """Block `dst[i]` becomes a copy of block `src[i]` in every layer, in place: donates self.
@@ -139,12 +177,12 @@ class PagedKVCache:
         return jax.tree.map(leaf, self)
 
     def read(self, layer: int, slots: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-        """K and V `[T, K, H]` at `slots` `[T]`, as stored, or int8 times scale in f32."""
+        """K and V `[T, K, H]` at `slots` `[T]`, as stored, or scaled in f32."""
         block, offset = jnp.divmod(jnp.asarray(slots, jnp.int32), self.block_size)
 
         def values(pool, scale):
             at = pool[layer][block, :, offset]
-            return at if scale is None else at * scale[layer][block, :, offset][..., None]
+            return dequantize(at, scale and scale[layer][block, :, offset])
 
         return values(self.k, self.k_scale), values(self.v, self.v_scale)
 
