@@ -9,10 +9,11 @@ entry per vocabulary item (`SamplingState`) enters only where some row uses it: 
                -> penalties: repetition (prompt and output), frequency and presence (output)
                -> temperature -> min_p -> top_k -> top_p -> draw
 
-Truncation sorts nothing.  min_p, top_k and top_p each keep the tokens at or above some logit, and
-that logit is found bit by bit (`_largest_threshold`), which is exact.
+Truncation sorts nothing.  min_p, top_k and top_p each keep the tokens at or above some threshold,
+and that one is found digit by digit of its binary form (`_largest_key`), which is exact.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from flax import struct
 Array = jax.Array
 Variant = Literal["greedy", "plain", "full"]
 VARIANTS: tuple[Variant, ...] = ("greedy", "plain", "full")
+_CHUNK = 256  # tokens summed at a time
 
 
 @struct.dataclass
@@ -306,8 +308,9 @@ def sample(
 
     A row at temperature 0 takes the largest logit after masks, bias and penalties; of equal ones
     the lowest id.  Truncation keeps ties: token i stays if fewer than top_k tokens are more likely
-    and if those that are more likely hold less than top_p of the mass that min_p and top_k left
-    (that sum is float32: a set can differ where a cumulative mass meets top_p to 1e-6).
+    and if those that are more likely hold less than top_p of the mass that min_p and top_k left.
+    Probabilities and their sums are float32: tokens whose probabilities round to the same are ties
+    for top_p, and a set can differ where a cumulative mass meets top_p to 1e-6.
 
     Raises:
       ValueError: an unknown variant, shapes that differ, state given to a variant without state.
@@ -419,57 +422,102 @@ def truncate_logits(x: Array, top_k: Array, top_p: Array, min_p: Array) -> Array
         top_k: fewer than top_k tokens have x_j > x_i
         top_p: sum of softmax(x)_j over x_j > x_i is less than top_p, after the two above
 
-    Each keeps an upper set {x >= t}, ties included, so the three thresholds are all there is to
-    find.  No sort, no [R, V] intermediate.
+    Each keeps an upper set {x >= t}, ties included, so three thresholds are all there is to find.
 
     >>> x = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
     >>> kept = truncate_logits(x, jnp.array([0]), jnp.array([0.6]), jnp.array([0.0]))
     >>> jnp.isfinite(kept).tolist()
     [[True, True, False]]
     """
-    vocab_size = x.shape[-1]
+    num_rows, vocab_size = x.shape
     top_k, top_p, min_p = (jnp.asarray(a) for a in (top_k, top_p, min_p))
     top = jnp.max(x, axis=-1)
+    # Sums go over chunks first: in f32 a running sum over 10^5 terms would lose the tail.
+    chunks = jnp.pad(x, ((0, 0), (0, -vocab_size % _CHUNK)), constant_values=-jnp.inf)
+    chunks = chunks.reshape(num_rows, -1, _CHUNK)
     with jax.named_scope("min_p"):
         floor = top + jnp.log(min_p)  # log(0) = -inf keeps everything
     with jax.named_scope("top_k"):
         k = jnp.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k)
-        floor = jnp.maximum(floor, _largest_threshold(x, None, k))
+        floor = jnp.maximum(floor, _kth_largest(chunks, k))
     with jax.named_scope("top_p"):
-        shift = jnp.where(jnp.isfinite(top), top, 0.0)
-        mass = jnp.where(x >= floor[:, None], jnp.exp(x - shift[:, None]), 0.0)
-        nucleus = _largest_threshold(x, mass, top_p * jnp.sum(mass, axis=-1))
-        # top_p = 1 must not lose a tail that rounding hid; the most likely token always stays.
-        nucleus = jnp.where(top_p >= 1, -jnp.inf, jnp.minimum(nucleus, top))
-        floor = jnp.maximum(floor, nucleus)
-    return jnp.where(x >= floor[:, None], x, -jnp.inf)
+        shift = jnp.where(jnp.isfinite(top), top, 0.0)[:, None, None]
+        mass = jnp.where(chunks >= floor[:, None, None], jnp.exp(chunks - shift), 0.0)
+        least = _least_mass(mass, top_p * jnp.sum(jnp.sum(mass, axis=-1), axis=-1))
+        # top_p = 1 must not lose a tail that rounding hid.
+        least = jnp.where(top_p >= 1, 0.0, least)[:, None, None]
+        kept = (chunks >= floor[:, None, None]) & (mass >= least)
+    kept = kept.reshape(num_rows, -1)[:, :vocab_size]
+    return jnp.where(kept, x, -jnp.inf)
 
 
-def _largest_threshold(x: Array, weight: Array | None, target: Array, digit_bits: int = 1) -> Array:
-    """The largest float t `[R]` with sum(weight[x >= t]) >= target (weight None counts tokens).
+def _kth_largest(x: Array, k: Array) -> Array:
+    """The k-th largest of each row of f32 `[R, C, c]`, k i32 `[R]`: exact, without a sort.
 
-    Floats in order are integers in order once the negative ones are flipped, so t is found digit
-    by digit from the top: 32 / digit_bits passes over x, each with 2^digit_bits - 1 candidates.
-    Float sums are monotone in t because every candidate adds the same terms, some of them zero, in
-    the same order.
+    It is the largest t with #(x >= t) >= k.
     """
-    digits = range(1, 2**digit_bits)
 
-    def descend(step, prefix):
-        shift = (32 - digit_bits * (step + 1)).astype(jnp.uint32)
-        digit = jnp.zeros_like(prefix)
-        for d in digits:
-            above = x >= _float_of_key(prefix | (jnp.uint32(d) << shift))[:, None]
-            total = jnp.sum(above if weight is None else jnp.where(above, weight, 0.0), axis=-1)
-            digit = digit + (total >= target).astype(jnp.uint32)
-        return prefix | (digit << shift)
+    def count(thresholds):
+        return _sums(tuple((x >= t[:, None, None]).astype(jnp.int32) for t in thresholds))
 
-    prefix = jnp.zeros(x.shape[:-1], jnp.uint32)
-    return _float_of_key(jax.lax.fori_loop(0, 32 // digit_bits, descend, prefix))
+    return _float_of_key(_largest_key(count, _float_of_key, k, num_bits=32))
+
+
+def _least_mass(mass: Array, target: Array) -> Array:
+    """The largest t in [0, 1] with sum(mass[mass >= t]) >= target; mass f32 `[R, C, c]` in [0, 1].
+
+    The sum falls as t grows, also in floating point: each t adds the same terms, some of them zero,
+    in the same order.  Floats from 0 to 1 have 30 bits that order them.
+    """
+
+    def total(thresholds):
+        return _sums(tuple(jnp.where(mass >= t[:, None, None], mass, 0.0) for t in thresholds))
+
+    to_float = lambda key: jax.lax.bitcast_convert_type(key, jnp.float32)
+    found = to_float(_largest_key(total, to_float, target, num_bits=30))
+    return jnp.minimum(found, jnp.max(mass, axis=(1, 2)))  # the most likely token always stays
+
+
+def _largest_key(totals, to_float, target: Array, num_bits: int) -> Array:
+    """The largest u32 key `[R]` below 2^num_bits with totals(to_float(key)) >= target.
+
+    `totals` (of several thresholds at once) must fall as the threshold grows.  Digit by digit from
+    the top: a digit of b bits costs one pass over the row with 2^b - 1 thresholds.  A GPU is bound
+    by reading the row, so b = 3; a CPU by comparing, so b = 1.
+    """
+
+    def search(digit_bits, target):
+        steps = -(-num_bits // digit_bits)
+
+        def descend(step, prefix):
+            shift = (digit_bits * (steps - 1 - step)).astype(jnp.uint32)
+            thresholds = []
+            for digit in range(1, 2**digit_bits):
+                part = jnp.uint32(digit) << shift
+                fits = part >> shift == digit  # the top digit may reach past 32 bits
+                thresholds.append(jnp.where(fits, to_float(prefix | part), jnp.nan))
+            reached = [total >= target for total in totals(thresholds)]
+            return prefix | (sum(r.astype(jnp.uint32) for r in reached) << shift)
+
+        return jax.lax.fori_loop(0, steps, descend, jnp.zeros(target.shape, jnp.uint32))
+
+    return jax.lax.platform_dependent(
+        target, cpu=functools.partial(search, 1), default=functools.partial(search, 3)
+    )
+
+
+def _sums(terms: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The sums of several `[R, C, c]` to `[R]` each, in one pass over what they are made from."""
+    zeros = (jnp.zeros((), terms[0].dtype),) * len(terms)
+    add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))
+    return jax.lax.reduce(jax.lax.reduce(terms, zeros, add, (2,)), zeros, add, (1,))
 
 
 def _float_of_key(key: Array) -> Array:
-    """u32 keys to the f32 that they order; keys below -inf's give -inf, those above inf's NaN."""
+    """u32 keys to the f32 that they order: the sign bit flipped, negative floats' bits too.
+
+    Keys below -inf's give -inf, those above inf's NaN (which no number reaches).
+    """
     key = jnp.maximum(key, jnp.uint32(0x007FFFFF))
     bits = jnp.where(key >> 31 == 1, key ^ jnp.uint32(0x80000000), ~key)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
