@@ -478,7 +478,9 @@ class Engine:
     def _run(self, shape: stepping.Shape, packed: np.ndarray) -> jax.Array:
         masked = shape.sampler.masked
         if masked and self._masks is None:
-            self._masks = stepping.new_masks(self.config.max_num_seqs, self.config.vocab_size)
+            self._masks = self._put(
+                stepping.new_masks(self.config.max_num_seqs, self.config.vocab_size)
+            )
         self._cache, self._state, masks, out = stepping.run_step(
             self._params,
             self._cache,
@@ -787,17 +789,23 @@ class Engine:
     def _allocate(self) -> None:
         """The cache and the batch state, zeroed."""
         config = self.config
-        self._cache = PagedKVCache.create(
+        cache = PagedKVCache.create(
             num_layers=config.num_layers,
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype=config.dtype,
+            sharding=stepping.cache_sharding(self._params, config.num_kv_heads),
         )
-        self._state = stepping.new_state(config.max_num_seqs, config.max_blocks)
+        self._cache = cache
+        self._state = self._put(stepping.new_state(config.max_num_seqs, config.max_blocks))
         self._masks = None
         self._neutral = state_row(config.vocab_size)
+
+    def _put(self, tree):
+        """On every device that the parameters are on."""
+        return jax.device_put(tree, stepping.state_sharding(self._params))
 
     def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies on write, in programs of a few fixed sizes."""
@@ -815,7 +823,9 @@ class Engine:
 
     def _write_masks(self, seat: int, row) -> None:
         if self._masks is None:
-            self._masks = stepping.new_masks(self.config.max_num_seqs, self.config.vocab_size)
+            self._masks = self._put(
+                stepping.new_masks(self.config.max_num_seqs, self.config.vocab_size)
+            )
         self._masks = stepping.write_masks(self._masks, np.int32(seat), row)
 
     # Warm-up.
@@ -836,11 +846,17 @@ class Engine:
             How many programs there are.
         """
         config = self.config
+        if self._tickets:
+            raise RuntimeError("warm up before the first request")
         shapes = config.shapes() if shapes is None else shapes
-        masks = stepping.mask_shapes(config.max_num_seqs, config.vocab_size)
+        masks = stepping.mask_shapes(
+            config.max_num_seqs, config.vocab_size, stepping.state_sharding(self._params)
+        )
         done = 0
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            jobs = []
+            jobs = [
+                pool.submit(stepping.write_masks.lower(masks, np.int32(0), self._neutral).compile)
+            ]
             for shape in shapes:
                 lowered = stepping.run_step.lower(
                     self._params,
@@ -857,5 +873,28 @@ class Engine:
                 job.result()
                 done += 1
                 if on_progress is not None:
-                    on_progress(done, len(shapes))
+                    on_progress(done, len(jobs))
+        for shape in shapes:
+            if not shape.sampler.masked:  # those need memory that may never be needed
+                self._run(shape, self._empty_plan(shape))
+        self._write_tables(np.zeros((0, 3), np.int32))
+        for size in COPY_SIZES:
+            blocks = range(min(size, config.num_blocks))
+            self._cache = self._cache.copy_blocks(blocks, blocks)
+        jax.block_until_ready((self._cache, self._state))
         return done
+
+    def _empty_plan(self, shape: stepping.Shape) -> np.ndarray:
+        nothing = np.zeros(0, np.int64)
+        return stepping.pack_plan(
+            shape,
+            max_num_seqs=self.config.max_num_seqs,
+            seats=nothing,
+            writes=nothing,
+            starts=nothing,
+            counts=nothing,
+            targets=nothing,
+            sampling=np.zeros((0, stepping.SAMPLING_COLUMNS), np.int32),
+            tokens=nothing,
+            updates=np.zeros((0, 3), np.int32),
+        )

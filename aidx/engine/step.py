@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-import aidx.cache
-from aidx.cache import PagedKVCache
+from aidx.cache import PagedKVCache, paged_attend
 from aidx.ops.sampling import (
     SamplingState,
     Variant,
@@ -115,15 +114,16 @@ class Plan:
 
 
 def new_state(max_num_seqs: int, max_blocks: int) -> BatchState:
-    """No tokens, no blocks.  Uploaded from NumPy, so that nothing is compiled."""
-    zeros = functools.partial(np.zeros, dtype=np.int32)
+    """No tokens, no blocks; NumPy arrays, which are uploaded without compiling anything."""
     return BatchState(
-        last_token=jax.device_put(zeros(max_num_seqs + 1)),
-        block_tables=jax.device_put(zeros((max_num_seqs + 1, max_blocks))),
+        last_token=np.zeros(max_num_seqs + 1, np.int32),
+        block_tables=np.zeros((max_num_seqs + 1, max_blocks), np.int32),
     )
 
 
-def mask_shapes(max_num_seqs: int, vocab_size: int) -> SamplingState:
+def mask_shapes(
+    max_num_seqs: int, vocab_size: int, sharding: jax.sharding.Sharding | None = None
+) -> SamplingState:
     """Shapes and dtypes of `new_masks`.
 
     Example:
@@ -131,26 +131,66 @@ def mask_shapes(max_num_seqs: int, vocab_size: int) -> SamplingState:
         (4, 2)
     """
     s, words = max_num_seqs + 1, -(-vocab_size // 32)
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     return SamplingState(
-        counts=jax.ShapeDtypeStruct((s, vocab_size), jnp.int32),
-        prompt=jax.ShapeDtypeStruct((s, words), jnp.uint32),
-        allowed=jax.ShapeDtypeStruct((s, words), jnp.uint32),
-        stop=jax.ShapeDtypeStruct((s, words), jnp.uint32),
-        bias=jax.ShapeDtypeStruct((s, vocab_size), jnp.float32),
+        counts=shape((s, vocab_size), jnp.int32),
+        prompt=shape((s, words), jnp.uint32),
+        allowed=shape((s, words), jnp.uint32),
+        stop=shape((s, words), jnp.uint32),
+        bias=shape((s, vocab_size), jnp.float32),
     )
 
 
 def new_masks(max_num_seqs: int, vocab_size: int) -> SamplingState:
-    """`sampling_state` of every seat.  Uploaded from NumPy, so that nothing is compiled.
+    """`sampling_state` of every seat in NumPy, which is uploaded without compiling anything.
 
     Example:
         >>> new_masks(3, 40).counts.shape
         (4, 40)
     """
-    zeros = jax.tree.map(
-        lambda x: np.zeros(x.shape, x.dtype), mask_shapes(max_num_seqs, vocab_size)
-    )
-    return jax.device_put(zeros.replace(allowed=~zeros.allowed))
+    shapes = mask_shapes(max_num_seqs, vocab_size)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    return zeros.replace(allowed=~zeros.allowed)
+
+
+def state_sharding(params: Params) -> jax.sharding.Sharding:
+    """Where the batch state lies: whole on every device that the parameters are on.
+
+    Being explicit matters on one device too: a program is compiled for arguments that are tied to
+    a device or for such that are not, and what a step returns is tied if any argument was.
+    """
+    leaf = jax.tree.leaves(params)[0]
+    if isinstance(leaf.sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.SingleDeviceSharding(next(iter(leaf.devices())))
+
+
+def cache_sharding(params: Params, num_kv_heads: int) -> jax.sharding.Sharding:
+    """Where the pools `[P, K, block_size, H]` lie: split by KV head as the parameters are.
+
+    Example:
+        >>> cache_sharding({"embed": jnp.zeros(3)}, 2).device_set == {jax.devices()[0]}
+        True
+    """
+    whole = state_sharding(params)
+    if not isinstance(whole, jax.sharding.NamedSharding):
+        return whole
+    axes = {a for leaf in jax.tree.leaves(params) for a in leaf.sharding.spec if a is not None}
+    split = [a for a in axes if num_kv_heads % whole.mesh.shape[a] == 0]
+    spec = jax.sharding.PartitionSpec(None, *split[:1])
+    return jax.sharding.NamedSharding(whole.mesh, spec)
+
+
+def cache_splits(params: Params, num_kv_heads: int) -> int:
+    """Over how many devices a block is spread.
+
+    Example:
+        >>> cache_splits({"embed": jnp.zeros(3)}, 2)
+        1
+    """
+    sharding = cache_sharding(params, num_kv_heads)
+    shape = (1, num_kv_heads, 1, 1)
+    return num_kv_heads // sharding.shard_shape(shape)[1]
 
 
 # The plan: packed on the host, unpacked on the device.
@@ -254,7 +294,7 @@ def step(
         tokens = jnp.maximum(jnp.where(plan.tokens < 0, state.last_token[seat], plan.tokens), 0)
         block, offset = jnp.divmod(positions, cache.block_size)
         slots = jnp.where(live, tables[seat, block] * cache.block_size + offset, -1)
-    attend = aidx.cache.paged_attend(
+    attend = paged_attend(
         tables[plan.seats],
         plan.context_lens,
         q_indptr,
@@ -449,3 +489,36 @@ def widest(samplers: Sequence[Sampler]) -> Sampler:
         any(s.masked for s in samplers),
         max(logprobs, default=None),
     )
+
+
+def temporary_bytes(forward: Forward, params: Params, config: Any) -> int:
+    """Device memory that the largest step needs besides parameters, cache and state.
+
+    Found by compiling that step with a pool of two blocks: the pool is updated in place, so its
+    size does not enter.  `config` is an `EngineConfig`.
+    """
+    shape = config.shapes()[0]
+    cache = PagedKVCache.create(
+        num_layers=config.num_layers,
+        num_blocks=2,
+        block_size=config.block_size,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+        sharding=cache_sharding(params, config.num_kv_heads),
+    )
+    masks = mask_shapes(config.max_num_seqs, config.vocab_size, state_sharding(params))
+    everything = dataclasses.replace(shape, sampler=samplers(config.max_logprobs, decode=False)[-1])
+    lowered = run_step.lower(
+        params,
+        cache,
+        jax.device_put(new_state(config.max_num_seqs, config.max_blocks), state_sharding(params)),
+        np.zeros(shape.plan_size, np.int32),
+        masks,
+        forward=forward,
+        shape=everything,
+        implementation=config.implementation,
+    )
+    memory = lowered.compile().memory_analysis()
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(masks))
+    return memory.temp_size_in_bytes + state
