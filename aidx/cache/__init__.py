@@ -3,7 +3,10 @@
 Contiguous: `KVCache`, one buffer per row, for a fixed batch.  Paged: `PagedKVCache` on the device,
 `BlockPool` and `BlockTable` on the host, for a batch that comes and goes.  A model sees either only
 through an `Attend` (`contiguous_attend`, `paged_attend`, `no_cache_attend`).
+`CachedMultiHeadAttention`, a Flax module, is imported when it is first asked for.
 """
+
+from typing import TYPE_CHECKING
 
 from aidx.cache.attend import contiguous_attend as contiguous_attend
 from aidx.cache.attend import no_cache_attend as no_cache_attend
@@ -22,3 +25,14 @@ from aidx.cache.contiguous import KVCache as KVCache
 from aidx.cache.contiguous import KVCacheStats as KVCacheStats
 from aidx.cache.paged import PagedKVCache as PagedKVCache
 from aidx.cache.paged import defragment as defragment
+
+if TYPE_CHECKING:
+    from aidx.cache.cached_attention import CachedMultiHeadAttention as CachedMultiHeadAttention
+
+
+def __getattr__(name: str):
+    if name == "CachedMultiHeadAttention":  # imports flax.nnx, which few need
+        from aidx.cache.cached_attention import CachedMultiHeadAttention
+
+        return CachedMultiHeadAttention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -111,7 +111,7 @@ def test_unused_blocks_go_before_cached_ones_and_those_in_the_order_of_their_las
 
 
 def test_a_match_holds_its_blocks_and_counts():
-    pool, blocks, keys = published(BlockPool.create(8, 2), [1, 2, 3, 4])
+    pool, blocks, _ = published(BlockPool.create(8, 2), [1, 2, 3, 4])
     asked = block_keys([1, 2, 3, 4, 5, 6], 2)
     pool, matched = pool.match_prefix(asked)
     assert matched.tolist() == blocks.tolist()
@@ -297,7 +297,7 @@ def test_old_pools_stay_as_they_were():
     pool = BlockPool.create(12, 2)
     seen = [(pool, snapshot(pool))]
     for step in range(40):
-        pool, blocks, keys = published(pool, [step, step + 1, step, step])
+        pool, _, keys = published(pool, [step, step + 1, step, step])
         pool, hit = pool.match_prefix(keys)
         seen.append((pool, snapshot(pool)))
         pool = pool.free(hit)
