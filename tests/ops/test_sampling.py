@@ -1,6 +1,9 @@
 """The sampler against a float64 reference of the whole chain, and the laws it must keep."""
 
 import math
+import os
+import pathlib
+import subprocess
 
 import chex
 import hypothesis
@@ -181,6 +184,49 @@ def test_the_whole_chain_equals_the_float64_reference(batch, entropy, levels):
             keep = reference_truncate(x, p["top_k"], p["top_p"], p["min_p"], slack)
             scores.append(np.where(keep, x + g, -np.inf))
         assert any(s[token] >= s.max() - 1e-4 for s in scores), (token, p)
+
+
+# --- transformers' logits processors --------------------------------------------------------------
+
+ORACLES = pathlib.Path(__file__).resolve().parent.parent / "oracles"
+
+
+def assert_equal_to_transformers(golden):
+    num_rows, vocab_size = golden["logits"].shape
+    length = golden["seen"].shape[1]
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    rows = sampling_rows(
+        num_rows, **{name: golden[name] for name in names}, stop_from=golden["min_tokens"]
+    )
+    state = stack(
+        state_row(
+            vocab_size,
+            prompt=golden["seen"][i, :4],
+            output=golden["seen"][i, 4:],
+            stop=[golden["stop"][i]],
+            bias={golden["bias_token"][i]: golden["bias"][i]},
+        )
+        for i in range(num_rows)
+    )
+    positions = jnp.full(num_rows, length, jnp.int32)
+    x = adjust_logits(jnp.asarray(golden["logits"]), rows, positions, state)
+    x = truncate_logits(x / rows.temperature[:, None], rows.top_k, rows.top_p, rows.min_p)
+    np.testing.assert_array_equal(np.isfinite(x), np.isfinite(golden["scores"]))
+    np.testing.assert_allclose(x, golden["scores"], rtol=1e-6)
+
+
+def test_scores_are_those_of_transformers():
+    with np.load(ORACLES / "sampling.npz") as golden:
+        assert_equal_to_transformers(golden)
+
+
+@pytest.mark.oracle
+def test_scores_are_those_of_the_installed_transformers(tmp_path):
+    script = ORACLES / "make_sampling.py"
+    options = ["--out", str(tmp_path), "--seed", "1", "--rows", "300"]
+    subprocess.run([os.environ["AIDX_TORCH_PYTHON"], str(script), *options], check=True)
+    with np.load(tmp_path / "sampling.npz") as golden:
+        assert_equal_to_transformers(golden)
 
 
 # --- truncation: exact thresholds -----------------------------------------------------------------
