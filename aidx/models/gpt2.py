@@ -35,7 +35,7 @@ class GPT2Config:
       num_heads: N; divides D.
       norm_eps: added to the variance in LayerNorm.
       max_position_embeddings: rows of the position table.
-      max_model_len: the longest context that will be served, at most the table's.
+      max_model_len: the longest context that will be served, at most the table's; 0 takes that.
       tied: whether the embedding also unembeds.
       scale_attn_weights: whether scores are divided by sqrt(H).
       scale_attn_by_inverse_layer_idx: whether layer i's scores are also divided by i + 1.
@@ -55,7 +55,7 @@ class GPT2Config:
     num_heads: int
     norm_eps: float = 1e-5
     max_position_embeddings: int = 1024
-    max_model_len: int | None = None  # type: ignore[assignment]
+    max_model_len: int = 0
     tied: bool = True
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
@@ -63,7 +63,7 @@ class GPT2Config:
     model_type: str = "gpt2"
 
     def __post_init__(self):
-        if self.max_model_len is None:
+        if self.max_model_len == 0:
             object.__setattr__(self, "max_model_len", self.max_position_embeddings)
         for field in ("vocab_size", "dim", "ffn_dim", "num_layers", "num_heads", "max_model_len"):
             if getattr(self, field) < 1:
@@ -95,6 +95,8 @@ class GPT2Config:
 
     def with_max_model_len(self, max_model_len: int) -> "GPT2Config":
         """The same model for another longest context."""
+        if max_model_len < 1:
+            raise ValueError(f"{max_model_len=} must be positive")
         return dataclasses.replace(self, max_model_len=max_model_len)
 
 

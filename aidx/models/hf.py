@@ -23,7 +23,7 @@ ARCHITECTURES = {**LLAMA_TYPES, "gpt2": "GPT2LMHeadModel"}
 
 # Keys of the rope dictionary that are understood; any other could change the maths unnoticed.
 _ROPE_FIELDS = {f.name for f in dataclasses.fields(Rope)} - {"theta", "type"}
-_ROPE_KEYS = _ROPE_FIELDS | {"rope_theta", "rope_type", "type", "finetuned"}
+_ROPE_KEYS = _ROPE_FIELDS | {"rope_theta", "rope_type", "finetuned"}
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig | GPT2Config:
@@ -166,7 +166,7 @@ def rope_from_hf(hf: Mapping[str, Any], max_positions: int) -> Rope:
     if new and old and any(new.get(k, v) != v for k, v in old.items()):
         raise ValueError(f"rope_parameters={new} and rope_scaling={old} disagree")
     said = {**new, **old}
-    kind = said.get("rope_type") or said.get("type") or "default"
+    kind = said.get("rope_type") or "default"
     if kind not in ROPE_TYPES:
         raise ValueError(f"unknown rope type {kind!r}; known: {', '.join(ROPE_TYPES)}")
     partial = said.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))
@@ -204,11 +204,13 @@ def _one_rope(said: Mapping[str, Any] | None) -> dict[str, Any]:
     """A flat rope dictionary; one nested by layer type is flat if all its entries are equal."""
     said = dict(said or {})
     nested = [v for v in said.values() if isinstance(v, Mapping)]
-    if not nested:
-        return said
-    if len(nested) != len(said) or any(dict(v) != dict(nested[0]) for v in nested):
-        raise ValueError(f"rotary embeddings that differ by layer type are not supported: {said}")
-    return dict(nested[0])
+    if nested:
+        if len(nested) != len(said) or any(dict(v) != dict(nested[0]) for v in nested):
+            raise ValueError(f"rotary embeddings that differ by layer type: {said}")
+        said = dict(nested[0])
+    if old_spelling := said.pop("type", None):
+        said.setdefault("rope_type", old_spelling)
+    return said
 
 
 # --- config: GPT-2 --------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class LlamaConfig:
       rope: the rotary embedding.
       norm_eps: added to the mean square in RMSNorm.
       max_position_embeddings: the context of config.json.
-      max_model_len: the longest context that will be served.
+      max_model_len: the longest context that will be served; 0 takes max_position_embeddings.
       windows: per layer, how many keys a query sees with its own; None for all.
       tied: whether the embedding also unembeds.
       qkv_bias, o_bias, mlp_bias: whether these projections have biases.
@@ -81,7 +81,7 @@ class LlamaConfig:
     rope: Rope = dataclasses.field(default_factory=Rope)
     norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
-    max_model_len: int | None = None  # type: ignore[assignment]
+    max_model_len: int = 0
     windows: tuple[int | None, ...] = ()
     tied: bool = False
     qkv_bias: bool = False
@@ -91,7 +91,7 @@ class LlamaConfig:
     activation: str = "silu"
 
     def __post_init__(self):
-        if self.max_model_len is None:
+        if self.max_model_len == 0:
             object.__setattr__(self, "max_model_len", self.max_position_embeddings)
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
@@ -113,6 +113,8 @@ class LlamaConfig:
 
     def with_max_model_len(self, max_model_len: int) -> "LlamaConfig":
         """The same model for another longest context: `dynamic` frequencies change with it."""
+        if max_model_len < 1:
+            raise ValueError(f"{max_model_len=} must be positive")
         return dataclasses.replace(self, max_model_len=max_model_len)
 
 

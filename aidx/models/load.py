@@ -91,7 +91,7 @@ def load_model(
         bos_token_id=_first_id(
             hf.get("bos_token_id"),
             generation.get("bos_token_id"),
-            tokenizer and tokenizer.bos_token_id,
+            None if tokenizer is None else tokenizer.bos_token_id,
         ),
     )
 
@@ -177,7 +177,7 @@ def read_params(
     checkpoint: Checkpoint,
     table: list[Entry],
     dtype: np.dtype,
-    device: jax.Device,
+    device: Any,
     shardings: Params | None = None,
 ) -> Params:
     """Read, arrange, cast and place the parameters, one at a time.
@@ -196,7 +196,8 @@ def read_params(
         value = jax.device_put(value, target)
         # One parameter in flight: without this the host would run ahead and hold many.
         value.block_until_ready()
-        tree, path = params, entry.path
+        tree: dict[Any, Any] = params
+        path = entry.path
         if path[0] == "layers":
             tree, path = layers.setdefault(int(path[1]), {}), path[2:]
         for key in path[:-1]:

@@ -120,7 +120,7 @@ def rope_frequencies(
 
 def _llama3(inv_freq: np.ndarray, rope: Rope) -> np.ndarray:
     """Long waves are stretched, short ones kept, those between weighted by rotations."""
-    rotations = rope.original_max_position_embeddings * inv_freq / (2 * math.pi)
+    rotations = (rope.original_max_position_embeddings or 0) * inv_freq / (2 * math.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
     keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return keep * inv_freq + (1 - keep) * inv_freq / rope.factor
@@ -129,9 +129,11 @@ def _llama3(inv_freq: np.ndarray, rope: Rope) -> np.ndarray:
 def _yarn(inv_freq: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
     """A linear ramp over the feature index between the two rotation borders."""
 
+    original = rope.original_max_position_embeddings or 0
+
     def index_of(rotations: float) -> float:
-        wavelength = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
+        wavelength = original / rotations
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = index_of(rope.beta_fast), index_of(rope.beta_slow)
     if rope.truncate:
