@@ -88,3 +88,78 @@ class ForwardConfig:
                 f"{self} needs {need} bytes of shared memory at {head_dim=}, {head_dim_v=}; "
                 f"a CTA has {SMEM_BYTES}"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """How the KV-stationary backward is laid out.
+
+    Attributes:
+      block_q: query rows of one step.
+      consumers: warpgroups, each with 64 key rows of K, V, dK and dV.
+      stages: Q tiles in flight.
+      do_stages: dO tiles in flight.
+      sync: the barrier between the consumers after dS: "named" (PTX `bar`) or "mbar".
+
+    >>> BackwardConfig(block_q=32)
+    Traceback (most recent call last):
+        ...
+    ValueError: block_q=32 is not 64 or 128
+    """
+
+    block_q: int = 64
+    consumers: int = 2
+    stages: int = 2
+    do_stages: int = 2
+    sync: str = "named"
+
+    def __post_init__(self):
+        if self.block_q not in (64, 128):
+            raise ValueError(f"block_q={self.block_q} is not 64 or 128")
+        if self.consumers not in (1, 2, 3):
+            raise ValueError(f"consumers={self.consumers} is not 1, 2 or 3")
+        if self.stages < 1 or self.do_stages < 1:
+            raise ValueError(f"{self.stages=} and {self.do_stages=} must be at least 1")
+        if self.sync not in ("named", "mbar"):
+            raise ValueError(f"sync={self.sync!r} is neither 'named' nor 'mbar'")
+
+    @property
+    def block_kv(self) -> int:
+        """Keys of a CTA."""
+        return 64 * self.consumers
+
+    @property
+    def splits_rows(self) -> bool:
+        """dQ = dS K is shared out over the consumers by query rows; otherwise by columns of H."""
+        return self.block_q == 64 * self.consumers
+
+    def dq_tile(self, head_dim: int) -> tuple[int, int]:
+        """Rows and columns of dQ that one consumer computes."""
+        if self.splits_rows:
+            return 64, head_dim
+        return self.block_q, head_dim // self.consumers
+
+    def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        """Shared memory of operands and staging, 2-byte elements."""
+        kv = self.block_kv * (head_dim + head_dim_v)
+        ring = self.block_q * (self.stages * head_dim + self.do_stages * head_dim_v)
+        ds = 2 * self.block_kv * self.block_q
+        rows, columns = self.dq_tile(head_dim)
+        dq = self.consumers * rows * columns
+        return 2 * (kv + ring + ds) + 4 * (dq + self.stages * 2 * self.block_q)
+
+    def check(self, head_dim: int, head_dim_v: int) -> None:
+        """Raises NotImplementedError where the tiles do not fit."""
+        need = self.smem_bytes(head_dim, head_dim_v)
+        if need > SMEM_BYTES - 1024:
+            raise NotImplementedError(
+                f"{self} needs {need} bytes of shared memory at {head_dim=}, {head_dim_v=}; "
+                f"a CTA has {SMEM_BYTES}"
+            )
+        if self.dq_tile(head_dim)[1] % 32:
+            raise NotImplementedError(f"{head_dim=} does not split over {self.consumers} consumers")
+        registers = (head_dim + head_dim_v) // 2 + self.block_q
+        if registers > {1: 208, 2: 208, 3: 128}[self.consumers]:
+            raise NotImplementedError(
+                f"dK and dV of {head_dim=}, {head_dim_v=} with {self} do not fit in registers"
+            )

@@ -1,9 +1,9 @@
 """Flash attention forward for Hopper.
 
 One warpgroup loads, `config.consumers` warpgroups compute 64 query rows each.  Inside a consumer
-the matmul Q K^T of block i is issued before P V of block i-1, and the softmax of block i runs under it
-(FlashAttention-3, Shah et al. 2024); between consumers the matmuls are issued in turn, so the
-tensor cores stay busy under every softmax.
+the matmul Q K^T of block i is issued before P V of block i-1, and the softmax of block i runs
+under it (FlashAttention-3, Shah et al. 2024); between consumers the matmuls are issued in turn, so
+the tensor cores stay busy under every softmax.
 
 A tile walks its key blocks from the last to the first, since the diagonal and the ragged end lie
 there: they are masked first, and the main loop then has no mask in it.  Every consumer has its own
@@ -644,7 +644,7 @@ def forward(
     )  # fmt: skip
     config.check(head_dim, head_dim_v)
     # TMA strides and the 8-row tiles want multiples of 8 rows; rows past the end are never seen
-    q, k, v = (_pad_tokens(x) for x in (q, k, v))
+    q, k, v = (pad_tokens(x) for x in (q, k, v))
     padded = q.shape[1]
     optional: dict[str, jax.Array] = {}
     if bounds is not None:
@@ -683,6 +683,7 @@ def forward(
     return out[:, :queries], lse[:, :, :queries]
 
 
-def _pad_tokens(x: jax.Array) -> jax.Array:
+def pad_tokens(x: jax.Array) -> jax.Array:
+    """`[B, T, ...]` with T padded to a multiple of 8."""
     extra = -x.shape[1] % 8
     return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x

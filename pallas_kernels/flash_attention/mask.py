@@ -72,79 +72,91 @@ class Bounds(NamedTuple):
     query_hi: jax.Array  # [B, S] i32
 
 
-def lengths_bounds(
+def dynamic_bounds(
     band: Band,
     num_queries: int,
     num_keys: int,
-    q_lens: jax.Array | None,
-    kv_lens: jax.Array | None,
+    *,
+    q_lens: jax.Array | None = None,
+    kv_lens: jax.Array | None = None,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+    positions: jax.Array | None = None,
 ) -> Bounds:
-    """Bounds of padded rows: queries from `q_lens[b]` and keys from `kv_lens[b]` on are absent.
+    """The intervals of what only the device knows; a leading `b` below is 1 or the batch.
 
-    The band stays aligned to the padded shape (its `offset` does not follow the lengths).
+    Args:
+      band: the static part; its offset is not used where `positions` are given.
+      num_queries: T.
+      num_keys: S.
+      q_lens: `[b]`, queries from there on see nothing.
+      kv_lens: `[b]`, keys from there on are seen by nothing.
+      segments: ids `[b, T]` and `[b, S]`, ascending; a query sees keys of its own id.  Negative ids
+        may follow at the end: they match nothing.
+      positions: `[b, T]`, where each query stands on the keys' axis; consecutive queries of a
+        segment stand at consecutive positions.
 
-    >>> b = lengths_bounds(Band(right=0), 4, 4, None, jnp.array([2]))
+    >>> b = dynamic_bounds(Band(right=0), 4, 4, kv_lens=jnp.array([2]))
     >>> b.key_hi.tolist(), b.query_hi.tolist()
     ([[1, 2, 2, 2]], [[4, 4, 0, 0]])
+    >>> ids = jnp.array([[0, 0, 1, -1]])
+    >>> dynamic_bounds(Band(right=0), 4, 4, segments=(ids, ids)).key_lo.tolist()
+    [[0, 0, 2, 3]]
     """
-    some = q_lens if q_lens is not None else kv_lens
-    if some is None:
-        raise ValueError("lengths_bounds needs q_lens or kv_lens, both are None")
-    batch = some.shape[0]
-    n_q = jnp.full((batch, 1), num_queries, jnp.int32) if q_lens is None else q_lens[:, None]
-    n_k = jnp.full((batch, 1), num_keys, jnp.int32) if kv_lens is None else kv_lens[:, None]
     t = jnp.arange(num_queries, dtype=jnp.int32)[None]
     s = jnp.arange(num_keys, dtype=jnp.int32)[None]
-    key_lo, key_hi = band.key_bounds(t, num_keys)
-    query_lo, query_hi = band.query_bounds(s, num_queries)
-    key_hi = jnp.where(t < n_q, jnp.minimum(key_hi, n_k), 0)
-    query_hi = jnp.where(s < n_k, jnp.minimum(query_hi, n_q), 0)
-    key_lo, query_lo = (
-        jnp.broadcast_to(x, y.shape) for x, y in ((key_lo, key_hi), (query_lo, query_hi))
-    )
-    return Bounds(key_lo, key_hi, query_lo, query_hi)
+    key_lo, key_hi = jnp.zeros_like(t), jnp.full_like(t, num_keys)
+    query_lo, query_hi = jnp.zeros_like(s), jnp.full_like(s, num_queries)
+    if segments is not None:
+        # two different ids past all others, so that the tails stay sorted and match nothing
+        q_ids = jnp.where(segments[0] < 0, FAR, segments[0])
+        kv_ids = jnp.where(segments[1] < 0, FAR + 1, segments[1])
+        key_lo, key_hi = _search(kv_ids, q_ids)
+        query_lo, query_hi = _search(q_ids, kv_ids)
+    if positions is None:
+        at, shift = t + band.offset, jnp.full_like(s, band.offset)
+    else:
+        at = positions.astype(jnp.int32)
+        # position - index of the first query of this key's segment, and so of all of them
+        start = jnp.minimum(query_lo, num_queries - 1)
+        start = jnp.broadcast_to(start, (at.shape[0], num_keys)) if start.shape[0] == 1 else start
+        source = jnp.broadcast_to(at, (start.shape[0], num_queries))
+        shift = jnp.take_along_axis(source, start, axis=1) - start
+    if band.left is not None:
+        key_lo = jnp.maximum(key_lo, at - band.left)
+        query_hi = jnp.minimum(query_hi, s - shift + (band.left + 1))
+    if band.right is not None:
+        key_hi = jnp.minimum(key_hi, at + (band.right + 1))
+        query_lo = jnp.maximum(query_lo, s - shift - band.right)
+    if kv_lens is not None:
+        key_hi = jnp.minimum(key_hi, kv_lens[:, None])
+        query_hi = jnp.where(s < kv_lens[:, None], query_hi, 0)
+    if q_lens is not None:
+        query_hi = jnp.minimum(query_hi, q_lens[:, None])
+        key_hi = jnp.where(t < q_lens[:, None], key_hi, 0)
+    bounds = [jnp.maximum(x, 0) for x in (key_lo, key_hi, query_lo, query_hi)]
+    batch = max(x.shape[0] for x in bounds)
+    return Bounds(*(jnp.broadcast_to(x, (batch, x.shape[1])).astype(jnp.int32) for x in bounds))
 
 
-def packed_bounds(
-    band: Band, num_queries: int, num_keys: int, cu_q: jax.Array, cu_kv: jax.Array
-) -> Bounds:
-    """Bounds of sequences packed one after another: sequence i owns queries `cu_q[i]:cu_q[i+1]`.
+def _search(ids: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`(lo, hi)` per wanted id: where it stands in the sorted ids."""
+    batch = max(ids.shape[0], wanted.shape[0])
+    ids, wanted = (jnp.broadcast_to(x, (batch, x.shape[1])) for x in (ids, wanted))
+    find = lambda side: jax.vmap(
+        lambda a, w: jnp.searchsorted(a, w, side=side, method="scan_unrolled").astype(jnp.int32)
+    )(ids, wanted)
+    return find("left"), find("right")
 
-    The band is aligned inside each sequence, bottom-right: `band.offset` is added to
-    `len_kv - len_q` of the sequence.  Tokens after `cu[-1]` see nothing and are seen by nothing.
 
-    >>> cu = jnp.array([0, 2, 3])
-    >>> packed_bounds(Band(right=0), 4, 4, cu, cu).key_hi.tolist()
-    [[1, 2, 3, 0]]
+def packed_segments(cu: jax.Array, length: int, outside: int = -1) -> jax.Array:
+    """[1, length] segment ids of `cu_seqlens`: sequence i owns the tokens `cu[i]:cu[i+1]`.
+
+    >>> packed_segments(jnp.array([0, 2, 2, 3]), 4).tolist()
+    [[0, 0, 2, -1]]
     """
-
-    def owner(cu, count):
-        """Per token: its sequence and whether it has one."""
-        at = jnp.arange(count, dtype=jnp.int32)
-        seq = jnp.searchsorted(cu, at, side="right").astype(jnp.int32) - 1
-        inside = (at >= cu[0]) & (at < cu[-1])
-        return at, jnp.clip(seq, 0, cu.shape[0] - 2), inside
-
-    cu_q, cu_kv = cu_q.astype(jnp.int32), cu_kv.astype(jnp.int32)
-    # key position - query position of the last tokens of each sequence, in packed coordinates
-    shift = cu_kv[1:] - cu_q[1:] + band.offset
-
-    t, seq, inside = owner(cu_q, num_queries)
-    lo, hi = cu_kv[seq], cu_kv[seq + 1]
-    if band.left is not None:
-        lo = jnp.maximum(lo, t + shift[seq] - band.left)
-    if band.right is not None:
-        hi = jnp.minimum(hi, t + shift[seq] + band.right + 1)
-    key_lo, key_hi = lo, jnp.where(inside, jnp.maximum(hi, 0), 0)
-
-    s, seq, inside = owner(cu_kv, num_keys)
-    lo, hi = cu_q[seq], cu_q[seq + 1]
-    if band.right is not None:
-        lo = jnp.maximum(lo, s - shift[seq] - band.right)
-    if band.left is not None:
-        hi = jnp.minimum(hi, s - shift[seq] + band.left + 1)
-    query_lo, query_hi = lo, jnp.where(inside, jnp.maximum(hi, 0), 0)
-    return Bounds(*(x[None] for x in (key_lo, key_hi, query_lo, query_hi)))
+    at = jnp.arange(length, dtype=cu.dtype)
+    ids = jnp.searchsorted(cu, at, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    return jnp.where((at >= cu[0]) & (at < cu[-1]), ids, outside)[None]
 
 
 def pad_rows(lo: jax.Array, hi: jax.Array, multiple: int) -> jax.Array:

@@ -1,9 +1,10 @@
 """What the forward and the backward do to one tile of scores.
 
 A tile is `[rows, columns]` in the wgmma layout: in the forward rows are queries and columns keys,
-in the backward the other way round.  All functions walk the columns in groups of 8: a thread's columns
-in two groups differ by a constant, so one `[rows, 8]` iota serves the whole tile and comparisons
-and distances are against immediate numbers.  A full-width iota would stay live and spill.
+in the backward the other way round.  All functions walk the columns in groups of 8: a thread's
+columns in two groups differ by a constant, so one `[rows, 8]` iota serves the whole tile and
+comparisons and distances are against immediate numbers.  A full-width iota would stay live and
+spill.
 """
 
 import jax.experimental.pallas.mosaic_gpu as plgpu

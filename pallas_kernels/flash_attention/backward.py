@@ -1,0 +1,518 @@
+"""Flash attention backward for Hopper: one KV-stationary kernel, five matmuls a tile.
+
+A CTA keeps `64 * consumers` rows of K and V of one KV head in shared memory and walks the query
+tiles of every query head of the group, so grouped heads need no partial sums.  With the tile
+transposed (rows are keys), P^T and dS^T stay in registers as operands of dV and dK:
+
+    S^T = K Q^T    dP^T = V dO^T    P = exp2(S - lse)    dS = P * (dP - delta)
+    dV += P^T dO   dK += dS^T Q     dQ += dS K
+
+dS goes through shared memory once, and dQ leaves by TMA reduce-add in f32 (FlashAttention-3, Shah
+et al. 2024): the order of those additions is not fixed.  `dq=False` leaves dQ to `backward_dq.py`,
+which makes both gradients bitwise repeatable at the price of two more matmuls.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _mgpu
+from pallas_kernels._mgpu import Ops, cdiv, div, rem
+from pallas_kernels.flash_attention import tile
+from pallas_kernels.flash_attention.config import BackwardConfig
+from pallas_kernels.flash_attention.forward import LOG2E, pad_tokens
+from pallas_kernels.flash_attention.mask import FAR, Band, Bounds, pad_rows, tile_ranges
+
+DS_BARRIER = 5  # named barrier between the consumers (0..4 are Mosaic's)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static side of one call."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    dtype: Any
+    band: Band
+    dynamic: bool
+    scale: float
+    soft_cap: float | None
+    alibi: bool
+    dq: bool  # whether this kernel computes dQ
+    config: BackwardConfig
+    interpret: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads of one KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def kv_tiles(self) -> int:
+        """KV tiles of one head."""
+        return cdiv(self.keys, self.config.block_kv)
+
+    @property
+    def ragged_keys(self) -> bool:
+        """Whether the last KV tile hangs over the end."""
+        return self.keys % self.config.block_kv != 0
+
+    @property
+    def masked_low(self) -> bool:
+        """Whether query tiles at the low end of a range may need a mask."""
+        return self.dynamic or self.ragged_keys or self.band.right is not None
+
+    @property
+    def masked_high(self) -> bool:
+        """Whether query tiles at the high end of a range may need a mask."""
+        return self.dynamic or self.band.left is not None
+
+
+class Refs(NamedTuple):
+    """What a CTA works on."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    stats: Any  # [B, N, 2, T'] f32: lse (base 2) and delta
+    rows: Any  # [B, 2, S'] i32 or None
+    ranges: Any  # [B, S' / block_kv, 4] i32 or None
+    slopes: Any  # [N] f32 or None
+    dq: Any  # f32, added to; None without
+    dk: Any
+    dv: Any
+    k_smem: Any
+    v_smem: Any
+    q_smem: Any
+    do_smem: Any
+    stats_smem: Any
+    ds_smem: Any
+    dq_smem: Any
+    k_full: Any
+    v_full: Any
+    q_full: Any
+    do_full: Any
+    q_free: Any
+    do_free: Any
+    ds_ready: Any
+    k_done: Any
+
+
+def head_group(p: Problem) -> int:
+    """(batch, KV head) pairs whose tiles run together, so that Q, dO and dQ stay in L2."""
+    pairs = p.batch * p.kv_heads
+    per_pair = p.queries * p.group * (2 * (p.head_dim + p.head_dim_v) + 4 * p.head_dim)
+    most = max(1, (32 << 20) // per_pair)
+    return max(x for x in range(1, pairs + 1) if pairs % x == 0 and x <= most)
+
+
+def decode(p: Problem, t):
+    """Flat tile number to (batch, KV head, KV tile); causal starts with the longest, the first."""
+    if not p.dynamic and p.band.right is not None and p.band.left is None:
+        size = head_group(p)
+        group, r = div(t, size * p.kv_tiles), rem(t, size * p.kv_tiles)
+        kv_tile, pair = div(r, size), group * size + rem(r, size)
+    else:
+        pair, kv_tile = div(t, p.kv_tiles), rem(t, p.kv_tiles)
+    return div(pair, p.kv_heads), rem(pair, p.kv_heads), kv_tile
+
+
+def query_ranges(p: Problem, refs: Refs, b, kv_tile):
+    """Query tiles that a KV tile meets: `(first, end, full_first, full_end)`, as in the forward."""
+    bq, bk = p.config.block_q, p.config.block_kv
+    if p.dynamic:
+        any_lo, any_hi, all_lo, all_hi = (refs.ranges[b, kv_tile, i] for i in range(4))
+    else:
+        base = kv_tile * bk
+        last = lax.min(base + (bk - 1), jnp.int32(p.keys - 1))
+        zero, queries, band = jnp.int32(0), jnp.int32(p.queries), p.band
+        any_lo = all_lo = zero
+        any_hi = all_hi = queries
+        if band.right is not None:
+            any_lo = lax.max(base - (band.offset + band.right), zero)
+            all_lo = lax.max(last - (band.offset + band.right), zero)
+        if band.left is not None:
+            clip = lambda x: lax.max(lax.min(x + (band.left - band.offset + 1), queries), zero)
+            any_hi, all_hi = clip(last), clip(base)
+        if p.ragged_keys:  # rows past the end are masked in every query tile
+            all_hi = jnp.where(base + bk > p.keys, 0, all_hi)
+    some = any_lo < any_hi
+    first = jnp.where(some, div(any_lo, bq), 0)
+    end = jnp.where(some, div(any_hi + (bq - 1), bq), 0)
+    full_first = lax.min(div(all_lo + (bq - 1), bq), end)
+    # a query tile that hangs over the end needs no mask: its missing rows have P = 0 by their lse
+    all_hi = jnp.where(all_hi >= p.queries, end * bq, all_hi)
+    full_end = lax.min(div(all_hi, bq), end)
+    if not p.masked_high:
+        # nothing but the low loop masks, so it takes the tiles that have no unmasked part at all
+        full_first = jnp.where(full_end <= full_first, end, full_first)
+        full_end = end
+    return first, end, full_first, lax.max(full_end, full_first)
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """One consumer warpgroup: 64 key rows."""
+
+    p: Problem
+    refs: Refs
+    wg: Any
+    b: Any
+    kv_head: Any
+    kv_tile: Any
+    first: Any  # first query tile
+    count: Any  # query tiles of one head
+
+    @property
+    def ops(self) -> Ops:
+        """Accumulators."""
+        return Ops(self.p.interpret)
+
+    @property
+    def rows(self):
+        """This warpgroup's rows of the KV tile."""
+        return pl.ds(pl.multiple_of(self.wg * 64, 64), 64)
+
+    @property
+    def key0(self):
+        """This warpgroup's first key."""
+        return self.kv_tile * self.p.config.block_kv + self.wg * 64
+
+    def row_bounds(self, query0):
+        """`(lo, hi)` for `tile.mask` on the query tile that starts at query0."""
+        p = self.p
+        column = tile.iota(64, 1) + query0
+        if p.dynamic:
+            at = pl.ds(self.key0, 64)
+            load = lambda x: plgpu.load(
+                self.refs.rows.at[self.b, x, at],
+                layout=plgpu.Layout.WGMMA.reduce(1),
+                optimized=False,
+            )
+            return tuple(tile.by_row(load(x), tile.GROUP) - column for x in (0, 1))
+        key = tile.iota(64, 0) + self.key0
+        distance = key - column - p.band.offset
+        lo = None if p.band.right is None else distance - p.band.right
+        hi = None if p.band.left is None else distance + (p.band.left + 1)
+        if p.ragged_keys:
+            # FAR for a key inside, 0 for one past the end
+            inside = jnp.clip(p.keys - key, 0, 1) * FAR - column
+            hi = inside if hi is None else jnp.minimum(hi, inside)
+        return lo, hi
+
+    def probabilities(self, s, slot, head, query0, masked: bool):
+        """P^T, and the factor that the soft cap puts on dS (None without one)."""
+        p = self.p
+        lse = plgpu.load(
+            self.refs.stats_smem.at[slot, 0], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
+        )
+        multiplier, slack = p.scale * LOG2E, None
+        if p.soft_cap is not None:
+            s = jnp.tanh(s * (p.scale / p.soft_cap))
+            multiplier, slack = p.soft_cap * LOG2E, 1.0 - s * s
+        if p.alibi:
+            shift = query0 + p.band.offset - self.key0
+            distance = (tile.iota(64, 1) - tile.iota(64, 0) + shift).astype(jnp.float32)
+            slope = self.refs.slopes[head] * LOG2E
+            s = tile.add_distance(s * multiplier, -distance, slope)
+            multiplier = 1.0
+        if masked:
+            s = tile.mask(s, *self.row_bounds(query0))
+        return jnp.exp2(s * multiplier - tile.by_column(lse, 64)), slack
+
+    def share_ds(self, ds, it):
+        """dS^T into shared memory for dQ, once all consumers have written theirs."""
+        p, r = self.p, self.refs
+        slot = rem(it, 2)
+        r.ds_smem[slot, self.rows] = ds
+        plgpu.commit_smem()
+        if p.config.sync == "named" and not p.interpret:
+            _mgpu.named_barrier_sync(DS_BARRIER, _mgpu.WARPGROUP * p.config.consumers)
+        else:
+            plgpu.barrier_arrive(r.ds_ready)
+            plgpu.barrier_wait(r.ds_ready)
+        return slot
+
+    def dq_operands(self, slot):
+        """dS and K for this warpgroup's share of dQ."""
+        p, r = self.p, self.refs
+        zero = self.ops.opaque(0)
+        rows, columns = p.config.dq_tile(p.head_dim)
+        if p.config.splits_rows:
+            at = pl.ds(pl.multiple_of(self.wg * rows, rows), rows)
+            return r.ds_smem.at[slot, :, at].T, r.k_smem.at[zero]
+        at = pl.ds(pl.multiple_of(self.wg * columns, columns), columns)
+        return r.ds_smem.at[slot].T, r.k_smem.at[zero, :, at]
+
+    def add_dq(self, dq, head, query0) -> None:
+        """This warpgroup's share of dQ, added to memory by TMA."""
+        p, r, wg = self.p, self.refs, self.wg
+        staging = r.dq_smem.at[wg]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        staging[...] = dq
+        plgpu.commit_smem()
+        rows, columns = p.config.dq_tile(p.head_dim)
+        if p.config.splits_rows:
+            dst = (self.b, pl.ds(query0 + wg * rows, rows), head)
+        else:
+            at = pl.ds(pl.multiple_of(wg * columns, columns), columns)
+            dst = (self.b, pl.ds(query0, rows), head, at)
+        if p.interpret:  # no reduce-add there: every KV tile has a partial of its own
+            plgpu.copy_smem_to_gmem(staging, r.dq.at[(self.kv_tile, *dst)])
+        else:
+            plgpu.copy_smem_to_gmem(staging, r.dq.at[dst], reduction_op="add")
+
+    def step(self, i, carry, head_i, dk_acc, dv_acc, masked: bool):
+        """One query tile of one head."""
+        p, r, ops, c = self.p, self.refs, self.ops, self.p.config
+        dk, dv = ops.uncarry(dk_acc, carry[0]), ops.uncarry(dv_acc, carry[1])
+        it = head_i * self.count + (i - self.first)
+        head = self.kv_head * p.group + head_i
+        query0 = i * c.block_q
+        q_slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
+        tile_shape = (64, c.block_q)
+
+        def softmax(s_acc, dp_acc):
+            plgpu.barrier_wait(r.q_full.at[q_slot])
+            # the opaque index keeps the wgmma descriptors of K and V out of the loop's registers
+            s_acc = ops.wgmma(s_acc, r.k_smem.at[ops.opaque(0), self.rows], r.q_smem.at[q_slot].T)
+            plgpu.barrier_wait(r.do_full.at[do_slot])
+            dp_acc = ops.wgmma(
+                dp_acc, r.v_smem.at[ops.opaque(0), self.rows], r.do_smem.at[do_slot].T
+            )
+            prob, slack = self.probabilities(ops.load(s_acc, 1), q_slot, head, query0, masked)
+            return prob, slack, ops.load(dp_acc, 0)
+
+        prob, slack, dp = ops.with_acc(softmax, tile_shape, tile_shape)
+        delta = plgpu.load(
+            r.stats_smem.at[q_slot, 1], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
+        )
+        ds = prob * (dp - tile.by_column(delta, 64))
+        ds = (ds if slack is None else ds * slack).astype(p.dtype)
+        dv = ops.wgmma(dv, prob.astype(p.dtype), r.do_smem.at[do_slot])
+        if not p.dq:
+            dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot])
+            ops.wait(0)
+            plgpu.barrier_arrive(r.do_free.at[do_slot])
+            plgpu.barrier_arrive(r.q_free.at[q_slot])
+            return ops.carry(dk), ops.carry(dv)
+        ds_slot = self.share_ds(ds, it)
+
+        def dq_and_dk(dq_acc):
+            nonlocal dk
+            dq_acc = ops.wgmma(dq_acc, *self.dq_operands(ds_slot))
+            dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot])
+            return ops.load(dq_acc, 1)
+
+        dq = ops.with_acc(dq_and_dk, c.dq_tile(p.head_dim))
+        plgpu.barrier_arrive(r.do_free.at[do_slot])
+        self.add_dq(dq, head, query0)
+        ops.wait(0)
+        plgpu.barrier_arrive(r.q_free.at[q_slot])
+        return ops.carry(dk), ops.carry(dv)
+
+    def run(self, end, full_first, full_end) -> None:
+        """All query tiles of all heads of the group, then dK and dV."""
+        p, r, ops = self.p, self.refs, self.ops
+        plgpu.barrier_wait(r.k_full)
+        plgpu.barrier_wait(r.v_full)
+
+        def accumulate(dk, dv):
+            def one_head(head_i, c):
+                step = functools.partial(self.step, head_i=head_i, dk_acc=dk, dv_acc=dv)
+                loop = lambda lo, hi, masked, c: lax.fori_loop(
+                    lo, hi, functools.partial(step, masked=masked), c
+                )
+                if p.masked_low:
+                    c = loop(self.first, full_first, True, c)
+                    c = loop(full_first, full_end, False, c)
+                else:
+                    c = loop(self.first, full_end, False, c)
+                return loop(full_end, end, True, c) if p.masked_high else c
+
+            c = (ops.carry(dk), ops.carry(dv))
+            if p.group == 1:
+                c = one_head(jnp.int32(0), c)
+            else:
+                c = lax.fori_loop(jnp.int32(0), jnp.int32(p.group), one_head, c)
+            ops.wait(0)
+            return ops.load(ops.uncarry(dk, c[0])), ops.load(ops.uncarry(dv, c[1]))
+
+        dk, dv = ops.with_acc(accumulate, (64, p.head_dim), (64, p.head_dim_v))
+        out = pl.ds(self.key0, 64)
+        r.v_smem[0, self.rows] = dv.astype(p.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(r.v_smem.at[0, self.rows], r.dv.at[self.b, out, self.kv_head])
+        plgpu.barrier_arrive(r.k_done)  # dQ of every consumer reads all rows of K
+        plgpu.barrier_wait(r.k_done)
+        r.k_smem[0, self.rows] = (dk * p.scale).astype(p.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(r.k_smem.at[0, self.rows], r.dk.at[self.b, out, self.kv_head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def produce(p: Problem, refs: Refs, b, kv_head, kv_tile, first, count) -> None:
+    """The warpgroup that loads: K and V once, then Q, its statistics and dO tile by tile."""
+    c = p.config
+    plgpu.set_max_registers(32 if c.consumers == 3 else 24, action="decrease")
+    kv = (b, pl.ds(kv_tile * c.block_kv, c.block_kv), kv_head)
+    plgpu.copy_gmem_to_smem(refs.k.at[kv], refs.k_smem.at[0], refs.k_full)
+    plgpu.copy_gmem_to_smem(refs.v.at[kv], refs.v_smem.at[0], refs.v_full)
+    total = count * p.group
+
+    @pl.loop(0, total)
+    def _(it):
+        head = kv_head * p.group + (lax.div(it, count) if p.group > 1 else 0)
+        i = first + (lax.rem(it, count) if p.group > 1 else it)
+        rows = pl.ds(i * c.block_q, c.block_q)
+        slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
+        pl.when(it >= c.stages)(lambda: plgpu.barrier_wait(refs.q_free.at[slot]))
+        plgpu.copy_gmem_to_smem(
+            refs.q.at[b, rows, head], refs.q_smem.at[slot], refs.q_full.at[slot]
+        )
+        plgpu.copy_gmem_to_smem(
+            refs.stats.at[b, head, :, rows], refs.stats_smem.at[slot], refs.q_full.at[slot]
+        )
+        pl.when(it >= c.do_stages)(lambda: plgpu.barrier_wait(refs.do_free.at[do_slot]))
+        plgpu.copy_gmem_to_smem(
+            refs.do.at[b, rows, head], refs.do_smem.at[do_slot], refs.do_full.at[do_slot]
+        )
+
+    for stages, free in ((c.stages, refs.q_free), (c.do_stages, refs.do_free)):
+
+        @pl.loop(lax.max(total - stages, jnp.int32(0)), total)
+        def _(it, stages=stages, free=free):  # leave no completion unobserved
+            plgpu.barrier_wait(free.at[rem(it, stages)])
+
+
+def scratch_types(p: Problem) -> list:
+    """Operands, staging and barriers of a CTA, in the order of `Refs`."""
+    c = p.config
+    half, full = _mgpu.swizzled(p.dtype), _mgpu.swizzled(jnp.float32)
+    operand = lambda *shape: plgpu.SMEM(shape, p.dtype, transforms=half)
+    barrier = lambda n=None, arrivals=1: (
+        plgpu.Barrier(num_arrivals=arrivals)
+        if n is None
+        else plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
+    )
+    return [
+        operand(1, c.block_kv, p.head_dim),
+        operand(1, c.block_kv, p.head_dim_v),
+        operand(c.stages, c.block_q, p.head_dim),
+        operand(c.do_stages, c.block_q, p.head_dim_v),
+        plgpu.SMEM((c.stages, 2, c.block_q), jnp.float32),
+        operand(2, c.block_kv, c.block_q) if p.dq else None,
+        plgpu.SMEM((c.consumers, *c.dq_tile(p.head_dim)), jnp.float32, transforms=full)
+        if p.dq
+        else None,
+        barrier(),
+        barrier(),
+        barrier(c.stages, 2),
+        barrier(c.do_stages),
+        barrier(c.stages, c.consumers),
+        barrier(c.do_stages, c.consumers),
+        barrier(arrivals=c.consumers),
+        barrier(arrivals=c.consumers),
+    ]
+
+
+def statistics(lse: jax.Array, delta: jax.Array, multiple: int) -> jax.Array:
+    """[B, N, 2, T'] f32: lse in base 2 and delta; a row that saw nothing gets 1e30, so P = 0."""
+    lse = jnp.where(jnp.isneginf(lse), 1e30, lse * LOG2E)
+    pad = ((0, 0), (0, 0), (0, -lse.shape[-1] % multiple))
+    return jnp.stack([jnp.pad(lse, pad, constant_values=1e30), jnp.pad(delta, pad)], axis=2)
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    do: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    *,
+    band: Band,
+    bounds: Bounds | None,
+    scale: float,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    dq: bool = True,
+    config: BackwardConfig,
+    interpret: Any = None,
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """The kernel: `(dq f32 [B, T, N, H] not yet times scale, or None; dk; dv)`.
+
+    lse and delta are `[B, N, T]` f32; delta is `rowsum(do * out)` less what comes in through lse.
+    """
+    (batch, queries, heads, head_dim), (_, keys, kv_heads, head_dim_v) = q.shape, v.shape
+    p = Problem(
+        batch, queries, keys, heads, kv_heads, head_dim, head_dim_v, q.dtype, band,
+        bounds is not None, scale, soft_cap, alibi_slopes is not None, dq, config, bool(interpret),
+    )  # fmt: skip
+    config.check(head_dim, head_dim_v)
+    q, k, v, do = (pad_tokens(x) for x in (q, k, v, do))
+    stats = statistics(lse, delta, config.block_q)
+    optional: dict[str, jax.Array] = {}
+    if bounds is not None:
+        rows = pad_rows(bounds.query_lo, bounds.query_hi, config.block_kv)
+        rows = jnp.broadcast_to(rows, (batch, *rows.shape[1:]))
+        optional["rows"], optional["ranges"] = rows, tile_ranges(rows, config.block_kv)
+    if alibi_slopes is not None:
+        optional["slopes"] = alibi_slopes.astype(jnp.float32)
+    names = tuple(optional)
+    outs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in (("dk", k), ("dv", v))}
+    dq_out = None
+    if dq and interpret:
+        outs["dq"] = jax.ShapeDtypeStruct((p.kv_tiles, *q.shape), jnp.float32)
+    elif dq:
+        dq_out = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
+
+    def body(q, k, v, do, stats, *rest):
+        extra = dict.fromkeys(("rows", "ranges", "slopes", "dq"))
+        given = (*names, *(() if dq_out is None else ("dq",)), *outs)
+        extra.update(zip(given, rest[: len(given)], strict=True))
+        scratch = dict(zip(Refs._fields[11:], rest[len(given) :], strict=True))
+        refs = Refs(q, k, v, do, stats, **extra, **scratch)
+        wg = lax.axis_index("wg")
+        b, kv_head, kv_tile = decode(p, lax.axis_index("cta"))
+        first, end, full_first, full_end = query_ranges(p, refs, b, kv_tile)
+
+        @pl.when(wg < config.consumers)
+        def _():
+            registers = {1: 240, 2: 240, 3: 160}[config.consumers]
+            plgpu.set_max_registers(registers, action="increase")
+            consumer = Consumer(p, refs, wg, b, kv_head, kv_tile, first, end - first)
+            consumer.run(end, full_first, full_end)
+
+        @pl.when(wg == config.consumers)
+        def _():
+            produce(p, refs, b, kv_head, kv_tile, first, end - first)
+
+    results = _mgpu.kernel(
+        body,
+        out_type=tuple(outs.values()),
+        scratch_types=scratch_types(p),
+        grid=(batch * kv_heads * p.kv_tiles,),
+        grid_names=("cta",),
+        num_warpgroups=config.consumers + 1,
+        interpret=interpret,
+    )(q, k, v, do, stats, *optional.values(), *(() if dq_out is None else (dq_out,)))
+    dk, dv = results[0][:, :keys], results[1][:, :keys]
+    if not dq:
+        return None, dk, dv
+    if dq_out is not None:
+        return dq_out[...][:, :queries], dk, dv
+    # the interpreter leaves the partials of skipped tiles unwritten (zero, see `interpret_params`)
+    return results[2].sum(0)[:, :queries], dk, dv

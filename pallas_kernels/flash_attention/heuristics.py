@@ -1,0 +1,37 @@
+"""Which tiles a shape gets: a table of what measured best on an H200 (docs/kernels.md)."""
+
+from pallas_kernels.flash_attention.config import BackwardConfig, ForwardConfig
+from pallas_kernels.flash_attention.mask import Band, Bounds
+
+
+def forward_config(
+    head_dim: int, head_dim_v: int, band: Band, bounds: Bounds | None
+) -> ForwardConfig:
+    """Tiles of the forward for padded head widths.
+
+    >>> forward_config(64, 64, Band(), None).consumers
+    3
+    """
+    plain = bounds is None and band.unbounded
+    if head_dim <= 64 and plain:
+        return ForwardConfig(consumers=3)
+    if head_dim <= 64:
+        return ForwardConfig(consumers=3, pingpong=False, persistent=True, late_sum=True, poly=2)
+    if head_dim <= 128 and plain:
+        return ForwardConfig(block_kv=192)
+    if head_dim <= 128:
+        return ForwardConfig()
+    if head_dim <= 192 and head_dim_v <= 128:
+        return ForwardConfig(block_kv=128)
+    return ForwardConfig(block_kv=64, release="named")
+
+
+def backward_config(head_dim: int, head_dim_v: int) -> BackwardConfig:
+    """Tiles of the backward for padded head widths.
+
+    >>> backward_config(128, 128).block_q
+    64
+    """
+    if max(head_dim, head_dim_v) <= 64:
+        return BackwardConfig(block_q=128)
+    return BackwardConfig()
