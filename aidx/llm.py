@@ -28,6 +28,7 @@ from aidx.engine.outputs import RequestOutput
 from aidx.engine.sampling_params import SamplingParams
 from aidx.engine.stats import EngineStats
 from aidx.models import Model, load_model
+from aidx.ops.sampling import Variant
 from aidx.typing import Params
 
 Prompt = str | Sequence[int]
@@ -53,7 +54,8 @@ class LLM:
         max_logprobs: the most log-probabilities that a request may ask for at a token.
         implementation: of paged attention, None takes the best there is.
         asynchronous: let the device run one step ahead of what the host has read.
-        warmup: compile every program before the first request.
+        warmup: compile every program before the first request; a sampler variant ("greedy",
+            "plain", "full") compiles only what it and simpler ones need; False compiles on demand.
         revision: of a model on the hub.
         mesh: devices to spread the model over.
         progress: show a bar while warming up; None: when stderr is a terminal.
@@ -89,7 +91,7 @@ class LLM:
         max_logprobs: int = 20,
         implementation: Any = None,
         asynchronous: bool = True,
-        warmup: bool = True,
+        warmup: bool | Variant = True,
         revision: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         progress: bool | None = None,
@@ -137,9 +139,9 @@ class LLM:
             )
         config = EngineConfig(**limits, num_blocks=num_blocks, max_model_len=min(wanted, room))
         self.engine = Engine(model.forward, model.params, config, tokenizer=model.tokenizer)
-        if warmup:
+        if warmup is not False:
             with _bar(progress) as on_progress:
-                self.engine.warmup(on_progress)
+                self.engine.warmup(on_progress, variant=None if warmup is True else warmup)
 
     @property
     def tokenizer(self) -> Any:

@@ -41,7 +41,7 @@ from aidx.engine.sampling_params import (
     params_state_row,
 )
 from aidx.engine.stats import EngineStats, Meter
-from aidx.ops.sampling import VARIANTS, pack_rows, state_row
+from aidx.ops.sampling import VARIANTS, Variant, pack_rows, state_row
 from aidx.typing import Forward, Params
 
 COPY_SIZES = (16, 4, 1)  # pairs of blocks that one copy program takes
@@ -834,13 +834,14 @@ class Engine:
         self,
         on_progress: Callable[[int, int], None] | None = None,
         *,
-        shapes: Sequence[stepping.Shape] | None = None,
+        variant: Variant | None = None,
     ) -> int:
         """Compile every program that a request could ask for, then run each once with no rows.
 
         Args:
             on_progress: called with (done, all) after each program.
-            shapes: the traces to compile; None: all that the limits allow.
+            variant: compile only what requests need whose `SamplingParams.variant` is at most this
+                and that want neither masks nor logprobs; None: everything.
 
         Returns:
             How many programs there are.
@@ -848,7 +849,7 @@ class Engine:
         config = self.config
         if self._tickets:
             raise RuntimeError("warm up before the first request")
-        shapes = config.shapes() if shapes is None else shapes
+        shapes = [shape for shape in config.shapes() if _wanted(shape, variant)]
         masks = stepping.mask_shapes(
             config.max_num_seqs, config.vocab_size, stepping.state_sharding(self._params)
         )
@@ -898,3 +899,11 @@ class Engine:
             tokens=nothing,
             updates=np.zeros((0, 3), np.int32),
         )
+
+
+def _wanted(shape: stepping.Shape, variant: Variant | None) -> bool:
+    """Whether requests of at most this variant, without masks or logprobs, can take the trace."""
+    if variant is None:
+        return True
+    widest = max(VARIANTS.index(variant), 0 if shape.decode else 1)
+    return not shape.sampler.masked and VARIANTS.index(shape.sampler.variant) <= widest

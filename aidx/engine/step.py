@@ -14,7 +14,6 @@ the trace for 8 rows of one token.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from flax import struct
 
 from aidx.cache import PagedKVCache, paged_attend
 from aidx.ops.sampling import (
+    VARIANTS,
     SamplingState,
     Variant,
     count_tokens,
@@ -391,44 +391,43 @@ def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
 
     Example:
         >>> token_buckets(2048)
-        (16, 64, 256, 512, 1024, 2048)
+        (32, 128, 512, 1024, 2048)
     """
     sizes, size = [max_num_batched_tokens], max_num_batched_tokens
-    while size > 16:
-        size = -(-size // (2 if len(sizes) < 4 else 4))
+    while size > 32:
+        size = -(-size // (2 if len(sizes) < 3 else 4))
         sizes.append(max(size, 16))
     return tuple(sorted(set(sizes)))
 
 
-def samplers(max_logprobs: int, *, decode: bool) -> tuple[Sampler, ...]:
-    """The samplers that are compiled, cheapest first.
-
-    A step that prefills is dear enough to draw where the most likely token would do.
-
-    Example:
-        >>> [s.variant for s in samplers(5, decode=True)]
-        ['greedy', 'plain', 'full', 'full']
-    """
-    everything = Sampler("full", masked=True, num_logprobs=max_logprobs)
-    drawing = (Sampler("plain"), Sampler("full"), everything)
-    return (Sampler("greedy"), *drawing) if decode else drawing
-
-
+@functools.lru_cache(maxsize=64)
 def all_shapes(
     max_num_seqs: int, max_num_batched_tokens: int, max_logprobs: int
 ) -> tuple[Shape, ...]:
-    """Every trace that a batch with these limits can ask for, the largest first."""
+    """Every trace that a batch with these limits can ask for, in order of cost within its kind.
+
+    A step that prefills is dear enough to draw where the most likely token would do; masks and
+    logprobs are rare enough for few, large traces.
+
+    Example:
+        >>> [s.sampler.variant for s in all_shapes(1, 16, 5)]
+        ['greedy', 'plain', 'full', 'full', 'plain', 'full', 'full']
+    """
+    everything = Sampler("full", masked=True, num_logprobs=max_logprobs)
     decode = [
         Shape(r, r, 1, sampler)
         for r in row_buckets(max_num_seqs)
-        for sampler in samplers(max_logprobs, decode=True)
+        for sampler in (Sampler("greedy"), Sampler("plain"), Sampler("full"), everything)
+        if sampler is not everything or r == max_num_seqs
     ]
+    sizes = token_buckets(max_num_batched_tokens)
     prefill = [
         Shape(t, min(max_num_seqs, t), t, sampler)
-        for t in token_buckets(max_num_batched_tokens)
-        for sampler in samplers(max_logprobs, decode=False)
+        for t in sizes
+        for sampler in (Sampler("plain"), Sampler("full"), everything)
+        if sampler is not everything or t in sizes[::-2]
     ]
-    return tuple(sorted((*decode, *prefill), key=lambda s: s.num_tokens, reverse=True))
+    return (*decode, *prefill)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -450,44 +449,23 @@ def pick_shape(
         (4, 1)
         >>> shape = pick_shape(2, 10, Sampler(), **limits)
         >>> shape.num_tokens, shape.num_rows, shape.sampler.variant
-        (16, 8, 'plain')
+        (32, 8, 'plain')
     """
-    decode = tokens == rows
-    sampler = next(s for s in samplers(max_logprobs, decode=decode) if _serves(s, needed))
-    if decode:
-        r = next(r for r in row_buckets(max_num_seqs) if r >= rows)
-        return Shape(r, r, 1, sampler)
-    fits = (
-        t
-        for t in token_buckets(max_num_batched_tokens)
-        if t >= tokens and min(max_num_seqs, t) >= rows
+    return next(
+        shape
+        for shape in all_shapes(max_num_seqs, max_num_batched_tokens, max_logprobs)
+        if rows <= shape.num_rows
+        and tokens <= shape.num_tokens
+        and (tokens == rows or not shape.decode)
+        and _serves(shape.sampler, needed)
     )
-    t = next(fits)
-    return Shape(t, min(max_num_seqs, t), t, sampler)
 
 
 def _serves(sampler: Sampler, needed: Sampler) -> bool:
-    order = ("greedy", "plain", "full")
     return (
-        order.index(sampler.variant) >= order.index(needed.variant)
+        VARIANTS.index(sampler.variant) >= VARIANTS.index(needed.variant)
         and sampler.masked >= needed.masked
         and (needed.num_logprobs is None or sampler.num_logprobs is not None)
-    )
-
-
-def widest(samplers: Sequence[Sampler]) -> Sampler:
-    """What serves all of these rows.
-
-    Example:
-        >>> widest([Sampler("plain"), Sampler("greedy", num_logprobs=2)])
-        Sampler(variant='plain', masked=False, num_logprobs=2)
-    """
-    order = ("greedy", "plain", "full")
-    logprobs = [s.num_logprobs for s in samplers if s.num_logprobs is not None]
-    return Sampler(
-        max((s.variant for s in samplers), key=order.index, default="greedy"),
-        any(s.masked for s in samplers),
-        max(logprobs, default=None),
     )
 
 
@@ -497,7 +475,7 @@ def temporary_bytes(forward: Forward, params: Params, config: Any) -> int:
     Found by compiling that step with a pool of two blocks: the pool is updated in place, so its
     size does not enter.  `config` is an `EngineConfig`.
     """
-    shape = config.shapes()[0]
+    shape = config.shapes()[-1]  # the most tokens, and everything that a sampler can do
     cache = PagedKVCache.create(
         num_layers=config.num_layers,
         num_blocks=2,
@@ -508,7 +486,6 @@ def temporary_bytes(forward: Forward, params: Params, config: Any) -> int:
         sharding=cache_sharding(params, config.num_kv_heads),
     )
     masks = mask_shapes(config.max_num_seqs, config.vocab_size, state_sharding(params))
-    everything = dataclasses.replace(shape, sampler=samplers(config.max_logprobs, decode=False)[-1])
     lowered = run_step.lower(
         params,
         cache,
@@ -516,7 +493,7 @@ def temporary_bytes(forward: Forward, params: Params, config: Any) -> int:
         np.zeros(shape.plan_size, np.int32),
         masks,
         forward=forward,
-        shape=everything,
+        shape=shape,
         implementation=config.implementation,
     )
     memory = lowered.compile().memory_analysis()

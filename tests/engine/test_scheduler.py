@@ -212,9 +212,7 @@ def test_what_does_not_fit_waits_and_is_not_overtaken_for_being_large():
     batch, step = schedule(batch)
     assert [seq.seq_id for seq in step.admitted] == [0]
     assert batch.waiting[0].seq_id == 1
-    _, _, schedules = run(
-        record(batch, np.array([0]), np.array([token_after(seqs[0].tokens)]))
-    )
+    _, _, schedules = run(record(batch, np.array([0]), np.array([token_after(seqs[0].tokens)])))
     assert admissions(schedules) == [1, 2]
 
 
