@@ -200,7 +200,7 @@ class Tokenizer:
             raise ValueError(f"chat variables {sorted(clash)} are set by the tokenizer")
         try:
             return _compile_template(source).render(known | variables)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, LookupError) as error:
             raise ValueError(f"the chat template refused the conversation: {error}") from error
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:

@@ -75,7 +75,7 @@ def dense_attend(cache, layer, q, k, v, *, window=None, scale=None, soft_cap=Non
     seen = (back >= 0) & (back < (window or T))
     scores = jnp.where(seen.reshape((1,) * (scores.ndim - 2) + (T, T)), scores, -jnp.inf)
     out = jnp.einsum("...kgts,...skh->...tkgh", jax.nn.softmax(scores), v)
-    return out.reshape(*out.shape[:-3], N, v.shape[-1]), cache
+    return out.reshape(*out.shape[:-3], N, v.shape[-1]).astype(q.dtype), cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
