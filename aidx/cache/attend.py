@@ -5,6 +5,7 @@ is what the cache has stored: a token that went through int8 or bf16 is seen so 
 too, hence how a prompt is cut into chunks changes nothing.
 """
 
+import jax
 import jax.numpy as jnp
 
 from aidx.cache.contiguous import KVCache, dequantize
@@ -106,10 +107,10 @@ def contiguous_attend(
             seen = (positions >= 0) & (positions > latest - window)
             where = dict(mask=seen[:, None, None, :])
         else:
-            keys, values = _unrolled(before, layer, k, v, q.dtype)
             held = before.lengths[layer] - before.starts[layer]
-            added = tokens if counts is None else counts
-            where = dict(causal=True, window=window, query_offset=held, kv_lens=held + added)
+            total = held + (tokens if counts is None else counts)
+            keys, values = _unrolled(before, layer, k, v, total, q.dtype)
+            where = dict(causal=True, window=window, query_offset=held, kv_lens=total)
         out = flash_attention(
             q,
             keys,
@@ -195,8 +196,10 @@ def paged_attend(
     return attend
 
 
-def _unrolled(cache: KVCache, layer: int, k: Array, v: Array, dtype) -> tuple[Array, Array]:
-    """`[B, S + T, K, H]`: what a ring holds, oldest first, and behind it the new tokens.
+def _unrolled(
+    cache: KVCache, layer: int, k: Array, v: Array, total: Array, dtype: jax.typing.DTypeLike
+) -> tuple[Array, Array]:
+    """`[B, S + T, K, H]`: what a ring holds, oldest first, behind it the new tokens, then zeros.
 
     The early queries of a chunk see keys that its late tokens push out of the ring, so a chunk
     cannot be attended to after it has been written.
@@ -210,11 +213,11 @@ def _unrolled(cache: KVCache, layer: int, k: Array, v: Array, dtype) -> tuple[Ar
     past_k, past_v, _ = cache.get(layer)
 
     def join(past, values):
-        stored = (
-            dequantize(*quantise(values, jnp.int8)) if cache.k_scale else values.astype(past.dtype)
-        )
+        scaled = cache.k_scale is not None
+        stored = dequantize(*quantise(values, jnp.int8)) if scaled else values.astype(past.dtype)
         take = lambda x, at: jnp.take_along_axis(x, at[..., None, None], axis=1)
-        joined = jnp.where((index < held)[..., None, None], take(past, old), take(stored, new))
-        return joined.astype(dtype)
+        where = lambda condition, x, y: jnp.where(condition[..., None, None], x, y)
+        joined = where(index < held, take(past, old), take(stored, new))
+        return where(index < total[:, None], joined, 0).astype(dtype)
 
     return join(past_k, k), join(past_v, v)

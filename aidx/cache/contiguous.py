@@ -225,14 +225,18 @@ class KVCache:
         return cache
 
     def clear(self, rows: jax.typing.ArrayLike | None = None) -> "KVCache":
-        """Empty the given rows (an index or several), or all; statistics go on."""
-        if rows is None:
-            return self.replace(
-                lengths=jnp.zeros_like(self.lengths), starts=jnp.zeros_like(self.starts)
-            )
-        rows = self._rows(rows)
+        """Empty the given rows (an index or several), or all; statistics go on.
+
+        The values are zeroed too: a NaN left in an unseen slot would still meet a weight of zero,
+        and `0 * NaN` is NaN.
+        """
+        rows = slice(None) if rows is None else self._rows(rows)
+        zero = lambda x: x.at[rows].set(0)
         return self.replace(
-            lengths=self.lengths.at[:, rows].set(0), starts=self.starts.at[:, rows].set(0)
+            v=jax.tree.map(zero, self.v),
+            v_scale=jax.tree.map(zero, self.v_scale),
+            lengths=self.lengths.at[:, rows].set(0),
+            starts=self.starts.at[:, rows].set(0),
         )
 
     def copy_batch_state(self, source: jax.typing.ArrayLike) -> "KVCache":

@@ -87,7 +87,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(operations)
 def test_any_operations_in_any_order(steps):
     cache = KVCache.create(CONFIG)
