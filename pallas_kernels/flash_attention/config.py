@@ -66,8 +66,12 @@ class ForwardConfig:
         """Query rows of a CTA."""
         return 64 * self.consumers
 
+    def own_o(self, head_dim: int, head_dim_v: int) -> bool:
+        """Whether O is staged apart from Q: Q of the next tile may land, or the widths differ."""
+        return self.persistent or head_dim_v != head_dim
+
     def o_chunks(self, head_dim_v: int) -> int:
-        """Persistent only: 64-column slots through which O leaves (0: a whole tile of its own)."""
+        """64-column slots through which a wide O of its own leaves (0: a whole tile)."""
         return 2 if head_dim_v >= 256 else 0
 
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
@@ -75,7 +79,7 @@ class ForwardConfig:
         q = self.block_q * head_dim
         kv = self.stages * self.block_kv * (head_dim + head_dim_v)
         o = 0
-        if self.persistent:
+        if self.own_o(head_dim, head_dim_v):
             chunks = self.o_chunks(head_dim_v)
             o = self.block_q * (64 * chunks if chunks else head_dim_v)
         return 2 * (q + kv + o) + 4 * self.block_q

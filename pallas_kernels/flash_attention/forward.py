@@ -460,7 +460,8 @@ class Consumer:
         """Through shared memory by TMA, which drops the rows past the end."""
         p, r, wg = self.p, self.refs, self.wg
         rows = pl.ds(self.base, TILE)
-        chunks = p.config.o_chunks(p.head_dim_v) if p.config.persistent else 0
+        own = p.config.own_o(p.head_dim, p.head_dim_v)
+        chunks = p.config.o_chunks(p.head_dim_v) if own else 0
         if p.config.persistent:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         r.lse_smem[wg] = lse
@@ -474,11 +475,7 @@ class Consumer:
                 columns = pl.ds(c * 64, 64)
                 plgpu.copy_smem_to_gmem(dst, r.o.at[self.b, rows, self.head, columns])
         else:
-            dst = (
-                r.o_smem.at[wg]
-                if p.config.persistent
-                else r.q_smem.at[wg, :, pl.ds(0, p.head_dim_v)]
-            )
+            dst = (r.o_smem if own else r.q_smem).at[wg]
             dst[...] = o
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dst, r.o.at[self.b, rows, self.head])
@@ -605,7 +602,7 @@ def scratch_types(p: Problem) -> list:
         operand(c.consumers, TILE, p.head_dim),
         operand(c.stages, c.block_kv, p.head_dim),
         operand(c.stages, c.block_kv, p.head_dim_v),
-        operand(*o_shape) if c.persistent else None,
+        operand(*o_shape) if c.own_o(p.head_dim, p.head_dim_v) else None,
         plgpu.SMEM((c.consumers, TILE), jnp.float32),
         barrier(c.stages),
         barrier(c.stages),

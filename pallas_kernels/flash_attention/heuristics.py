@@ -21,8 +21,6 @@ def forward_config(
         return ForwardConfig(block_kv=192)
     if head_dim <= 128:
         return ForwardConfig()
-    if head_dim <= 192 and head_dim_v <= 128:
-        return ForwardConfig(block_kv=128)
     return ForwardConfig(block_kv=64, release="named")
 
 
