@@ -1,8 +1,8 @@
 """Keys as rows, queries as columns: one tile of keys against one packed query tile.
 
-A decode has few queries and many keys, so the operands of attention change places: `S^T = K Q^T` has
-64 keys as wgmma's M and 8 to 64 query columns as its N, and `O^T += V^T P^T`.  The running maximum
-and sum are vectors over the columns; the maximum is a reduction over the four warps of a warpgroup.
+A decode has few queries and many keys, so the operands of attention change places: `S^T = K Q^T`
+has 64 keys as wgmma's M and 8 to 64 query columns as its N, and `O^T += V^T P^T`.  The running
+maximum is a vector over the columns: a reduction over the four warps of a warpgroup.
 
 That reduction goes through shared memory.  Mosaic reserves one scratch for it per CTA, at the same
 address for every warpgroup, so two warpgroups of a CTA that reduce at the same time read each
@@ -29,6 +29,13 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 def reduce_scratch(cols: int) -> int:
     """f32 elements of SMEM that one warpgroup needs to reduce a `[*, cols]` tile over its rows."""
     return 4 * 32 * 2 * (cols // 8)
+
+
+def row_layout(size: int):
+    """One element per thread where there are 128 of them."""
+    if size % 128 == 0:
+        return plgpu.Layout.WG_STRIDED((size,), 1)
+    return plgpu.Layout.WGMMA.reduce(1)
 
 
 def _column_reduce(kind: str, x: jax.Array, scratch: Any) -> jax.Array:
@@ -71,6 +78,17 @@ class Columns:
         layout = ROWS if len(ref.shape) == 2 else PER_COLUMN
         return plgpu.load(ref, layout=layout, optimized=False)
 
+    def load_row(self, ref):
+        """A vector of values `[Hv]` from GMEM, spread over the 128 threads."""
+        if self.ops.interpret:
+            return ref[...]
+        return plgpu.load(ref, layout=row_layout(self.geom.value_dim), optimized=False)
+
+    def zero_row(self):
+        """Zeros to store as the output of one token and head."""
+        zeros = jnp.zeros((self.geom.value_dim,), self.dtype)
+        return plgpu.layout_cast(zeros, row_layout(self.geom.value_dim))
+
     def full(self, value: float):
         """A constant per-column vector."""
         return plgpu.layout_cast(jnp.full((self.geom.cols,), value, jnp.float32), PER_COLUMN)
@@ -108,8 +126,11 @@ class Columns:
         v = v_s[...] if self.ops.interpret else plgpu.load(v_s, layout=ROWS)
         v_s[...] = jnp.where(rows < live, v, jnp.zeros_like(v))
 
-    def step(self, acc, m, l, refs, first_key, position, context, slopes):
-        """One tile of keys: `(acc, m, l)` after it.  `refs` = q, k, v, p, reduce scratch in SMEM."""
+    def step(self, acc, m, sums, refs, first_key, position, context, slopes):
+        """One tile of keys: `(acc, m, sums)` after it.
+
+        `refs`: q, k, v, p and the scratch of the reduction, in SMEM.
+        """
         ops, geom = self.ops, self.geom
         q_s, k_s, v_s, p_s, scratch = refs
         s = ops.with_acc(lambda a: ops.load(ops.wgmma(a, k_s, q_s.T)), (self.tile, geom.cols))
@@ -119,20 +140,20 @@ class Columns:
         m_new = jnp.maximum(m, self.max(s, scratch))
         alpha = jnp.exp2(m - m_new)
         p = jnp.exp2(s - spread(m_new, s.shape))
-        l = l * spread(alpha, l.shape) + p
+        sums = sums * spread(alpha, s.shape) + p
         ops.store_transposed(p_s, p.astype(self.dtype))
         plgpu.commit_smem()
         o = ops.load(acc)
         acc = ops.store(acc, o * spread(alpha, o.shape))
         acc = ops.wgmma(acc, v_s.T, p_s.T)
-        return acc, m_new, l
+        return acc, m_new, sums
 
-    def finish(self, m, l, o, scratch):
+    def finish(self, m, sums, o, scratch):
         """Normalised output and base-2 log-sum-exp; MASKED and zeros where no key was visible."""
-        l = self.sum(l, scratch)
+        total = self.sum(sums, scratch)
         seen = m > MASKED / 2
-        inverse = jnp.where(seen, 1.0 / l, 0.0)
-        lse = jnp.where(seen, m + jnp.log2(l), MASKED)
+        inverse = jnp.where(seen, 1.0 / total, 0.0)
+        lse = jnp.where(seen, m + jnp.log2(total), MASKED)
         return o * spread(inverse, o.shape), lse
 
     def merge(self, m, w, o, lse2, o2):
@@ -142,10 +163,10 @@ class Columns:
         return m_new, w * a + a2, o * spread(a, o.shape) + o2 * spread(a2, o.shape)
 
     def with_sinks(self, o, lse, sinks):
-        """The sink takes its share of the probability and gives no value."""
+        """The sink takes its share of the probability and gives no value (lse leaves it out)."""
         if sinks is None:
-            return o, lse
+            return o
         sink = sinks * LOG2E
         m = jnp.maximum(lse, sink)
-        total = m + jnp.log2(jnp.exp2(lse - m) + jnp.exp2(sink - m))
-        return o * spread(jnp.exp2(lse - total), o.shape), total
+        own = jnp.exp2(lse - m)
+        return o * spread(own / (own + jnp.exp2(sink - m)), o.shape)

@@ -1,4 +1,4 @@
-"""Static facts of one call: shapes, how queries are packed into columns, what the scores go through."""
+"""Static facts of one call: shapes, how queries become columns, what scores go through."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mgpu import cdiv
+from pallas_kernels._mgpu import MASKED, cdiv
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -85,8 +85,8 @@ class Scoring:
 def pack_queries(q: jax.Array, geom: Geometry, first_token: jax.Array | None = None) -> jax.Array:
     """q `[T, N, H]` as blocks of `cols` rows that one TMA box fetches.
 
-    `[T, N / 8, 8, H]` where 8 heads as they lie hold a group (no copy); `[T, K, cols, H]` for single
-    tokens; `[U, K, cols, H]` for query tiles of several tokens, which begin at `first_token [U]`.
+    `[T, N / 8, 8, H]` where 8 heads as they lie hold a group (no copy); `[T, K, cols, H]` for
+    single tokens; `[U, K, cols, H]` for tiles of several tokens, which begin at `first_token [U]`.
     """
     t, n, h = q.shape
     k, group, cols = geom.num_kv_heads, geom.group, geom.cols
@@ -111,18 +111,17 @@ def pack_columns(x: jax.Array, geom: Geometry) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, geom.cols - x.shape[1])))
 
 
-def unpack_lse(lse: jax.Array, tiles: jax.Array, geom: Geometry) -> jax.Array:
-    """Base-2 column values `[U, K, cols]` -> natural `[T, N]`; tokens of no tile get -inf."""
-    t, k, g = geom.num_tokens, geom.num_kv_heads, geom.group
-    first, count = tiles[:, 0], jnp.where(tiles[:, 4] > 0, tiles[:, 1], 0)
-    head = jnp.arange(k * g, dtype=jnp.int32)
-    column = geom.first_column(jnp.arange(k, dtype=jnp.int32)) + jnp.zeros((k,), jnp.int32)
-    column = jnp.repeat(column, g) + head % g
-    values = []
+def unpack_lse(lse: jax.Array, first: jax.Array, count: jax.Array, geom: Geometry) -> jax.Array:
+    """Base-2 values by column `[U, K, cols]` -> natural, f32 `[T, N]`.
+
+    Query tile u covers `count[u]` tokens from `first[u]`; tokens of no tile get -inf.
+    """
+    heads = jnp.arange(geom.num_heads, dtype=jnp.int32)
+    kv = heads // geom.group
+    start = jax.vmap(geom.first_column)(kv)
+    out = jnp.full((geom.num_tokens + 1, geom.num_heads), -jnp.inf, jnp.float32)
     for i in range(geom.q_tokens):
-        values.append(lse[:, head // g, column + i * g])  # [U, N]
-    out = jnp.full((t + 1, k * g), -jnp.inf, jnp.float32)
-    for i, v in enumerate(values):
-        v = jnp.where(v > -1e29, v * LN2, -jnp.inf)
-        out = out.at[jnp.where(i < count, first + i, t)].set(v)
-    return out[:t]
+        value = lse[:, kv, start + heads % geom.group + i * geom.group]  # [U, N]
+        value = jnp.where(value > MASKED / 2, value * LN2, -jnp.inf)
+        out = out.at[jnp.where(i < count, first + i, geom.num_tokens)].set(value)
+    return out[: geom.num_tokens]

@@ -51,6 +51,20 @@ class PageTiles:
         index = [tile * self.per_tile + j for j in range(self.per_tile)]
         return tuple(table_ref[row, lax.max(lax.min(j, last), first)] for j in index)
 
+    def peek(self, table_ref, row, tile):
+        """As `block_ids`, read before the row's length is known (no window); then `settle`."""
+        last, size = jnp.int32(self.geom.blocks_per_row - 1), self.geom.block_size
+        if size >= self.tile:
+            return (table_ref[row, lax.min(div(tile, size // self.tile), last)],)
+        index = [tile * self.per_tile + j for j in range(self.per_tile)]
+        return tuple(table_ref[row, lax.min(j, last)] for j in index)
+
+    def settle(self, ids, tile, context):
+        """Replace the ids of `peek` that lie past the context; tile's first block is inside."""
+        last = div(context - 1, self.geom.block_size)
+        inside = lambda j: tile * self.per_tile + j <= last
+        return (ids[0], *(jnp.where(inside(j), ids[j], ids[0]) for j in range(1, self.per_tile)))
+
     def fetch(self, tile, ids, head, pairs, barrier):
         """Start the copies of key tile `tile`, the four warps of the warpgroup side by side."""
         part = rem(tile, max(self.geom.block_size // self.tile, 1)) * self.tile

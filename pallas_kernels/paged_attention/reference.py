@@ -29,13 +29,13 @@ def paged_attention_reference(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output f32 `[T, N, Hv]` and log-sum-exp f32 `[T, N]`, one token at a time.
+    """Output f32 `[T, N, Hv]` and log-sum-exp f32 `[T, N]` (without sinks), one token at a time.
 
     >>> q = jnp.ones((2, 4, 8)); pool = jnp.ones((3, 2, 16, 8))
     >>> out, lse = paged_attention_reference(
     ...     q, pool, pool, jnp.array([[2]]), jnp.array([5]), jnp.array([0, 1]), scale=0.0)
-    >>> out[:, 0, 0].tolist(), lse[:, 0].round(3).tolist()
-    ([1.0, 0.0], [1.609, -inf])
+    >>> print(out[:, 0, 0], lse[:, 0])
+    [1. 0.] [1.609438     -inf]
     """
     t, n, h = q.shape
     kv_heads, block_size = k_pool.shape[1:3]
@@ -70,9 +70,8 @@ def paged_attention_reference(
             seen = seen & (keys > pos - window)
         s = jnp.where(seen[None, :], s, -jnp.inf)
         lse = jax.nn.logsumexp(s, axis=1)
-        if sinks is not None:
-            lse = jnp.logaddexp(lse, jnp.where(seen.any(), sinks.astype(jnp.float32), -jnp.inf))
-        p = jnp.where(seen[None, :], jnp.exp(s - jnp.where(lse == -jnp.inf, 0.0, lse)[:, None]), 0)
+        total = lse if sinks is None else jnp.logaddexp(lse, sinks.astype(jnp.float32))
+        p = jnp.where(seen[None, :], jnp.exp(s - total[:, None]), 0.0)
         return jnp.einsum("ns,nsh->nh", p, v, precision="highest"), lse
 
     return jax.lax.map(lambda a: one(*a), (q, row, position, owned))

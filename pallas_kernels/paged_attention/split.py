@@ -196,25 +196,25 @@ class _Split:
 
             def attend(acc):
                 def step(j, carry):
-                    m, l, a = carry
+                    m, sums, a = carry
                     slot = lax.rem(done + j, jnp.int32(stages))
                     plgpu.barrier_wait(kv_full.at[slot])
                     refs = (q_s.at[q_slot], k_s.at[slot], v_s.at[slot], p_s, red_s)
                     key = (first_tile + offset + j) * tile
-                    a, m, l = math.step(
-                        ops.uncarry(acc, a), m, l, refs, key, position, context, slopes
+                    a, m, sums = math.step(
+                        ops.uncarry(acc, a), m, sums, refs, key, position, context, slopes
                     )
                     ops.load(a)
                     plgpu.barrier_arrive(kv_free.at[slot])
-                    return m, l, ops.carry(a)
+                    return m, sums, ops.carry(a)
 
-                m, l, a = lax.fori_loop(0, n, step, (*math.start(), ops.carry(acc)))
-                return m, l, ops.load(ops.uncarry(acc, a))
+                m, sums, a = lax.fori_loop(0, n, step, (*math.start(), ops.carry(acc)))
+                return m, sums, ops.load(ops.uncarry(acc, a))
 
-            m, l, o = ops.with_acc(attend, (geom.value_dim, geom.cols))
+            m, sums, o = ops.with_acc(attend, (geom.value_dim, geom.cols))
 
             plgpu.barrier_arrive(q_free.at[q_slot])
-            o, lse = math.finish(m, l, o, red_s)
+            o, lse = math.finish(m, sums, o, red_s)
             ended = offset + n == count
             sinks = None if sinks_ref is None else math.load(sinks_ref.at[block])
             where = (cta, u, head, offset == 0, ended)
@@ -237,8 +237,8 @@ class _Split:
 
         @pl.when(starts & ends)
         def _():
-            out, total = self.math.with_sinks(o, lse, sinks)
-            self.math.ops.store_plain(lse_ref.at[u, head], total)
+            out = self.math.with_sinks(o, lse, sinks)
+            self.math.ops.store_plain(lse_ref.at[u, head], lse)
             self.put(out, o_s, out_ref, tiles_ref, u, head)
 
         @pl.when(jnp.logical_not(starts & ends))
@@ -331,7 +331,6 @@ class _Split:
     def clear(self, cta, dead_ref, out_ref):
         """Zeros for the tokens that attend to nothing, every CTA its part."""
         geom = self.math.geom
-        shape = (geom.group, geom.value_dim)
 
         @pl.loop(0, cdiv(geom.num_tokens, self.config.ctas))
         def _(x):
@@ -342,8 +341,9 @@ class _Split:
             def _():
                 @pl.loop(0, geom.num_kv_heads)
                 def _(head):
-                    for g in range(shape[0]):
-                        out_ref[token, head, g] = jnp.zeros((shape[1],), self.math.dtype)
+                    for g in range(geom.group):
+                        target = out_ref.at[token, head, g]
+                        self.math.ops.store_plain(target, self.math.zero_row())
 
     # ---------------------------------------------------------------- combine
 
@@ -365,7 +365,7 @@ class _Split:
             sinks = None
             if sinks_ref is not None:
                 sinks = math.load(sinks_ref.at[math.geom.column_block(head)])
-            out, lse = math.with_sinks(out, lse, sinks)
+            out = math.with_sinks(out, lse, sinks)
             math.ops.store_plain(lse_ref.at[u, head], lse)
             self.put(out, o_s, out_ref, tiles_ref, u, head)
             plgpu.wait_smem_to_gmem(0)

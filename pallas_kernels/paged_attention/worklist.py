@@ -1,7 +1,7 @@
-"""The work list of a ragged call, built on the device from the lengths: static shapes, no host sync.
+"""The work list of a ragged call, built on the device from the lengths: no host sync.
 
-A *query tile* is up to `q_tokens` consecutive tokens of one row; with one KV head it is a *segment*,
-whose keys lie in `count` consecutive tiles of `key_tile` keys.  All key tiles of all segments form
+A *query tile* is up to `q_tokens` consecutive tokens of one row; with one KV head it is a
+*segment*, whose keys lie in `count` consecutive tiles of `key_tile` keys.  All segments' tiles form
 one flat sequence (query tile slowest, then KV head, then key tile) of which every CTA takes an
 equal contiguous *share*; a segment cut by a border leaves partial results that are merged.
 """

@@ -1,0 +1,187 @@
+"""`paged_attention`: validation, the choice of a kernel, and the call."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES
+
+from . import cluster, split
+from . import worklist as wl
+from .cluster import ClusterConfig
+from .geometry import Geometry, Scoring, pack_columns, pack_queries, unpack_lse
+from .split import SplitConfig
+
+Config = ClusterConfig | SplitConfig
+MAX_COLS = 64  # query columns of a tile: beyond, accumulators spill
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    block_tables: jax.Array,
+    context_lens: jax.Array,
+    q_indptr: jax.Array,
+    *,
+    max_q: int,
+    scale: float | None = None,
+    window: int | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+    config: Config | None = None,
+    interpret: Any = None,
+) -> Any:
+    """Causal attention of ragged rows of queries over their blocks of a pool, on Hopper.
+
+    `out_i = sum_j softmax_j(scale * q_i . k_j) v_j`, keys j at or before query i of its row.
+    Row r owns the queries `q_indptr[r]:q_indptr[r + 1]`, at most `max_q` of them, and the first
+    `context_lens[r]` slots of `block_tables[r]`; its queries stand at the end of them.
+
+    Args:
+      q: bf16 or f16 `[T, N, H]`; queries of no row give zeros.
+      k_pool: `[P, K, block_size, H]`, q's dtype, N a multiple of K.
+      v_pool: `[P, K, block_size, Hv]`.  Slots past a row's context may hold anything, NaN too.
+      block_tables: i32 `[R, M]`; entries past a row's context are never followed.
+      context_lens: i32 `[R]`, keys of a row, its new tokens' included; 0 is an empty row.
+      q_indptr: i32 `[R + 1]`, ascending from 0.
+      max_q: static bound on the queries of a row; 1 is pure decode.
+      scale: `1 / sqrt(H)` by default.
+      window: number of keys that a query sees, its own included.
+      logits_soft_cap: c in `c * tanh(x / c)`.
+      alibi_slopes: f32 `[N]`, subtracts slope * distance.
+      sinks: f32 `[N]`, a logit that joins the denominator only.
+      return_lse: also the natural log-sum-exp, f32 `[T, N]`, the sink left out, -inf for no key.
+      config: which kernel and how; by default chosen from the static shapes.
+      interpret: True runs the GPU interpreter (with race detection) on any machine.
+
+    Returns:
+      out `[T, N, Hv]` in q's dtype, or (out, lse).
+
+    Raises:
+      ValueError, TypeError: arguments that do not fit each other, with their values.
+      NotImplementedError: what these kernels cannot do.
+
+    PagedAttention: Kwon et al., 2023.  Flash-Decoding: Dao et al., 2023.
+
+    >>> q = jnp.ones((2, 8, 64), jnp.bfloat16)
+    >>> pool = jnp.ones((3, 2, 64, 64), jnp.bfloat16)
+    >>> rows = jnp.array([[2], [0]]), jnp.array([5, 64]), jnp.array([0, 1, 2])
+    >>> f = jax.jit(lambda *a: paged_attention(*a, max_q=1))
+    >>> jax.eval_shape(f, q, pool, pool, *rows).shape
+    (2, 8, 64)
+    """
+    geom = _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q)
+    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if x is not None and x.shape != (geom.num_heads,):
+            raise ValueError(f"{name} has shape {x.shape}, not ({geom.num_heads},)")
+    if window is not None and window < 1:
+        raise ValueError(f"{window=} has to be positive")
+    if logits_soft_cap is not None and logits_soft_cap <= 0:
+        raise ValueError(f"{logits_soft_cap=} has to be positive")
+    scale = geom.head_dim**-0.5 if scale is None else scale
+    scoring = Scoring(scale, window, logits_soft_cap)
+    if config is None:
+        config = default_config(geom, q.dtype.itemsize)
+    context_lens, q_indptr = context_lens.astype(jnp.int32), q_indptr.astype(jnp.int32)
+    block_tables = block_tables.astype(jnp.int32)
+    options = dict(
+        geom=geom,
+        scoring=scoring,
+        slopes=None if alibi_slopes is None else pack_columns(alibi_slopes, geom),
+        sinks=None if sinks is None else pack_columns(sinks, geom),
+        interpret=interpret,
+    )
+    if isinstance(config, ClusterConfig):
+        first = cluster.first_tokens(q_indptr, geom)
+        out, lse = cluster.cluster_attention(
+            pack_queries(q, geom, first),
+            k_pool,
+            v_pool,
+            block_tables,
+            context_lens,
+            q_indptr,
+            config=config,
+            **options,
+        )
+        count = jnp.repeat(q_indptr[1:], cluster.tiles_per_row(geom)) - first
+    else:
+        work = wl.make_work_list(
+            context_lens,
+            q_indptr,
+            geom,
+            key_tile=config.key_tile,
+            ctas=config.ctas,
+            window=window,
+        )
+        first = work.tiles[:, wl.FIRST_TOKEN]
+        out, lse = split.split_attention(
+            pack_queries(q, geom, first),
+            k_pool,
+            v_pool,
+            block_tables,
+            work,
+            config=config,
+            **options,
+        )
+        count = jnp.where(work.tiles[:, wl.COUNT] > 0, work.tiles[:, wl.NUM_TOKENS], 0)
+    out = out.reshape(geom.num_tokens, geom.num_heads, geom.value_dim)
+    return (out, unpack_lse(lse, first, count, geom)) if return_lse else out
+
+
+def _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q) -> Geometry:
+    """The shapes, checked."""
+    ranks = (q.ndim, k_pool.ndim, v_pool.ndim, block_tables.ndim)
+    if ranks != (3, 4, 4, 2):
+        raise ValueError(
+            f"{q.shape=}, {k_pool.shape=}, {v_pool.shape=}, {block_tables.shape=}: ranks {ranks} "
+            "are not (3, 4, 4, 2)"
+        )
+    t, n, h = q.shape
+    p, k, size, h_k = k_pool.shape
+    rows, per_row = block_tables.shape
+    if h != h_k or v_pool.shape[:3] != (p, k, size):
+        raise ValueError(f"{q.shape=}, {k_pool.shape=} and {v_pool.shape=} do not fit")
+    if k == 0 or n % k:
+        raise ValueError(f"{n} query heads are not a multiple of {k} KV heads")
+    if context_lens.shape != (rows,) or q_indptr.shape != (rows + 1,):
+        raise ValueError(
+            f"{context_lens.shape=} and {q_indptr.shape=} do not fit {block_tables.shape=}"
+        )
+    if max_q < 1:
+        raise ValueError(f"{max_q=} has to be positive")
+    if k_pool.dtype != q.dtype or v_pool.dtype != q.dtype:
+        raise NotImplementedError(f"{q.dtype=}, {k_pool.dtype=}, {v_pool.dtype=} differ")
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"{q.dtype=} is not bfloat16 or float16")
+    value_dim = v_pool.shape[-1]
+    if h % 64 or value_dim % 64 or h > 256 or value_dim > 256:
+        raise NotImplementedError(f"head sizes {h} and {value_dim} are not 64, 128, 192 or 256")
+    if min(t, rows, per_row, p) == 0:
+        raise NotImplementedError(f"{q.shape=}, {k_pool.shape=}, {block_tables.shape=}: empty")
+    group = n // k
+    if group > MAX_COLS:
+        raise NotImplementedError(f"{group} query heads a KV head are more than {MAX_COLS}")
+    max_q = min(max_q, t)
+    q_tokens = min(max_q, MAX_COLS // group)
+    return Geometry(t, n, k, h, value_dim, p, size, rows, per_row, max_q, q_tokens)
+
+
+def default_config(geom: Geometry, itemsize: int = 2) -> Config:
+    """The kernel for these shapes: one launch for few segments, equal shares for many.
+
+    >>> one = Geometry(1, 32, 8, 128, 128, 99, 64, 1, 64, max_q=1)
+    >>> type(default_config(one)).__name__
+    'ClusterConfig'
+    """
+    segments = geom.num_rows * cluster.tiles_per_row(geom) * geom.num_kv_heads
+    if 2 * segments <= HOPPER_SMS:
+        return cluster.pick_config(geom, itemsize)
+    for ctas, stages in ((2 * HOPPER_SMS, 3), (HOPPER_SMS, 3), (HOPPER_SMS, 2), (HOPPER_SMS, 1)):
+        config = SplitConfig(ctas=ctas, stages=stages)
+        if split.smem_bytes(config, geom, itemsize) * (ctas // HOPPER_SMS) <= SMEM_BYTES:
+            return config
+    raise NotImplementedError(f"no configuration fits shared memory for {geom}")
