@@ -24,14 +24,15 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from aidx.engine import step as stepping
 from aidx.engine.engine import Engine, EngineConfig, EngineDeadError
-from aidx.engine.outputs import RequestOutput
-from aidx.engine.sampling_params import SamplingParams
+from aidx.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from aidx.engine.sampling_params import BeamSearchParams, SamplingParams
 from aidx.engine.stats import EngineStats
 from aidx.models import Model, load_model
 from aidx.ops.sampling import Variant
 from aidx.typing import Params
 
 Prompt = str | Sequence[int]
+AnyParams = SamplingParams | BeamSearchParams
 CPU_POOL_BYTES = 1 << 30
 
 
@@ -167,7 +168,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: AnyParams | Sequence[AnyParams] | None = None,
         *,
         priority: Sequence[int] | None = None,
         progress: bool = False,
@@ -235,6 +236,38 @@ class LLM:
         conversations = [messages] if one else messages
         prompts = [self.tokenizer.encode_chat(m, **options) for m in conversations]
         return self.generate(prompts, sampling_params, progress=progress)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        progress: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best continuations of each prompt, best first.
+
+        Beams share the blocks of what they have in common; a fork copies at most one block.  The
+        beams are those of `transformers` with `early_stopping=False`.
+
+        Raises:
+            ValueError: a prompt is refused, or max_logprobs is too small for the beam width.
+        """
+        outputs = self.generate(prompts, params, progress=progress)
+        return [
+            BeamSearchOutput(
+                tuple(
+                    BeamSearchSequence(
+                        tokens=(*output.prompt_token_ids, *beam.token_ids),
+                        cum_logprob=beam.cumulative_logprob or 0.0,
+                        text=(output.prompt or "") + beam.text if self.tokenizer else None,
+                        finish_reason=beam.finish_reason,
+                        stop_reason=beam.stop_reason,
+                    )
+                    for beam in output.outputs
+                )
+            )
+            for output in outputs
+        ]
 
     def update_params(self, params: Params) -> None:
         """Take other parameters of the same shapes: nothing compiles, no cached prefix survives."""

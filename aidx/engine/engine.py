@@ -23,8 +23,10 @@ import numpy as np
 from aidx.cache import BlockPool, PagedKVCache
 from aidx.engine import scheduler as scheduling
 from aidx.engine import step as stepping
+from aidx.engine.beam import Beams, select
 from aidx.engine.detokenizer import Detokenizer, Pieces
 from aidx.engine.outputs import (
+    CompletionOutput,
     FinishReason,
     Logprobs,
     RequestMetrics,
@@ -34,6 +36,7 @@ from aidx.engine.outputs import (
 from aidx.engine.progress import Progress, Rules, advance, completion, end, start
 from aidx.engine.request import Request, SequenceState, new_sequence
 from aidx.engine.sampling_params import (
+    BeamSearchParams,
     SamplingParams,
     banned_tokens,
     encode_bad_words,
@@ -140,6 +143,7 @@ class _Ticket:
     bad_words: tuple[tuple[int, ...], ...]
     metrics: RequestMetrics
     num_cached: int = 0
+    beams: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +213,8 @@ class Engine:
         self._progress: dict[int, Progress] = {}  # seq_id -> output so far
         self._num_output: dict[int, int] = {}  # seq_id -> tokens of it
         self._prompt_logprobs: dict[str, list[Logprobs | None]] = {}
+        self._beams: dict[str, Beams] = {}
+        self._candidates: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of paused beams
         self._in_flight: _InFlight | None = None
         self._epoch = 0  # how often the device state was made anew
         self._touched: dict[str, None] = {}  # requests with something to tell
@@ -229,7 +235,7 @@ class Engine:
     def add_request(
         self,
         prompt: Sequence[int],
-        params: SamplingParams | None = None,
+        params: SamplingParams | BeamSearchParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -242,7 +248,8 @@ class Engine:
 
         Args:
             prompt: token ids.
-            params: None takes `SamplingParams()`.
+            params: None takes `SamplingParams()`; `BeamSearchParams` make its outputs the beams,
+                best first.
             request_id: unique among the unfinished; None makes one up.
             priority: smaller goes first under the policy `priority`.
             user: whose service the policy `fair` counts it as.
@@ -261,13 +268,18 @@ class Engine:
         if name in self._tickets:
             raise ValueError(f"request_id={name!r} is unfinished already")
         tokens = self._checked_prompt(prompt)
+        search = None
+        if isinstance(params, BeamSearchParams):
+            search, params = self._search(params, len(tokens))
         request = Request(name, tokens, params, priority, user, prompt_text, cache_salt)
-        ticket = self._ticket(request, stream)
+        ticket = self._ticket(request, stream, beams=search is not None)
         batch = self._batch
         for seq in ticket.samples:
             batch = scheduling.add(batch, seq)
         self._batch = batch
         self._tickets[name] = ticket
+        if search is not None:
+            self._beams[name] = search
         begin = start(ticket.rules, tokens.tolist())
         for seq in ticket.samples:
             self._progress[seq.seq_id] = begin
@@ -374,7 +386,26 @@ class Engine:
             )
         return tokens.astype(np.int32)
 
-    def _ticket(self, request: Request, stream: bool) -> _Ticket:
+    def _search(self, params: BeamSearchParams, num_prompt: int) -> tuple[Beams, SamplingParams]:
+        """The state of a beam search, and what its sequences ask of the sampler."""
+        config = self.config
+        search = Beams(
+            width=params.beam_width,
+            max_tokens=min(params.max_tokens, config.max_model_len - num_prompt),
+            eos_ids=frozenset(() if params.ignore_eos else config.eos_token_ids),
+            length_penalty=params.length_penalty,
+        )
+        if search.num_candidates > config.max_logprobs:
+            raise ValueError(
+                f"beam_width={params.beam_width} with {len(search.eos_ids)} end-of-sequence tokens "
+                f"needs max_logprobs >= {search.num_candidates}, which is {config.max_logprobs}"
+            )
+        sampling = SamplingParams(
+            temperature=0, max_tokens=params.max_tokens, logprobs=search.num_candidates
+        )
+        return search, sampling
+
+    def _ticket(self, request: Request, stream: bool, *, beams: bool) -> _Ticket:
         """Everything about a request that its steps will need, checked."""
         config, params = self.config, request.params
         for name in ("logprobs", "prompt_logprobs"):
@@ -414,8 +445,10 @@ class Engine:
             ),
             bad_words=encode_bad_words(params.bad_words, encode) if params.bad_words else (),
             metrics=RequestMetrics(arrival_time=self._clock()),
+            beams=beams,
         )
-        self._mask_row(ticket, ()) if params.needs_state else None  # ids out of range raise here
+        if params.needs_state:
+            self._mask_row(ticket, ())  # ids outside the vocabulary are refused here
         ids = [next(self._seq_ids) for _ in range(params.n)]
         samples = tuple(
             new_sequence(
@@ -425,7 +458,7 @@ class Engine:
                 index=index,
                 max_tokens=params.max_tokens,
                 max_model_len=config.max_model_len,
-                synchronous=any(len(word) > 1 for word in ticket.bad_words),
+                synchronous=beams or any(len(word) > 1 for word in ticket.bad_words),
                 every_logit=params.prompt_logprobs is not None and index == 0,
             )
             for index, seq_id in enumerate(ids)
@@ -551,8 +584,9 @@ class Engine:
         elif self._masked[seat]:
             self._write_masks(seat, self._neutral)
             self._masked[seat] = False
-        self._meter.admitted_tokens += seq.num_prompt * (not seq.preemptions)
-        self._meter.cached_tokens += seq.num_cached * (not seq.preemptions)
+        if seq.num_known == seq.num_prompt and not seq.preemptions:  # else it is no new prompt
+            self._meter.admitted_tokens += seq.num_prompt
+            self._meter.cached_tokens += seq.num_cached
         self._meter.prompt_tokens += seq.num_prompt - min(seq.num_computed, seq.num_prompt)
         if ticket.metrics.first_scheduled_time is None:
             metrics = dataclasses.replace(ticket.metrics, first_scheduled_time=self._clock())
@@ -608,6 +642,8 @@ class Engine:
                 "no token has a finite logit: the model gave NaN, or every token is forbidden",
             )
         at = np.flatnonzero(self._alive(rows) & rows.samples)
+        if self._beams:
+            at = self._read_beams(rows, out, at)
         seats, tokens = rows.seats[at], out[at, 0]
         self._batch = scheduling.record(self._batch, seats, tokens)
         self._meter.generated_tokens += len(at)
@@ -617,6 +653,51 @@ class Engine:
             if seq is not None and self._advance(seq, token, out[i]):
                 done.append(seat)
         self._batch = scheduling.finish(self._batch, done)
+
+    def _read_beams(self, rows: _Rows, out: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Keep the beams' candidates, advance the searches that have all; the other rows."""
+        n, others, searches = self.config.max_logprobs, [], {}
+        for i in at.tolist():
+            seq = self._batch.running[rows.seats[i]]
+            name = seq.request.request_id
+            if name not in self._beams:
+                others.append(i)
+                continue
+            k = self._beams[name].num_candidates
+            values = out[i].view(np.float32)[3 + n : 3 + n + k]
+            self._candidates[seq.seq_id] = (out[i, 3 : 3 + k], values)
+            searches[name] = None
+        for name in searches:
+            if all(seq.seq_id in self._candidates for seq in self._tickets[name].samples):
+                self._advance_beams(name)
+        return np.array(others, np.int64)
+
+    def _advance_beams(self, name: str) -> None:
+        """One round of a beam search: the beams that go on fork their parents' blocks."""
+        ticket = self._tickets[name]
+        group = [seq.seq_id for seq in ticket.samples]
+        found = [self._candidates.pop(seq_id) for seq_id in group]
+        beams, parents = select(self._beams[name], *zip(*found, strict=True))
+        self._beams[name] = beams
+        self._meter.generated_tokens += max(len(parents), 1)
+        metrics = ticket.metrics
+        if metrics.first_token_time is None:
+            metrics = dataclasses.replace(metrics, first_token_time=self._clock())
+        for seq_id in group:
+            del self._progress[seq_id], self._num_output[seq_id]
+        if ticket.stream or not parents:
+            self._touched[name] = None
+        children = [
+            (next(self._seq_ids), parent, beam.tokens[-1])
+            for parent, beam in zip(parents, beams.running, strict=True)
+        ]
+        self._batch, samples = scheduling.branch(self._batch, group, children)
+        self._tickets[name] = dataclasses.replace(ticket, samples=tuple(samples), metrics=metrics)
+        for seq in samples:
+            self._progress[seq.seq_id] = Progress()
+            self._num_output[seq.seq_id] = len(beams.running[0].tokens)
+            if seq.seat >= 0:
+                self._take_seat(seq)
 
     def _alive(self, rows: _Rows) -> np.ndarray:
         """Which rows still belong to the sequence that sits there: others ended meanwhile."""
@@ -681,6 +762,7 @@ class Engine:
         """End every sample of a request that has not ended; the next report says so."""
         ticket = self._tickets[name]
         for seq in ticket.samples:
+            self._candidates.pop(seq.seq_id, None)
             progress = self._progress[seq.seq_id]
             if progress.finish_reason is None:
                 self._progress[seq.seq_id] = end(progress, ticket.rules, reason, stop_reason)
@@ -734,6 +816,7 @@ class Engine:
             self._meter.finish(output.outputs[0].finish_reason, output.metrics)
             del self._tickets[name]
             self._prompt_logprobs.pop(name, None)
+            self._beams.pop(name, None)
             for seq in ticket.samples:
                 del self._progress[seq.seq_id], self._num_output[seq.seq_id]
         self._touched = {}
@@ -741,9 +824,10 @@ class Engine:
         return outputs
 
     def _output(self, ticket: _Ticket) -> RequestOutput:
-        request, samples = ticket.request, []
-        total = 0
-        for seq in ticket.samples:
+        request = ticket.request
+        samples = self._beam_outputs(ticket) if ticket.beams else []
+        total = sum(len(sample.token_ids) for sample in samples)
+        for seq in () if ticket.beams else ticket.samples:
             count = self._num_output[seq.seq_id]
             total += count
             tokens = tuple(seq.log[seq.num_prompt : seq.num_prompt + count].tolist())
@@ -772,6 +856,29 @@ class Engine:
             num_cached_tokens=ticket.num_cached,
             seed=ticket.seed,
         )
+
+    def _beam_outputs(self, ticket: _Ticket) -> list[CompletionOutput]:
+        """The finished beams, or the running ones while the search goes on; best first."""
+        search = self._beams[ticket.request.request_id]
+        if search.running:
+            ended = self._progress[ticket.samples[0].seq_id]
+            reasons = [(beam, ended.finish_reason, ended.stop_reason) for beam in search.running]
+        else:
+            reasons = [
+                (beam, "stop" if beam.ended else "length", None) for _, beam in search.finished
+            ]
+        decode = self._tokenizer.decode if self._tokenizer is not None else lambda _: ""
+        return [
+            CompletionOutput(
+                index=index,
+                text=decode(list(beam.tokens)),
+                token_ids=beam.tokens,
+                cumulative_logprob=float(beam.logprob),
+                finish_reason=reason,
+                stop_reason=stop_reason,
+            )
+            for index, (beam, reason, stop_reason) in enumerate(reasons)
+        ]
 
     def _tick(self) -> None:
         """Time counts as busy while some request is unfinished."""
@@ -809,6 +916,8 @@ class Engine:
 
     def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies on write, in programs of a few fixed sizes."""
+        # A destination that was given back and taken again is named twice: the last one counts.
+        copies = [(src, dst) for dst, src in {dst: src for src, dst in copies}.items()]
         at = 0
         while at < len(copies):
             size = next(size for size in COPY_SIZES if size <= len(copies) - at)

@@ -14,7 +14,7 @@ with a counter in place of a model.
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -280,13 +280,10 @@ def cancel(batch: BatchScheduler, seq_ids: Iterable[int]) -> BatchScheduler:
     return finish(dataclasses.replace(batch, waiting=waiting), seats)
 
 
-def record(
-    batch: BatchScheduler, seats: np.ndarray, tokens: np.ndarray, *, resume: bool = True
-) -> BatchScheduler:
+def record(batch: BatchScheduler, seats: np.ndarray, tokens: np.ndarray) -> BatchScheduler:
     """The host has read what a step sampled: one token for each of `seats`.
 
-    A synchronous sequence waited for this; `resume=False` leaves it paused (a beam whose siblings
-    are still to come).
+    A synchronous sequence was paused until now, and goes on.
     """
     known = batch.num_known.copy()
     for seat, token in zip(seats.tolist(), tokens.tolist(), strict=True):
@@ -297,10 +294,100 @@ def record(
     if late.any():
         promised = promised.copy()
         promised[seats[late]] += 1
-        if resume:
-            paused = paused.copy()
-            paused[seats[late]] = False
+        paused = paused.copy()
+        paused[seats[late]] = False
     return dataclasses.replace(batch, num_known=known, num_tokens=promised, paused=paused)
+
+
+def branch(
+    batch: BatchScheduler,
+    group: Sequence[int],
+    children: Sequence[tuple[int, int, int]],
+) -> tuple[BatchScheduler, list[SequenceState]]:
+    """Replace sequences by continuations of theirs: beams that fork and die.
+
+    Args:
+        batch: the state; every sequence of the group is paused.
+        group: seq_ids.
+        children: (seq_id of the child, place of its parent in the group, its next token).
+
+    Returns:
+        The batch, and the children in order.  A parent's first child takes its seat and its blocks
+        over; others share the full blocks and copy the last one on write.  A child without a seat
+        or a block to be had waits like a preempted sequence.
+    """
+    seats = {s.seq_id: i for i, s in enumerate(batch.running) if s is not None}
+    parents = [
+        batch.sequence(seats[i]) if i in seats else next(s for s in batch.waiting if s.seq_id == i)
+        for i in group
+    ]
+    used = {parent for _, parent, _ in children}
+    batch = cancel(batch, [seq_id for i, seq_id in enumerate(group) if i not in used])
+    kept = [seq.seq_id for i, seq in enumerate(parents) if i in used and seq.seat < 0]
+    batch = cancel(batch, kept)  # those that wait: their children are queued anew
+    made, taken = [], set()
+    for seq_id, place, token in children:
+        parent = parents[place]
+        log = parent.log.copy()
+        log[parent.num_known] = token
+        child = dataclasses.replace(
+            parent, seq_id=seq_id, log=log, num_known=parent.num_known + 1, keys=()
+        )
+        if parent.seat >= 0 and place not in taken:
+            taken.add(place)
+            batch = _continue_in_seat(batch, child)
+        elif parent.seat >= 0 and (forked := _fork_into_seat(batch, child)) is not None:
+            batch, child = forked
+        else:
+            child = dataclasses.replace(
+                child,
+                num_computed=0,
+                seat=-1,
+                blocks=np.zeros(0, np.int32),
+                status=SequenceStatus.PENDING,
+            )
+            batch = _queued(batch, child)
+        made.append(child)
+    return batch, made
+
+
+def _continue_in_seat(batch: BatchScheduler, child: SequenceState) -> BatchScheduler:
+    """`child` goes on where its parent sits, one token further."""
+    known, promised, paused = (
+        column.copy() for column in (batch.num_known, batch.num_tokens, batch.paused)
+    )
+    known[child.seat] = promised[child.seat] = child.num_known
+    paused[child.seat] = False
+    return dataclasses.replace(
+        batch,
+        running=_replaced(batch.running, {child.seat: child}),
+        num_known=known,
+        num_tokens=promised,
+        paused=paused,
+    )
+
+
+def _fork_into_seat(
+    batch: BatchScheduler, child: SequenceState
+) -> tuple[BatchScheduler, SequenceState] | None:
+    """`child` in a seat of its own, sharing its parent's full blocks; None: no seat or no block."""
+    seat = next((i for i, seq in enumerate(batch.running) if seq is None), None)
+    full, rest = divmod(child.num_computed, batch.pool.block_size)
+    if seat is None or (rest and not batch.pool.num_free):
+        return None
+    blocks, copies = child.blocks[:full], batch.copies
+    pool = batch.pool.fork(blocks)
+    if rest:
+        pool, fresh = pool.allocate(1)
+        copies = (*copies, (int(child.blocks[full]), int(fresh[0])))
+        blocks = np.concatenate((blocks, fresh))
+    source = child.seat
+    child = dataclasses.replace(child, seat=seat, blocks=blocks)
+    published = int(batch.num_published[source])
+    batch = dataclasses.replace(
+        batch, pool=pool, copies=copies, keys=_replaced(batch.keys, {seat: batch.keys[source]})
+    )
+    return _seated(batch, child, blocks, published), child
 
 
 # One step.
@@ -319,10 +406,23 @@ def schedule(
     batch, take, preempted = _find_blocks(batch, take, drained)
     if batch is None or take is None:
         return batch, None
-    admitted: list[int] = []
+    admitted: list[SequenceState] = []
     if not preempted:
         batch, take, admitted = _admit(batch, take)
+    if drained and not take.any() and not preempted and _waiting_for_paused(batch):
+        # A beam waits for a sibling that waits for the seat or the blocks of the beam.
+        paused = [i for i in np.flatnonzero(batch.paused) if batch.running[i] is not None]
+        batch, seq = _preempt(batch, int(max(paused, key=lambda i: batch.running[i].arrival)))
+        batch, found = schedule(batch)
+        assert found is not None  # None is for a step in flight, and there is none
+        return batch, dataclasses.replace(found, preempted=(seq, *found.preempted))
     return _issue(batch, take, admitted, preempted)
+
+
+def _waiting_for_paused(batch: BatchScheduler) -> bool:
+    """Whether somebody could be admitted if a paused sequence made room."""
+    ready = any(seq.status is not SequenceStatus.PAUSED for seq in batch.waiting)
+    return ready and bool(batch.paused.any())
 
 
 def _share_budget(batch: BatchScheduler) -> np.ndarray:
