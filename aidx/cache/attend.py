@@ -5,6 +5,8 @@ is what the cache has stored: a token that went through int8 or bf16 is seen so 
 too, hence how a prompt is cut into chunks changes nothing.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -89,11 +91,10 @@ def contiguous_attend(
     ) -> tuple[Array, Cache]:
         before, tokens = cache, q.shape[1]
         cache = cache.append(layer, k, v, counts)
-        limits = [w for w in (window, cache.windows[layer]) if w is not None]
-        window = min(limits, default=None)
-        if cache.windows[layer] is None:
+        own = cache.windows[layer]
+        if own is None:
             keys, values = (x.astype(q.dtype) for x in cache.get(layer)[:2])
-            where = dict(
+            where: dict[str, Any] = dict(
                 causal=True,
                 window=window,
                 query_offset=before.lengths[layer],
@@ -103,13 +104,14 @@ def contiguous_attend(
             # The ring as it lies: softmax does not ask for an order, so a mask is enough.
             keys, values, positions = cache.get(layer)
             keys, values = keys.astype(q.dtype), values.astype(q.dtype)
-            latest = cache.lengths[layer][:, None] - 1
-            seen = (positions >= 0) & (positions > latest - window)
+            oldest = cache.lengths[layer][:, None] - min(own, window or own)
+            seen = (positions >= 0) & (positions >= oldest)
             where = dict(mask=seen[:, None, None, :])
         else:
             held = before.lengths[layer] - before.starts[layer]
             total = held + (tokens if counts is None else counts)
             keys, values = _unrolled(before, layer, k, v, total, q.dtype)
+            window = min(own, window or own)
             where = dict(causal=True, window=window, query_offset=held, kv_lens=total)
         out = flash_attention(
             q,
@@ -170,9 +172,10 @@ def paged_attend(
         cache: PagedKVCache, layer, q, k, v, *, window=None, scale=None, soft_cap=None, sinks=None
     ) -> tuple[Array, Cache]:
         cache = cache.write(layer, k, v, slots)
-        quantised = cache.k_scale is not None and cache.v_scale is not None
+        k_scale = None if cache.k_scale is None else cache.k_scale[layer]
+        v_scale = None if cache.v_scale is None else cache.v_scale[layer]
         out = paged_attention(
-            q if quantised else q.astype(cache.k[layer].dtype),
+            q.astype(cache.k[layer].dtype) if k_scale is None else q,
             cache.k[layer],
             cache.v[layer],
             block_tables,
@@ -186,8 +189,8 @@ def paged_attend(
             tree_mask=tree_mask,
             cascade=cascade,
             scale=scale,
-            k_scale=cache.k_scale[layer] if quantised else None,
-            v_scale=cache.v_scale[layer] if quantised else None,
+            k_scale=k_scale,
+            v_scale=v_scale,
             deterministic=deterministic,
             implementation=implementation,
         )

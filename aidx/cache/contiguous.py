@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 from jax.experimental import checkify
 
 from aidx.cache.config import KVCacheConfig
@@ -136,7 +137,8 @@ class KVCache:
         layer = static_layer(layer)
         counts = self._check(layer, k, v, counts)
         slots, lengths, starts = self._plan(layer, k.shape[1], counts)
-        return self._store(layer, k, v, slots).replace(
+        return dataclasses.replace(
+            self._store(layer, k, v, slots),
             lengths=self.lengths.at[layer].set(lengths),
             starts=self.starts.at[layer].set(starts),
             counters=self._count(layer, counts, starts),
@@ -158,8 +160,8 @@ class KVCache:
         youngest = slots + (lengths - 1 - slots) // size * size if ring else slots
         held = (youngest >= starts) & (youngest < lengths)
         return (
-            dequantize(self.k[layer], self.k_scale and self.k_scale[layer]),
-            dequantize(self.v[layer], self.v_scale and self.v_scale[layer]),
+            dequantize(self.k[layer], None if self.k_scale is None else self.k_scale[layer]),
+            dequantize(self.v[layer], None if self.v_scale is None else self.v_scale[layer]),
             jnp.where(held, youngest, -1),
         )
 
@@ -208,7 +210,7 @@ class KVCache:
         """
         wanted = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (self.batch_size,))
         new = jnp.clip(wanted[None], 0, self.lengths)
-        cache = self.replace(lengths=new, starts=jnp.minimum(self.starts, new))
+        cache = dataclasses.replace(self, lengths=new, starts=jnp.minimum(self.starts, new))
         if not _traced(new):
             if bool((wanted < 0).any()):
                 raise ValueError(f"cannot truncate to lengths {wanted.tolist()}")
@@ -230,13 +232,14 @@ class KVCache:
         The values are zeroed too: a NaN left in an unseen slot would still meet a weight of zero,
         and `0 * NaN` is NaN.
         """
-        rows = slice(None) if rows is None else self._rows(rows)
-        zero = lambda x: x.at[rows].set(0)
-        return self.replace(
+        at = slice(None) if rows is None else self._rows(rows)
+        zero = lambda x: x.at[at].set(0)
+        return dataclasses.replace(
+            self,
             v=jax.tree.map(zero, self.v),
             v_scale=jax.tree.map(zero, self.v_scale),
-            lengths=self.lengths.at[:, rows].set(0),
-            starts=self.starts.at[:, rows].set(0),
+            lengths=self.lengths.at[:, at].set(0),
+            starts=self.starts.at[:, at].set(0),
         )
 
     def copy_batch_state(self, source: jax.typing.ArrayLike) -> "KVCache":
@@ -252,7 +255,8 @@ class KVCache:
         if source.shape != (self.batch_size,):
             raise ValueError(f"{source.shape=} for {self.batch_size} rows")
         take = lambda x: jnp.take(x, source, axis=0, mode="clip")
-        return self.replace(
+        return dataclasses.replace(
+            self,
             **{
                 name: jax.tree.map(take, getattr(self, name))
                 for name in ("k", "v", "k_scale", "v_scale")
@@ -373,9 +377,10 @@ class KVCache:
 
         with jax.named_scope("kv_write"):
             if self.k_scale is None or self.v_scale is None:
-                return self.replace(k=put(self.k, k), v=put(self.v, v))
+                return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
             (k, k_scale), (v, v_scale) = quantise(k, jnp.int8), quantise(v, jnp.int8)
-            return self.replace(
+            return dataclasses.replace(
+                self,
                 k=put(self.k, k),
                 v=put(self.v, v),
                 k_scale=put(self.k_scale, k_scale),
@@ -421,7 +426,7 @@ def dequantize(q: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 
 def _traced(*values) -> bool:
-    return any(isinstance(value, jax.core.Tracer) for value in values)
+    return any(isinstance(value, Tracer) for value in values)
 
 
 def static_layer(layer) -> int:

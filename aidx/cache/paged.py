@@ -1,5 +1,6 @@
 """The paged KV cache: blocks on the device, moved by programs that update them in place."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -122,7 +123,7 @@ class PagedKVCache:
 
         if self.k_scale is None or self.v_scale is None:
             new_k, new_v = write_kv(self.k[layer], self.v[layer], k, v, slots)
-            return self.replace(k=put(self.k, new_k), v=put(self.v, new_v))
+            return dataclasses.replace(self, k=put(self.k, new_k), v=put(self.v, new_v))
         new_k, new_v, k_scale, v_scale = write_kv(
             self.k[layer],
             self.v[layer],
@@ -132,7 +133,8 @@ class PagedKVCache:
             k_scale=self.k_scale[layer],
             v_scale=self.v_scale[layer],
         )
-        return self.replace(
+        return dataclasses.replace(
+            self,
             k=put(self.k, new_k),
             v=put(self.v, new_v),
             k_scale=put(self.k_scale, k_scale),

@@ -19,12 +19,12 @@ Index = slice | np.ndarray
 _ABSENT = object()
 
 
-class _Versioned[Data: (np.ndarray, dict)]:
+class _Versioned:
     """A version: `_change is None` and `_base` is the data, or `_base` is a newer version."""
 
     __slots__ = ("_base", "_change", "_debt", "_lock")
 
-    def __init__(self, data: Data, debt: int = 0, lock: Any = None):
+    def __init__(self, data: Any, debt: int = 0, lock: Any = None):
         self._base: Any = data
         self._change: Any = None
         self._debt = debt  # entries changed in this buffer since it was copied
@@ -35,7 +35,7 @@ class _Versioned[Data: (np.ndarray, dict)]:
         """Change `data` in place and return the change that undoes it."""
         raise NotImplementedError
 
-    def _reroot(self) -> Data:
+    def _reroot(self) -> Any:
         """Make this version the one that owns the buffer; the caller holds the lock."""
         if self._change is None:
             return self._base
@@ -67,7 +67,7 @@ class _Versioned[Data: (np.ndarray, dict)]:
             return newer
 
 
-class PersistentArray(_Versioned[np.ndarray]):
+class PersistentArray(_Versioned):
     """A numpy array whose `set` returns a new version.
 
     Example:
@@ -108,7 +108,7 @@ class PersistentArray(_Versioned[np.ndarray]):
         return self[:]
 
 
-class PersistentMap(_Versioned[dict]):
+class PersistentMap(_Versioned):
     """A dict whose `update` and `delete` return a new version.
 
     Example:
