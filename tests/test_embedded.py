@@ -1,7 +1,6 @@
 """The embedded checkpoints, and the script that trains them."""
 
 import importlib
-import itertools
 import json
 import math
 import pathlib
@@ -69,22 +68,37 @@ def test_the_tokenizer_survives_any_text_and_splits_at_line_ends(scripts, data):
 
 def test_the_schedule_warms_up_holds_and_falls_to_zero(scripts):
     train, _ = scripts
-    rates = [float(train.schedule(jnp.int32(i), jnp.float32(1000))) for i in range(1001)]
-    assert rates[0] == pytest.approx(1 / train.WARMUP) and rates[1000] == 0
-    assert rates[train.WARMUP] == rates[500] == 1.0
-    assert all(a > b for a, b in itertools.pairwise(rates[500:]))
+    rate = lambda step, progress: float(train.schedule(jnp.int32(step), jnp.float32(progress)))
+    assert rate(0, 0) == pytest.approx(1 / train.WARMUP)
+    assert rate(train.WARMUP, 0.1) == rate(10_000, 0.3) == 1.0
+    rates = [rate(10_000, progress) for progress in (0.4, 0.6, 0.8, 1.0)]
+    np.testing.assert_allclose(rates, [1, 2 / 3, 1 / 3, 0], atol=1e-6)
+    assert rate(10_000, 1.5) == 0  # past the deadline
 
 
-def test_dropout_keeps_the_mean_and_refuses_what_it_cannot_do(scripts):
+def test_dropout_keeps_the_mean_and_differs_between_layers(scripts):
     train, _ = scripts
-    q, k = jnp.ones((1, 64, 2, 8)), jnp.ones((1, 64, 1, 8))
-    plain, _ = train.dropping_attend(jax.random.key(0), 0.0, "xla")(None, 0, q, k, k)
-    dropped, _ = train.dropping_attend(jax.random.key(0), 0.25, "xla")(None, 0, q, k, k)
-    np.testing.assert_allclose(plain, 1.0, rtol=1e-5)
-    assert float((dropped == 0).mean()) == pytest.approx(0.25, abs=0.05)
-    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.08)
+    layer = lambda x, cache, params: (x + params, cache + 1)
+    x = jnp.ones((64, 64))
+    wrap = train.dropping(jax.random.key(0), 0.25)
+    (first, cache), (second, _) = (wrap(layer)(x, 0, 2.0) for _ in range(2))
+    assert cache == 1
+    np.testing.assert_allclose(np.unique(first), [1, 1 + 2 / 0.75], rtol=1e-6)
+    assert float((first == 1).mean()) == pytest.approx(0.25, abs=0.03)
+    assert float(first.mean()) == pytest.approx(3.0, abs=0.1)
+    assert (first != second).any()
+    again, _ = train.dropping(jax.random.key(0), 0.25)(layer)(x, 0, 2.0)
+    assert (first == again).all()
+
+
+def test_training_attention_is_causal_and_refuses_what_it_cannot_do(scripts):
+    train, _ = scripts
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 6, 2, 8)) for i in range(3))
+    out, _ = train.causal_attend(None, 0, q, k, v)
+    cut, _ = train.causal_attend(None, 0, q[:, :3], k[:, :3], v[:, :3])
+    np.testing.assert_allclose(out[:, :3], cut, atol=1e-6)
     with pytest.raises(NotImplementedError, match="window=4"):
-        train.dropping_attend(jax.random.key(0), 0.0, "xla")(None, 0, q, k, k, window=4)
+        train.causal_attend(None, 0, q, k, v, window=4)
 
 
 def test_every_matrix_of_a_layer_is_orthogonalised_by_itself(scripts):
@@ -104,11 +118,12 @@ def test_a_short_run_writes_two_checkpoints_that_load(scripts, data, tmp_path, m
     monkeypatch.setattr(train, "TINY", LlamaConfig(300, 16, 24, 1, 1, 1, 8, tied=True,
                                                    max_position_embeddings=32))  # fmt: skip
     train.main(["--stage", "train", "--tiny", "--data", str(data[0]), "--out", str(tmp_path),
-                "--minutes", "0", "--draft-minutes", "1e-6", "--batch", "4"])  # fmt: skip
+                "--epochs", "0.5", "--draft-epochs", "0.5", "--batch", "4"])  # fmt: skip
     for name in ("embedded", "embedded-draft"):
         model = load_model(tmp_path / name)
         assert model.eos_token_ids == (0,) and model.config.tied
         assert model.tokenizer.encode_chat([{"role": "user", "content": "1 + 1"}])
         report = json.loads((tmp_path / name / "training.json").read_text())
         assert report["heldout_nll"] < math.log(300) - 0.2  # learned something
+        assert report["steps"] <= report["planned_steps"] and report["recipe"]["batch"] == 4
     assert report["agreement_with_teacher"] > 0.2
