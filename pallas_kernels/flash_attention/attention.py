@@ -187,7 +187,7 @@ def flash_attention_bwd(
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     wide, wide_v = _widths(head_dim, head_dim_v)
     if config is None:
-        config = heuristics.backward_config(wide, wide_v)
+        config = heuristics.backward_config(wide, wide_v, soft_cap is not None)
     rows = lambda x: x.transpose(0, 2, 1)  # [B, T, N] -> [B, N, T]
     with jax.named_scope("flash_attention_bwd"):
         product = d_out.astype(jnp.float32) * out.astype(jnp.float32)

@@ -7,9 +7,10 @@ transposed (rows are keys), P^T and dS^T stay in registers as operands of dV and
     S^T = K Q^T    dP^T = V dO^T    P = exp2(S - lse)    dS = P * (dP - delta)
     dV += P^T dO   dK += dS^T Q     dQ += dS K
 
-dS goes through shared memory once, and dQ leaves by TMA reduce-add in f32 (FlashAttention-3, Shah
-et al. 2024): the order of those additions is not fixed.  `dq=False` leaves dQ to `backward_dq.py`,
-which makes both gradients bitwise repeatable at the price of two more matmuls.
+dS goes through shared memory once (with `split="columns"`, for wide heads, P does too), and dQ
+leaves by TMA reduce-add in f32 (FlashAttention-3, Shah et al. 2024): the order of those additions
+is not fixed.  `dq=False` leaves dQ to `backward_dq.py`, which makes both gradients bitwise
+repeatable at the price of two more matmuls.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from pallas_kernels.flash_attention.config import BackwardConfig
 from pallas_kernels.flash_attention.forward import LOG2E, pad_tokens
 from pallas_kernels.flash_attention.mask import FAR, Band, Bounds, pad_rows, tile_ranges
 
-DS_BARRIER = 5  # named barrier between the consumers (0..4 are Mosaic's)
+DS_BARRIER = 5  # and 6: named barriers between the consumers (0..4 are Mosaic's)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Refs(NamedTuple):
     do_smem: Any
     stats_smem: Any
     ds_smem: Any
+    p_smem: Any  # split="columns" only
     dq_smem: Any
     k_full: Any
     v_full: Any
@@ -183,12 +185,18 @@ class Consumer:
     @property
     def rows(self):
         """This warpgroup's rows of the KV tile."""
-        return pl.ds(pl.multiple_of(self.wg * 64, 64), 64)
+        start = 0 if self.p.config.parts > 1 else pl.multiple_of(self.wg * 64, 64)
+        return pl.ds(start, 64)
+
+    @property
+    def part(self):
+        """This warpgroup's column part of the operands."""
+        return self.wg if self.p.config.parts > 1 else 0
 
     @property
     def key0(self):
         """This warpgroup's first key."""
-        return self.kv_tile * self.p.config.block_kv + self.wg * 64
+        return self.kv_tile * self.p.config.block_kv + self.rows.start
 
     def row_bounds(self, query0):
         """`(lo, hi)` for `tile.mask` on the query tile that starts at query0."""
@@ -212,12 +220,28 @@ class Consumer:
             hi = inside if hi is None else jnp.minimum(hi, inside)
         return lo, hi
 
+    def statistic(self, slot, which: int):
+        """lse (0) or delta (1) of a query tile."""
+        return plgpu.load(
+            self.refs.stats_smem.at[slot, which],
+            layout=plgpu.Layout.WGMMA.reduce(0),
+            optimized=False,
+        )
+
+    def scores(self, acc, resident, ring, slot):
+        """`acc += resident @ ring^T` of this warpgroup's rows, over all column parts.
+
+        The opaque index keeps the wgmma descriptors of K and V out of the loop's registers.
+        """
+        for part in range(self.p.config.parts):
+            rows = resident.at[self.ops.opaque(part), self.rows]
+            acc = self.ops.wgmma(acc, rows, ring.at[slot, part].T)
+        return acc
+
     def probabilities(self, s, slot, head, query0, masked: bool):
         """P^T, and the factor that the soft cap puts on dS (None without one)."""
         p = self.p
-        lse = plgpu.load(
-            self.refs.stats_smem.at[slot, 0], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-        )
+        lse = self.statistic(slot, 0)
         multiplier, slack = p.scale * LOG2E, None
         if p.soft_cap is not None:
             s = jnp.tanh(s * (p.scale / p.soft_cap))
@@ -232,94 +256,135 @@ class Consumer:
             s = tile.mask(s, *self.row_bounds(query0))
         return jnp.exp2(s * multiplier - tile.by_column(lse, 64)), slack
 
-    def share_ds(self, ds, it):
-        """dS^T into shared memory for dQ, once all consumers have written theirs."""
+    def sync(self, which: int = 0) -> None:
+        """All consumers have written what they share; `which` of the two barriers of a step."""
         p, r = self.p, self.refs
-        slot = rem(it, 2)
-        r.ds_smem[slot, self.rows] = ds
         plgpu.commit_smem()
         if p.config.sync == "named" and not p.interpret:
-            _mgpu.named_barrier_sync(DS_BARRIER, _mgpu.WARPGROUP * p.config.consumers)
+            _mgpu.named_barrier_sync(DS_BARRIER + which, _mgpu.WARPGROUP * p.config.consumers)
         else:
-            plgpu.barrier_arrive(r.ds_ready)
-            plgpu.barrier_wait(r.ds_ready)
-        return slot
+            plgpu.barrier_arrive(r.ds_ready.at[which])
+            plgpu.barrier_wait(r.ds_ready.at[which])
 
-    def dq_operands(self, slot):
+    def dq_operands(self, slot, chunk: int):
         """dS and K for this warpgroup's share of dQ."""
-        p, r = self.p, self.refs
-        zero = self.ops.opaque(0)
-        rows, columns = p.config.dq_tile(p.head_dim)
-        if p.config.splits_rows:
+        p, r, c = self.p, self.refs, self.p.config
+        part = self.ops.opaque(0) + self.part
+        rows, columns = c.dq_tile(p.head_dim)
+        if c.splits_rows:
             at = pl.ds(pl.multiple_of(self.wg * rows, rows), rows)
-            return r.ds_smem.at[slot, :, at].T, r.k_smem.at[zero]
-        at = pl.ds(pl.multiple_of(self.wg * columns, columns), columns)
-        return r.ds_smem.at[slot].T, r.k_smem.at[zero, :, at]
+            return r.ds_smem.at[slot, :, at].T, r.k_smem.at[part]
+        first = chunk * columns + (0 if c.parts > 1 else self.wg * columns * c.dq_chunks)
+        at = pl.ds(first if isinstance(first, int) else pl.multiple_of(first, columns), columns)
+        return r.ds_smem.at[slot].T, r.k_smem.at[part, :, at]
 
-    def add_dq(self, dq, head, query0) -> None:
+    def add_dq(self, dq, head, query0, chunk: int) -> None:
         """This warpgroup's share of dQ, added to memory by TMA."""
-        p, r, wg = self.p, self.refs, self.wg
+        p, r, wg, c = self.p, self.refs, self.wg, self.p.config
         staging = r.dq_smem.at[wg]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         staging[...] = dq
         plgpu.commit_smem()
-        rows, columns = p.config.dq_tile(p.head_dim)
-        if p.config.splits_rows:
+        rows, columns = c.dq_tile(p.head_dim)
+        if c.splits_rows:
             dst = (self.b, pl.ds(query0 + wg * rows, rows), head)
         else:
-            at = pl.ds(pl.multiple_of(wg * columns, columns), columns)
+            first = (wg * c.dq_chunks + chunk) * columns
+            at = pl.ds(pl.multiple_of(first, columns), columns)
             dst = (self.b, pl.ds(query0, rows), head, at)
         if p.interpret:  # no reduce-add there: every KV tile has a partial of its own
             plgpu.copy_smem_to_gmem(staging, r.dq.at[(self.kv_tile, *dst)])
         else:
             plgpu.copy_smem_to_gmem(staging, r.dq.at[dst], reduction_op="add")
 
+    def softmax_gradient(self, dp, prob, slack, q_slot):
+        """dS = P * (dP - delta), times the factor of the soft cap."""
+        ds = prob * (dp - tile.by_column(self.statistic(q_slot, 1), 64))
+        return (ds if slack is None else ds * slack).astype(self.p.dtype)
+
+    def own_rows(self, it, head, query0, masked: bool):
+        """`split="keys"`: P^T and dS^T of this warpgroup's keys, in registers."""
+        p, r, ops, c = self.p, self.refs, self.ops, self.p.config
+        q_slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
+
+        def scores(s_acc, dp_acc):
+            plgpu.barrier_wait(r.q_full.at[q_slot])
+            s_acc = self.scores(s_acc, r.k_smem, r.q_smem, q_slot)
+            plgpu.barrier_wait(r.do_full.at[do_slot])
+            dp_acc = self.scores(dp_acc, r.v_smem, r.do_smem, do_slot)
+            prob, slack = self.probabilities(ops.load(s_acc, 1), q_slot, head, query0, masked)
+            return prob, slack, ops.load(dp_acc, 0)
+
+        shape = (64, c.block_q)
+        prob, slack, dp = ops.with_acc(scores, shape, shape)
+        return prob.astype(p.dtype), self.softmax_gradient(dp, prob, slack, q_slot)
+
+    def half_each(self, it, head, query0, masked: bool) -> None:
+        """`split="columns"`: warpgroup 0 computes P^T, 1 takes it from memory and computes dS^T."""
+        p, r, ops, c = self.p, self.refs, self.ops, self.p.config
+        q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
+        # with a soft cap dS takes P times its factor, in a buffer of its own
+        for_ds = slot if p.soft_cap is None else slot + 2
+        plgpu.barrier_wait(r.q_full.at[q_slot])
+        plgpu.barrier_wait(r.do_full.at[do_slot])
+
+        @pl.when(self.wg == 0)
+        def _():
+            issue = lambda acc: ops.load(self.scores(acc, r.k_smem, r.q_smem, q_slot))
+            s = ops.with_acc(issue, (64, c.block_q))
+            prob, slack = self.probabilities(s, q_slot, head, query0, masked)
+            r.p_smem[slot] = prob.astype(p.dtype)
+            if slack is not None:
+                r.p_smem[for_ds] = (prob * slack).astype(p.dtype)
+            self.sync(0)
+
+        @pl.when(self.wg == 1)
+        def _():
+            issue = lambda acc: ops.load(self.scores(acc, r.v_smem, r.do_smem, do_slot))
+            dp = ops.with_acc(issue, (64, c.block_q))
+            self.sync(0)
+            layout = plgpu.Layout.WGMMA
+            prob = plgpu.load(r.p_smem.at[for_ds], layout=layout, optimized=False)
+            ds = self.softmax_gradient(dp, prob.astype(jnp.float32), None, q_slot)
+            r.ds_smem[slot] = ds
+            plgpu.commit_smem()
+
     def step(self, i, carry, head_i, dk_acc, dv_acc, masked: bool):
         """One query tile of one head."""
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
         dk, dv = ops.uncarry(dk_acc, carry[0]), ops.uncarry(dv_acc, carry[1])
         it = head_i * self.count + (i - self.first)
-        head = self.kv_head * p.group + head_i
-        query0 = i * c.block_q
-        q_slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
-        tile_shape = (64, c.block_q)
-
-        def softmax(s_acc, dp_acc):
-            plgpu.barrier_wait(r.q_full.at[q_slot])
-            # the opaque index keeps the wgmma descriptors of K and V out of the loop's registers
-            s_acc = ops.wgmma(s_acc, r.k_smem.at[ops.opaque(0), self.rows], r.q_smem.at[q_slot].T)
-            plgpu.barrier_wait(r.do_full.at[do_slot])
-            dp_acc = ops.wgmma(
-                dp_acc, r.v_smem.at[ops.opaque(0), self.rows], r.do_smem.at[do_slot].T
-            )
-            prob, slack = self.probabilities(ops.load(s_acc, 1), q_slot, head, query0, masked)
-            return prob, slack, ops.load(dp_acc, 0)
-
-        prob, slack, dp = ops.with_acc(softmax, tile_shape, tile_shape)
-        delta = plgpu.load(
-            r.stats_smem.at[q_slot, 1], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-        )
-        ds = prob * (dp - tile.by_column(delta, 64))
-        ds = (ds if slack is None else ds * slack).astype(p.dtype)
-        dv = ops.wgmma(dv, prob.astype(p.dtype), r.do_smem.at[do_slot])
+        head, query0 = self.kv_head * p.group + head_i, i * c.block_q
+        q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
+        if c.parts > 1:
+            self.half_each(it, head, query0, masked)
+            prob, ds = r.p_smem.at[slot], r.ds_smem.at[slot]
+        else:
+            prob, ds = self.own_rows(it, head, query0, masked)
+        dv = ops.wgmma(dv, prob, r.do_smem.at[do_slot, self.part])
+        if c.parts == 1 and p.dq:
+            r.ds_smem[slot, self.rows] = ds
+        if c.parts > 1 or p.dq:
+            self.sync(1)
         if not p.dq:
-            dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot])
-            ops.wait(0)
-            plgpu.barrier_arrive(r.do_free.at[do_slot])
-            plgpu.barrier_arrive(r.q_free.at[q_slot])
-            return ops.carry(dk), ops.carry(dv)
-        ds_slot = self.share_ds(ds, it)
+            dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot, self.part])
+        for chunk in range(c.dq_chunks if p.dq else 0):
 
-        def dq_and_dk(dq_acc):
-            nonlocal dk
-            dq_acc = ops.wgmma(dq_acc, *self.dq_operands(ds_slot))
-            dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot])
-            return ops.load(dq_acc, 1)
+            def dq_and_dk(dq_acc, chunk=chunk):
+                nonlocal dk
+                dq_acc = ops.wgmma(dq_acc, *self.dq_operands(slot, chunk))
+                if chunk:
+                    return ops.load(dq_acc, 0)
+                dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot, self.part])
+                return ops.load(dq_acc, 1)
 
-        dq = ops.with_acc(dq_and_dk, c.dq_tile(p.head_dim))
-        plgpu.barrier_arrive(r.do_free.at[do_slot])
-        self.add_dq(dq, head, query0)
+            dq = ops.with_acc(dq_and_dk, c.dq_tile(p.head_dim))
+            if chunk == 0:
+                plgpu.barrier_arrive(r.do_free.at[do_slot])
+            self.add_dq(dq, head, query0, chunk)
         ops.wait(0)
+        if not p.dq:
+            plgpu.barrier_arrive(r.do_free.at[do_slot])
         plgpu.barrier_arrive(r.q_free.at[q_slot])
         return ops.carry(dk), ops.carry(dv)
 
@@ -350,17 +415,33 @@ class Consumer:
             ops.wait(0)
             return ops.load(ops.uncarry(dk, c[0])), ops.load(ops.uncarry(dv, c[1]))
 
-        dk, dv = ops.with_acc(accumulate, (64, p.head_dim), (64, p.head_dim_v))
-        out = pl.ds(self.key0, 64)
-        r.v_smem[0, self.rows] = dv.astype(p.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(r.v_smem.at[0, self.rows], r.dv.at[self.b, out, self.kv_head])
+        parts = p.config.parts
+        shapes = (64, p.head_dim // parts), (64, p.head_dim_v // parts)
+        dk, dv = ops.with_acc(accumulate, *shapes)
+        self.store(r.v_smem, dv, r.dv)
         plgpu.barrier_arrive(r.k_done)  # dQ of every consumer reads all rows of K
         plgpu.barrier_wait(r.k_done)
-        r.k_smem[0, self.rows] = (dk * p.scale).astype(p.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(r.k_smem.at[0, self.rows], r.dk.at[self.b, out, self.kv_head])
+        self.store(r.k_smem, dk * p.scale, r.dk)
         plgpu.wait_smem_to_gmem(0)
+
+    def store(self, staging, value, out) -> None:
+        """dK or dV through the shared memory of K or V."""
+        p = self.p
+        at = (self.b, pl.ds(self.key0, 64), self.kv_head)
+        if p.config.parts > 1:
+            columns = value.shape[1]
+            at = (*at, pl.ds(pl.multiple_of(self.wg * columns, columns), columns))
+        staging[self.part, self.rows] = value.astype(p.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staging.at[self.part, self.rows], out.at[at])
+
+
+def load_parts(p: Problem, src, at, dst, full) -> None:
+    """One tile, column part by column part."""
+    columns = dst.shape[-1]
+    for part in range(p.config.parts):
+        where = (*at, pl.ds(part * columns, columns)) if p.config.parts > 1 else at
+        plgpu.copy_gmem_to_smem(src.at[where], dst.at[part], full)
 
 
 def produce(p: Problem, refs: Refs, b, kv_head, kv_tile, first, count) -> None:
@@ -368,8 +449,8 @@ def produce(p: Problem, refs: Refs, b, kv_head, kv_tile, first, count) -> None:
     c = p.config
     plgpu.set_max_registers(32 if c.consumers == 3 else 24, action="decrease")
     kv = (b, pl.ds(kv_tile * c.block_kv, c.block_kv), kv_head)
-    plgpu.copy_gmem_to_smem(refs.k.at[kv], refs.k_smem.at[0], refs.k_full)
-    plgpu.copy_gmem_to_smem(refs.v.at[kv], refs.v_smem.at[0], refs.v_full)
+    load_parts(p, refs.k, kv, refs.k_smem, refs.k_full)
+    load_parts(p, refs.v, kv, refs.v_smem, refs.v_full)
     total = count * p.group
 
     @pl.loop(0, total)
@@ -379,16 +460,12 @@ def produce(p: Problem, refs: Refs, b, kv_head, kv_tile, first, count) -> None:
         rows = pl.ds(i * c.block_q, c.block_q)
         slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
         pl.when(it >= c.stages)(lambda: plgpu.barrier_wait(refs.q_free.at[slot]))
-        plgpu.copy_gmem_to_smem(
-            refs.q.at[b, rows, head], refs.q_smem.at[slot], refs.q_full.at[slot]
-        )
-        plgpu.copy_gmem_to_smem(
-            refs.stats.at[b, head, :, rows], refs.stats_smem.at[slot], refs.q_full.at[slot]
-        )
+        q_full = refs.q_full.at[slot]
+        load_parts(p, refs.q, (b, rows, head), refs.q_smem.at[slot], q_full)
+        plgpu.copy_gmem_to_smem(refs.stats.at[b, head, :, rows], refs.stats_smem.at[slot], q_full)
         pl.when(it >= c.do_stages)(lambda: plgpu.barrier_wait(refs.do_free.at[do_slot]))
-        plgpu.copy_gmem_to_smem(
-            refs.do.at[b, rows, head], refs.do_smem.at[do_slot], refs.do_full.at[do_slot]
-        )
+        do_full = refs.do_full.at[do_slot]
+        load_parts(p, refs.do, (b, rows, head), refs.do_smem.at[do_slot], do_full)
 
     for stages, free in ((c.stages, refs.q_free), (c.do_stages, refs.do_free)):
 
@@ -407,23 +484,25 @@ def scratch_types(p: Problem) -> list:
         if n is None
         else plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
     )
+    n, shared = c.parts, p.dq or c.parts > 1
     return [
-        operand(1, c.block_kv, p.head_dim),
-        operand(1, c.block_kv, p.head_dim_v),
-        operand(c.stages, c.block_q, p.head_dim),
-        operand(c.do_stages, c.block_q, p.head_dim_v),
+        operand(n, c.block_kv, p.head_dim // n),
+        operand(n, c.block_kv, p.head_dim_v // n),
+        operand(c.stages, n, c.block_q, p.head_dim // n),
+        operand(c.do_stages, n, c.block_q, p.head_dim_v // n),
         plgpu.SMEM((c.stages, 2, c.block_q), jnp.float32),
-        operand(2, c.block_kv, c.block_q) if p.dq else None,
+        operand(2, c.block_kv, c.block_q) if shared else None,
+        operand(2 if p.soft_cap is None else 4, c.block_kv, c.block_q) if n > 1 else None,
         plgpu.SMEM((c.consumers, *c.dq_tile(p.head_dim)), jnp.float32, transforms=full)
         if p.dq
         else None,
-        barrier(),
-        barrier(),
-        barrier(c.stages, 2),
-        barrier(c.do_stages),
+        barrier(arrivals=n),
+        barrier(arrivals=n),
+        barrier(c.stages, n + 1),
+        barrier(c.do_stages, n),
         barrier(c.stages, c.consumers),
         barrier(c.do_stages, c.consumers),
-        barrier(arrivals=c.consumers),
+        barrier(2, c.consumers),
         barrier(arrivals=c.consumers),
     ]
 
@@ -461,7 +540,7 @@ def backward(
         batch, queries, keys, heads, kv_heads, head_dim, head_dim_v, q.dtype, band,
         bounds is not None, scale, soft_cap, alibi_slopes is not None, dq, config, bool(interpret),
     )  # fmt: skip
-    config.check(head_dim, head_dim_v)
+    config.check(head_dim, head_dim_v, soft_cap is not None)
     q, k, v, do = (pad_tokens(x) for x in (q, k, v, do))
     stats = statistics(lse, delta, config.block_q)
     optional: dict[str, jax.Array] = {}

@@ -104,6 +104,10 @@ class BackwardConfig:
       stages: Q tiles in flight.
       do_stages: dO tiles in flight.
       sync: the barrier between the consumers after dS: "named" (PTX `bar`) or "mbar".
+      split: what the consumers share out, "keys" (64 key rows each) or "columns" (two of them
+        and 64 key rows: one computes P, the other dS, and each its half of the columns of dK, dV
+        and dQ.  That halves the accumulators and sends P through shared memory as well).
+      dq_chunks: pieces in which a consumer computes and stores its columns of dQ.
 
     >>> BackwardConfig(block_q=32)
     Traceback (most recent call last):
@@ -116,8 +120,16 @@ class BackwardConfig:
     stages: int = 2
     do_stages: int = 2
     sync: str = "named"
+    split: str = "keys"
+    dq_chunks: int = 1
 
     def __post_init__(self):
+        if self.split not in ("keys", "columns"):
+            raise ValueError(f"split={self.split!r} is neither 'keys' nor 'columns'")
+        if self.split == "columns" and (self.consumers, self.block_q) != (2, 64):
+            raise ValueError(f"split='columns' needs 2 consumers and block_q=64, not {self}")
+        if self.dq_chunks < 1 or (self.dq_chunks > 1 and self.splits_rows):
+            raise ValueError(f"dq_chunks={self.dq_chunks} is below 1, or dQ is split by rows")
         if self.block_q not in (64, 128):
             raise ValueError(f"block_q={self.block_q} is not 64 or 128")
         if self.consumers not in (1, 2, 3):
@@ -130,39 +142,47 @@ class BackwardConfig:
     @property
     def block_kv(self) -> int:
         """Keys of a CTA."""
-        return 64 * self.consumers
+        return 64 if self.split == "columns" else 64 * self.consumers
+
+    @property
+    def parts(self) -> int:
+        """Column parts in which K, V, Q and dO lie in shared memory."""
+        return self.consumers if self.split == "columns" else 1
 
     @property
     def splits_rows(self) -> bool:
         """dQ = dS K is shared out over the consumers by query rows; otherwise by columns of H."""
-        return self.block_q == 64 * self.consumers
+        return self.split == "keys" and self.block_q == 64 * self.consumers
 
     def dq_tile(self, head_dim: int) -> tuple[int, int]:
-        """Rows and columns of dQ that one consumer computes."""
+        """Rows and columns of dQ that one consumer computes at a time."""
         if self.splits_rows:
             return 64, head_dim
-        return self.block_q, head_dim // self.consumers
+        return self.block_q, head_dim // self.consumers // self.dq_chunks
 
-    def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
+    def smem_bytes(self, head_dim: int, head_dim_v: int, soft_cap: bool = False) -> int:
         """Shared memory of operands and staging, 2-byte elements."""
         kv = self.block_kv * (head_dim + head_dim_v)
         ring = self.block_q * (self.stages * head_dim + self.do_stages * head_dim_v)
         ds = 2 * self.block_kv * self.block_q
+        if self.split == "columns":
+            ds *= 3 if soft_cap else 2
         rows, columns = self.dq_tile(head_dim)
         dq = self.consumers * rows * columns
         return 2 * (kv + ring + ds) + 4 * (dq + self.stages * 2 * self.block_q)
 
-    def check(self, head_dim: int, head_dim_v: int) -> None:
+    def check(self, head_dim: int, head_dim_v: int, soft_cap: bool = False) -> None:
         """Raises NotImplementedError where the tiles do not fit."""
-        need = self.smem_bytes(head_dim, head_dim_v)
+        need = self.smem_bytes(head_dim, head_dim_v, soft_cap)
         if need > SMEM_BYTES - 1024:
             raise NotImplementedError(
                 f"{self} needs {need} bytes of shared memory at {head_dim=}, {head_dim_v=}; "
                 f"a CTA has {SMEM_BYTES}"
             )
-        if self.dq_tile(head_dim)[1] % 32:
-            raise NotImplementedError(f"{head_dim=} does not split over {self.consumers} consumers")
-        registers = (head_dim + head_dim_v) // 2 + self.block_q
+        part = 64 * self.parts
+        if self.dq_tile(head_dim)[1] % 32 or head_dim % part or head_dim_v % part:
+            raise NotImplementedError(f"{head_dim=}, {head_dim_v=} do not split as {self}")
+        registers = (head_dim + head_dim_v) // 2 // self.parts + self.block_q
         if registers > {1: 208, 2: 208, 3: 128}[self.consumers]:
             raise NotImplementedError(
                 f"dK and dV of {head_dim=}, {head_dim_v=} with {self} do not fit in registers"

@@ -24,7 +24,7 @@ def forward_config(
     return ForwardConfig(block_kv=64, release="named")
 
 
-def backward_config(head_dim: int, head_dim_v: int) -> BackwardConfig:
+def backward_config(head_dim: int, head_dim_v: int, soft_cap: bool = False) -> BackwardConfig:
     """Tiles of the backward for padded head widths.
 
     >>> backward_config(128, 128).block_q
@@ -32,4 +32,7 @@ def backward_config(head_dim: int, head_dim_v: int) -> BackwardConfig:
     """
     if max(head_dim, head_dim_v) <= 64:
         return BackwardConfig(block_q=128)
-    return BackwardConfig()
+    if max(head_dim, head_dim_v) <= 128:
+        return BackwardConfig()
+    stages = 1 if soft_cap else 2
+    return BackwardConfig(split="columns", stages=stages, do_stages=1, dq_chunks=2)
