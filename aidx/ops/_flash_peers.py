@@ -1,4 +1,4 @@
-"""The GPU implementations of flash attention: our Pallas Mosaic kernels, and cuDNN through jax.nn."""
+"""The GPU implementations of flash attention: our Pallas Mosaic kernels, and cuDNN by jax.nn."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import _flash_xla
 from ._flash_spec import FlashOperands, FlashSpec
 
 Array = jax.Array
@@ -19,21 +20,128 @@ def _kernels() -> Any:
         module = importlib.import_module("pallas_kernels.flash_attention")
     except ImportError as missing:
         raise NotImplementedError(f"this JAX cannot import the kernels: {missing}") from missing
-    if not hasattr(module, "flash_attention_fwd"):
-        raise NotImplementedError("this build has no flash attention kernels")
     return module
+
+
+def _mosaic_refuse(spec: FlashSpec, ops: FlashOperands) -> None:
+    """What the kernels have no argument for; they refuse the rest themselves."""
+    given = [name for name in ("bias", "mask") if getattr(ops, name) is not None]
+    for name in ("dropout_rate", "score_mod", "mask_mod", "block_mask"):
+        if getattr(spec, name):
+            given.append(name)
+    for name in ("alibi_slopes", "sinks"):
+        x = getattr(ops, name)
+        if x is not None and x.shape[0] != 1:
+            given.append(f"{name} that differ over a vmapped axis")
+    if given:
+        raise NotImplementedError(f"does not take {', '.join(given)}")
+
+
+def _mosaic_mask(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> dict[str, Any]:
+    """The masks as the kernels take them: a static band, and intervals of what is dynamic."""
+    band = kernels.Band(spec.left, spec.right, spec.query_offset or 0)
+    dynamic = (ops.q_lens, ops.kv_lens, ops.q_segments, ops.q_positions)
+    if all(x is None for x in dynamic):
+        return {"band": band, "bounds": None}
+    B, T, S = ops.q.shape[0], ops.q.shape[1], ops.k.shape[1]
+    bounds = kernels.dynamic_bounds(
+        band,
+        T,
+        S,
+        q_lens=ops.q_lens,
+        kv_lens=ops.kv_lens,
+        segments=None if ops.q_segments is None else (ops.q_segments, ops.kv_segments),
+        positions=ops.q_positions,
+    )
+    return {
+        "band": band,
+        "bounds": type(bounds)(*(jnp.broadcast_to(x, (B, x.shape[1])) for x in bounds)),
+    }
+
+
+def _mosaic_options(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> dict[str, Any]:
+    first = lambda x: None if x is None else x[0]
+    return {
+        **_mosaic_mask(kernels, spec, ops),
+        "scale": spec.scale,
+        "soft_cap": spec.soft_cap,
+        "alibi_slopes": first(ops.alibi_slopes),
+        "sinks": first(ops.sinks),
+    }
+
+
+def _mosaic_tiles(kernels: Any, spec: FlashSpec) -> Any:
+    """The forward's tiles as asked: 64 to 192 queries by a multiple of 64 keys, or the table's."""
+    config = spec.config
+    if config.block_size_q is None and config.block_size_kv is None:
+        return None
+    q, kv = config.block_size_q or 128, config.block_size_kv or 128
+    if q % 64:
+        raise NotImplementedError(f"query tiles are multiples of 64, not {q}")
+    try:
+        return kernels.ForwardConfig(block_kv=kv, consumers=q // 64)
+    except ValueError as refusal:
+        raise NotImplementedError(str(refusal)) from refusal
+
+
+def _if_ascending(spec: FlashSpec, ops: FlashOperands, kernel: Any, tiled: Any) -> Any:
+    """The kernels read segment ids as intervals: ids that do not ascend take the tiled path.
+
+    cu_seqlens make ids that ascend; those of a caller are looked at when the program runs.
+    """
+    if ops.q_segments is None or spec.packed:
+        return kernel()
+    ascending = jnp.array(True)
+    for ids in (ops.q_segments, ops.kv_segments):
+        # Negative ids at the end belong to no sequence for the kernels, but match each other here.
+        ascending &= jnp.all((ids[:, 1:] >= ids[:, :-1]) & (ids[:, :-1] >= 0)) & jnp.all(ids >= 0)
+    return jax.lax.cond(ascending, kernel, tiled)
 
 
 def mosaic_forward(spec: FlashSpec, ops: FlashOperands) -> tuple[Array, Array]:
     """(out, lse) by the Hopper kernel."""
-    _kernels()
-    raise NotImplementedError("this build has no flash attention kernels")
+    kernels = _kernels()
+    _mosaic_refuse(spec, ops)
+
+    def kernel() -> tuple[Array, Array]:
+        return kernels.flash_attention_fwd(
+            ops.q,
+            ops.k,
+            ops.v,
+            config=_mosaic_tiles(kernels, spec),
+            **_mosaic_options(kernels, spec, ops),
+        )
+
+    return _if_ascending(spec, ops, kernel, lambda: _flash_xla.forward(spec, ops))
 
 
-def mosaic_backward(spec: FlashSpec, ops: FlashOperands, outputs: Any, cotangents: Any) -> Any:
+def mosaic_backward(
+    spec: FlashSpec, ops: FlashOperands, outputs: Any, cotangents: Any
+) -> FlashOperands:
     """Cotangents by the Hopper kernels."""
-    _kernels()
-    raise NotImplementedError("this build has no flash attention kernels")
+    kernels = _kernels()
+    _mosaic_refuse(spec, ops)
+
+    def kernel() -> FlashOperands:
+        grads = kernels.flash_attention_bwd(
+            ops.q,
+            ops.k,
+            ops.v,
+            *outputs,
+            cotangents[0],
+            cotangents[1] if spec.return_lse else None,
+            deterministic=spec.deterministic,
+            **_mosaic_options(kernels, spec, ops),
+        )
+        d_sinks = None if ops.sinks is None else grads.sinks[None]
+        return _NO_GRADIENTS._replace(q=grads.q, k=grads.k, v=grads.v, sinks=d_sinks)
+
+    return _if_ascending(
+        spec, ops, kernel, lambda: _flash_xla.backward(spec, ops, outputs, cotangents)
+    )
+
+
+_NO_GRADIENTS = FlashOperands(*(None,) * len(FlashOperands._fields))
 
 
 def _refuse_unless_plain(spec: FlashSpec, ops: FlashOperands) -> None:
@@ -113,4 +221,4 @@ def cudnn_backward(
     _refuse_unless_plain(spec, ops)
     _, pull = jax.vjp(lambda q, k, v: _cudnn(spec, ops, q, k, v), ops.q, ops.k, ops.v)
     dq, dk, dv = pull(cotangents[0])
-    return FlashOperands(*(None,) * 14)._replace(q=dq, k=dk, v=dv)
+    return _NO_GRADIENTS._replace(q=dq, k=dk, v=dv)

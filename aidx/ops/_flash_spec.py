@@ -113,7 +113,7 @@ class FlashSpec:
 
 
 class FlashOperands(NamedTuple):
-    """The arrays of a call; a leading `b` is 1 or B, a small `n`, `t`, `s` is 1 or the full size."""
+    """The arrays of a call; `b` is 1 or B, a small `n`, `t` or `s` is 1 or the full size."""
 
     q: Any  # [B, T, N, H]
     k: Any  # [B, S, K, H]
@@ -152,7 +152,7 @@ def mix(x: jax.Array) -> jax.Array:
 
 
 def dropout_rows(key: jax.Array, b: jax.Array, n: jax.Array, t: jax.Array) -> jax.Array:
-    """The word of query (b, n, t) under key [..., 2]; computed once a row, so it may be thorough."""
+    """The word of query (b, n, t) under key [..., 2]; once a row, so it may be thorough."""
     word = mix(key[..., 0] ^ mix(b.astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
     word = mix(word ^ key[..., 1] ^ mix(n.astype(jnp.uint32) + jnp.uint32(0x85EBCA6B)))
     return mix(word ^ mix(t.astype(jnp.uint32) + jnp.uint32(0xC2B2AE35)))

@@ -28,7 +28,7 @@ from ._flash_spec import (
 
 Array = jax.Array
 NEG_INF = float("-inf")
-TILE_SCORES = 1 << 21  # scores of one tile over batch and heads: 8 MiB of f32
+TILE_SCORES = 1 << 19  # scores of one tile over batch and heads: 2 MiB of f32, a core's cache
 
 
 class Tiles(NamedTuple):
@@ -59,7 +59,7 @@ def choose_tiles(spec: FlashSpec, ops: FlashOperands) -> Tiles:
         q, kv = spec.block_mask
     else:
         q = spec.config.block_size_q or 128
-        kv = spec.config.block_size_kv or min(512, max(128, TILE_SCORES // (B * N * q)))
+        kv = spec.config.block_size_kv or min(256, max(128, TILE_SCORES // (B * N * q)))
     q, kv = max(1, min(q, T)), max(1, min(kv, S))
     return Tiles(q, kv, -(-T // q), -(-S // kv), T, S)
 
@@ -251,8 +251,7 @@ def _pad(x: Any, axis: int, to: int, value: float | int | bool = 0) -> Any:
 
 
 def _padded(ops: FlashOperands, tiles: Tiles) -> FlashOperands:
-    """Operands in tile layout and padded to whole tiles; q [B,K,G,T,H], k [B,K,S,H]."""
-    B, K, G = _heads(ops)
+    """Masks, bias, ids and positions padded to whole tiles."""
     T, S = tiles.count_q * tiles.q, tiles.count_kv * tiles.kv
     positions = ops.q_positions
     if positions is not None and positions.shape[1] != T:
@@ -325,7 +324,7 @@ def forward(spec: FlashSpec, operands: FlashOperands) -> tuple[Array, Array]:
         q_i = lax.dynamic_slice_in_dim(q, i * tiles.q, tiles.q, 3)
 
         def key_tile(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            m, l, acc = carry
+            m, total, acc = carry
             k_j = lax.dynamic_slice_in_dim(k, j * tiles.kv, tiles.kv, 2)
             v_j = lax.dynamic_slice_in_dim(v, j * tiles.kv, tiles.kv, 2)
             with jax.named_scope("scores"):
@@ -337,13 +336,13 @@ def forward(spec: FlashSpec, operands: FlashOperands) -> tuple[Array, Array]:
                 finite = jnp.where(m_new == NEG_INF, 0.0, m_new)
                 p = jnp.exp(x - finite[..., None])
                 shrink = jnp.exp(m - finite)
-                l = l * shrink + p.sum(axis=-1)
+                total = total * shrink + p.sum(axis=-1)
             if spec.dropout_rate:
                 p = jnp.where(_kept(spec, ops, tiles, i, j), p / (1.0 - spec.dropout_rate), 0.0)
             with jax.named_scope("values"):
                 pv = _dot(p.astype(v.dtype), v_j, "bkgts,bksh->bkgth", spec)
                 acc = acc * shrink[..., None] + pv
-            return m_new, l, acc
+            return m_new, total, acc
 
         rows = (B, K, G, tiles.q)
         init = (
@@ -351,14 +350,14 @@ def forward(spec: FlashSpec, operands: FlashOperands) -> tuple[Array, Array]:
             jnp.zeros(rows, jnp.float32),
             jnp.zeros((*rows, v.shape[-1]), jnp.float32),
         )
-        m, l, acc = _over_needed(needed[i], _has_gaps(ops), key_tile, init)
-        lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1.0)), NEG_INF)
+        m, total, acc = _over_needed(needed[i], _has_gaps(ops), key_tile, init)
+        lse = jnp.where(total > 0, m + jnp.log(jnp.where(total > 0, total, 1.0)), NEG_INF)
         if sinks is not None:
             # The sink is one more logit with no value: it only enlarges the denominator.
             top = jnp.maximum(m, sinks)
             acc = acc * jnp.exp(m - top)[..., None]
-            l = l * jnp.exp(m - top) + jnp.exp(sinks - top)
-        out = acc / jnp.where(l > 0, l, 1.0)[..., None]
+            total = total * jnp.exp(m - top) + jnp.exp(sinks - top)
+        out = acc / jnp.where(total > 0, total, 1.0)[..., None]
         return out.astype(operands.q.dtype), lse
 
     if tiles.count_q == 1:
@@ -409,7 +408,7 @@ def backward(
     With p the probabilities, D = sum_s p dp and the sink's share removed from D's rows:
     ds = p * (dp - D) + p_without_sink * d_lse; the rest is products of p and ds with the inputs.
     """
-    B, K, G = _heads(operands)
+    B, K, _ = _heads(operands)
     T, S = operands.q.shape[1], operands.k.shape[1]
     floats = tuple(jnp.issubdtype(c.dtype, jnp.inexact) for c in operands.score_captured)
     if min(B, T, S, K) == 0:
@@ -596,11 +595,11 @@ def weights(spec: FlashSpec, operands: FlashOperands) -> tuple[Array, Array, Arr
         top = jnp.maximum(top, sinks)
     top = lax.stop_gradient(jnp.where(top == NEG_INF, 0.0, top))
     p = jnp.exp(x - top[..., None])
-    l = p.sum(axis=-1)
-    lse = jnp.where(l > 0, top + jnp.log(jnp.where(l > 0, l, 1.0)), NEG_INF)
+    total = p.sum(axis=-1)
+    lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), NEG_INF)
     if sinks is not None:
-        l = l + jnp.exp(sinks - top)
-    p = p / jnp.where(l > 0, l, 1.0)[..., None]
+        total = total + jnp.exp(sinks - top)
+    p = p / jnp.where(total > 0, total, 1.0)[..., None]
     if spec.dropout_rate:
         keep = _kept(spec, operands, tiles, zero, zero)
         p = jnp.where(keep, p / (1.0 - spec.dropout_rate), 0.0)

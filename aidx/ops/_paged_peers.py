@@ -5,15 +5,33 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ._paged_spec import PagedOperands, PagedSpec
+import jax
+
+from ._paged_spec import PagedAttentionConfig, PagedOperands, PagedSpec
+
+REFUSED = ("positions", "tree_mask", "k_scale", "v_scale", "shared_tables")
 
 
-def mosaic_forward(spec: PagedSpec, ops: PagedOperands) -> Any:
+def mosaic_forward(spec: PagedSpec, ops: PagedOperands) -> tuple[jax.Array, jax.Array]:
     """(out, lse) by the Hopper kernels, imported at their first use: they need Mosaic GPU."""
     try:
-        module = importlib.import_module("pallas_kernels.paged_attention")
+        kernels: Any = importlib.import_module("pallas_kernels.paged_attention")
     except ImportError as missing:
         raise NotImplementedError(f"this JAX cannot import the kernels: {missing}") from missing
-    if not hasattr(module, "paged_attention"):
-        raise NotImplementedError("this build has no paged attention kernels")
-    raise NotImplementedError("this build has no paged attention kernels")
+    given = [name for name in REFUSED if getattr(ops, name) is not None]
+    if spec.deterministic:
+        given.append("deterministic")  # shares of the work depend on the whole batch
+    if spec.config != PagedAttentionConfig():
+        given.append("config")
+    if given:
+        raise NotImplementedError(f"does not take {', '.join(given)}")
+    return kernels.paged_attention(
+        *ops[:6],
+        max_q=spec.max_q,
+        scale=spec.scale,
+        window=spec.window,
+        logits_soft_cap=spec.soft_cap,
+        alibi_slopes=ops.alibi_slopes,
+        sinks=ops.sinks,
+        return_lse=True,
+    )

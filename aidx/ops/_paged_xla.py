@@ -13,7 +13,7 @@ Both gather a chunk of blocks once for all queries of the item and all heads tha
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,10 @@ ITEMS = 64  # work items of a trip, at most
 
 
 class Partial(NamedTuple):
-    """Softmax over a part of the keys: out is not divided by l yet."""
+    """Softmax over a part of the keys: out is not divided by the total yet."""
 
     m: Array  # [..., K, Q * G] largest logit
-    l: Array  # [..., K, Q * G] sum of exp(logit - m)
+    total: Array  # [..., K, Q * G] sum of exp(logit - m)
     acc: Array  # [..., K, Q * G, Hv]
 
 
@@ -216,7 +216,7 @@ def _chunk(
     with jax.named_scope("softmax"):
         m = logits.max(axis=-1)
         p = jnp.exp(logits - jnp.where(m == NEG_INF, 0.0, m)[..., None])
-        l = p.sum(axis=-1)
+        total = p.sum(axis=-1)
     with jax.named_scope("values"):
         # A slot nobody sees may hold NaN, and 0 * NaN is NaN.
         live = seen.any(axis=1)[:, None, :]
@@ -225,7 +225,7 @@ def _chunk(
         if ops.v_scale is not None:
             p = p * jnp.where(live[:, :, None, :], _scale_of(ops.v_scale, blocks), 0.0)
         acc = _dot(p.astype(v.dtype), v, "ukxs,uksh->ukxh")
-    return Partial(m, l, acc)
+    return Partial(m, total, acc)
 
 
 def _dot(x: Array, y: Array, contract: str) -> Array:
@@ -249,7 +249,7 @@ def _merge(a: Partial, b: Partial) -> Partial:
     m = jnp.maximum(a.m, b.m)
     finite = jnp.where(m == NEG_INF, 0.0, m)
     x, y = jnp.exp(a.m - finite), jnp.exp(b.m - finite)
-    return Partial(m, a.l * x + b.l * y, a.acc * x[..., None] + b.acc * y[..., None])
+    return Partial(m, a.total * x + b.total * y, a.acc * x[..., None] + b.acc * y[..., None])
 
 
 def _merge_into(total: Partial, row: Array, part: Partial) -> Partial:
@@ -265,15 +265,15 @@ def _merge_into(total: Partial, row: Array, part: Partial) -> Partial:
     gather = lambda x: jnp.einsum("ru,u...->r...", member, x, precision="highest")
     return Partial(
         m,
-        total.l * keep + gather(part.l * weight),
+        total.total * keep + gather(part.total * weight),
         total.acc * keep[..., None] + gather(part.acc * weight[..., None]),
     )
 
 
 def _finish(total: Partial) -> tuple[Array, Array]:
     """(out f32, lse) of a complete softmax."""
-    some = total.l > 0
-    safe = jnp.where(some, total.l, 1.0)
+    some = total.total > 0
+    safe = jnp.where(some, total.total, 1.0)
     lse = jnp.where(some, total.m + jnp.log(safe), NEG_INF)
     return total.acc / safe[..., None], lse
 
@@ -305,7 +305,7 @@ def _key_range(spec: PagedSpec, ops: PagedOperands, rows: Rows) -> tuple[Array, 
 
 def _rows(spec: PagedSpec, ops: PagedOperands, rows: Rows, Q: int) -> tuple[Array, Array]:
     """(out f32 [T, N, Hv], lse [T, N]) of rows with at most Q queries; zeros and -inf elsewhere."""
-    T, N, _ = ops.q.shape
+    N = ops.q.shape[1]
     K, block_size = ops.k_pool.shape[1:3]
     R, M = rows.tables.shape
     size = _chunk_size(spec, ops, CHUNK, M * block_size)

@@ -125,7 +125,7 @@ def flash_attention(
     >>> flash_attention(q, kv, kv, causal=True).shape
     (1, 4, 2, 8)
     """
-    arguments = {name: value for name, value in locals().items() if name in _PREPARED}
+    arguments = {name: x for name, x in locals().items() if name != "implementation"}
     spec, operands, form = _prepare(**arguments)
     names = tuple(entry.name for entry in registry.resolve("flash_attention", implementation))
     if form.weights:
@@ -137,13 +137,6 @@ def flash_attention(
         return tuple(results)
     out, lse = _attend(names, spec, operands)
     return (form.restore(out), form.unfold(lse)) if return_lse else form.restore(out)
-
-
-_PREPARED = (
-    "q k v causal window mask q_lens kv_lens segment_ids cu_seqlens query_offset scale "
-    "logits_soft_cap bias alibi_slopes sinks dropout_rate dropout_key score_mod mask_mod "
-    "block_mask num_heads return_lse return_weights deterministic config"
-).split()
 
 
 # --- from arguments to the canonical form --------------------------------------------------------
@@ -310,7 +303,7 @@ def _packing(
         raise ValueError("segment_ids and cu_seqlens exclude each other")
     if segment_ids is not None:
         pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        for name, ids, size in zip("q kv".split(), pair, (T, S), strict=True):
+        for name, ids, size in zip(("q", "kv"), pair, (T, S), strict=True):
             if jnp.shape(ids) != (*lead, size):
                 raise ValueError(
                     f"segment_ids of {name} must be {(*lead, size)}, not {jnp.shape(ids)}"
@@ -593,7 +586,7 @@ registry.register("flash_attention", "xla", backward=_flash_xla.backward)(_flash
 def _explained(*args: Any, **kwargs: Any) -> tuple[FlashSpec, FlashOperands]:
     bound = _SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()
-    given = {name: value for name, value in bound.arguments.items() if name in _PREPARED}
+    given = {name: x for name, x in bound.arguments.items() if name != "implementation"}
     spec, operands, _ = _prepare(**given)
     return spec, operands
 

@@ -67,7 +67,7 @@ def paged_attention(
       v_pool: `[P, K, block_size, Hv]`.
       block_tables: i32 `[R, M]`; entries past the context may be anything.
       context_lens: i32 `[R]`, keys of a row after this step's write; 0 is an empty row.
-      q_indptr: i32 `[R + 1]`, ascending.
+      q_indptr: i32 `[R + 1]`, ascending from 0.
       max_q: static bound on the queries of a row (1: pure decode); T by default.
       positions: i32 `[T]`: where queries, and the keys of the same new tokens, stand for `window`
         and ALiBi, in place of their index (trees: the depth).
@@ -227,8 +227,8 @@ def _check_rows(
         return
     borders, context = np.asarray(indptr), np.asarray(lens)
     counts = np.diff(borders)
-    if borders[0] < 0 or (counts < 0).any() or borders[-1] > T:
-        raise ValueError(f"q_indptr must ascend within 0..T={T}: {borders}")
+    if borders[0] != 0 or (counts < 0).any() or borders[-1] > T:
+        raise ValueError(f"q_indptr must ascend from 0 to at most T={T}: {borders}")
     if counts.size and counts.max() > max_q:
         raise ValueError(f"a row has {counts.max()} queries, more than {max_q=}")
     if (context < counts).any() or (context > tables.shape[1] * block_size).any():

@@ -10,6 +10,7 @@ never pays for tracing the kernel.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
@@ -163,8 +164,10 @@ class Call:
         return gradients if self.direction == "backward" else outputs
 
 
+@functools.lru_cache(maxsize=512)
 def _bind(method: Callable[..., Any], spec: Hashable) -> Callable[..., Any]:
-    return lambda *args: method(spec, *args)
+    """One jitted function per (method, spec): asking for its shapes and calling it trace once."""
+    return jax.jit(functools.partial(method, spec))
 
 
 def _backward_of(entry: Implementation) -> Callable[..., Any]:
@@ -292,7 +295,10 @@ def _run(*leaves: Any, call: Call, in_tree: Any, platform: str) -> list[Any]:
 
 
 def _lower(ctx: Any, *operands: Any, call: Call, in_tree: Any, out_avals: Any) -> Any:
-    (platform,) = ctx.module_context.platforms
+    platforms = ctx.module_context.platforms
+    if len(platforms) != 1:
+        raise NotImplementedError(f"{call.op} lowers for one platform at a time, not {platforms}")
+    platform = platforms[0]
     rule = mlir.lower_fun(
         lambda *leaves: _run(*leaves, call=call, in_tree=in_tree, platform=platform),
         multiple_results=True,
