@@ -111,15 +111,6 @@ def test_any_mix_of_short_rows(mix):
     check(batch(rows, pool=100, tokens=20), 3)
 
 
-def test_first_query_may_start_late():
-    """q_indptr need not begin at 0: queries before it are of no row."""
-    q, k, v, tables, context, indptr = batch([(2, 9), (1, 30)], spare=4)
-    out = paged_attention(q, k, v, tables, context, indptr + 2, max_q=2)
-    ref = dense.paged(q, k, v, tables, context, indptr + 2)[0]
-    chex.assert_trees_all_close(out, ref, atol=2e-5)
-    assert not out[:2].any()
-
-
 # --- trees, positions, shared prefixes -----------------------------------------------------------
 
 
@@ -331,6 +322,7 @@ REFUSED = {
     "context_shape": (dict(context_lens=GOOD[4][:1]), ValueError, "context_lens"),
     "indptr_shape": (dict(q_indptr=GOOD[5][:2]), ValueError, "q_indptr"),
     "indptr_order": (dict(q_indptr=np.array([0, 2, 1])), ValueError, "ascend"),
+    "indptr_start": (dict(q_indptr=np.array([1, 2, 3])), ValueError, "from 0"),
     "indptr_past": (dict(q_indptr=np.array([0, 1, 99])), ValueError, "ascend"),
     "max_q_zero": (dict(max_q=0), ValueError, "max_q"),
     "max_q_small": (dict(max_q=1), ValueError, "2 queries"),

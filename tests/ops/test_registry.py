@@ -1,0 +1,198 @@
+"""The rule of choice: order, refusal, the platform at lowering, and what explain says of it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aidx.ops import registry
+from aidx.ops.flash_attention import flash_attention
+from aidx.ops.paged_attention import paged_attention
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A registry of its own."""
+    monkeypatch.setattr(registry, "_TABLES", {})
+
+    def add(name, value, platforms=(), backward=None):
+        def forward(spec, operands):
+            if isinstance(value, Exception):
+                raise value
+            return operands + value
+
+        registry.register("op", name, platforms=platforms, backward=backward)(forward)
+
+    return add
+
+
+def run(names=None, x=0.0, direction="forward"):
+    chosen = tuple(i.name for i in registry.resolve("op", names))
+    call = registry.Call("op", chosen, None, direction)
+    return jax.jit(lambda x: registry.dispatch(call, x))(jnp.float32(x))
+
+
+@pytest.mark.smoke
+def test_the_first_that_can_is_taken(table):
+    table("never", NotImplementedError("odd sizes"))
+    table("second", 2.0)
+    table("third", 3.0)
+    assert run() == 2.0
+    assert run("third") == 3.0
+    assert run(("never", "third")) == 3.0
+
+
+def test_all_that_refuse_say_why(table):
+    table("a", NotImplementedError("odd sizes"))
+    table("b", NotImplementedError("no f32"))
+    with pytest.raises(ExceptionGroup, match="no implementation of op") as caught:
+        run()
+    assert [str(e) for e in caught.value.exceptions] == ["a: odd sizes", "b: no f32"]
+    assert all(isinstance(e, NotImplementedError) for e in caught.value.exceptions)
+
+
+def test_another_error_is_not_a_refusal(table):
+    table("broken", TypeError("a bug"))
+    table("good", 1.0)
+    with pytest.raises(TypeError, match="a bug"):
+        run()
+
+
+def test_unknown_names_are_told_the_known(table):
+    table("xla", 1.0)
+    with pytest.raises(ValueError, match=r"'triton'.*it has \['xla'\]"):
+        run("triton")
+    with pytest.raises(ValueError, match="has no implementation"):
+        run(())
+    with pytest.raises(ValueError, match="no op named"):
+        registry.implementations("other")
+    with pytest.raises(ValueError, match="already"):
+        table("xla", 2.0)
+
+
+def test_the_platform_is_chosen_at_lowering(table):
+    table("gpu", 17.0, platforms=("cuda",))
+    table("xla", 3.0)
+    call = registry.Call("op", ("gpu", "xla"), None)
+    traced = jax.jit(lambda x: registry.dispatch(call, x)).trace(jnp.float32(0))
+    text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
+    assert "3.0" in text["cpu"] and "1.7" not in text["cpu"]
+    assert "1.7" in text["cuda"] and "3.0" not in text["cuda"]
+    assert run() == 3.0
+
+
+def test_a_gpu_refusal_falls_through_at_lowering(table):
+    table("gpu", NotImplementedError("odd sizes"), platforms=("cuda",))
+    table("xla", 3.0)
+    call = registry.Call("op", ("gpu", "xla"), None)
+    traced = jax.jit(lambda x: registry.dispatch(call, x)).trace(jnp.float32(0))
+    assert "3.0" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_named_gpu_kernel_says_on_a_cpu_that_it_runs_elsewhere(table):
+    table("gpu", 1.0, platforms=("cuda",))
+    with pytest.raises(ExceptionGroup) as caught:
+        run("gpu")
+    assert "none of gpu runs on this platform" in str(caught.value.exceptions[0])
+
+
+def test_a_gradient_takes_an_implementation_with_both_directions(table):
+    table("forward_only", 1.0)
+    table("both", 2.0, backward=lambda spec, x, out, ct: ct)
+    assert run() == 1.0
+    assert run(direction="residual") == 2.0
+
+
+def test_cuda_takes_the_kernels_and_cpu_the_tiles():
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    grad = jax.grad(lambda q: jnp.sum(flash_attention(q, q, q, causal=True), dtype=jnp.float32))
+    traced = jax.jit(grad).trace(x)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu_v2") == 2
+    assert "mosaic" not in traced.lower().as_text()
+
+
+def test_cuda_takes_the_paged_kernel():
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
+    half = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+    pool = half(64, 2, 16, 64)
+    step = jax.jit(lambda *a: paged_attention(*a, max_q=1))
+    traced = step.trace(half(8, 4, 64), pool, pool, shape(8, 16), shape(8), shape(9))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_explain_names_the_choice_and_the_reasons():
+    x = np.zeros((8, 2, 16), np.float32)
+    lines = registry.explain("flash_attention", x, x, x, causal=True)
+    assert [line.name for line in lines] == ["mosaic_gpu", "cudnn", "xla"]
+    assert [line.chosen for line in lines] == [False, False, True]
+    assert lines[0].reason == "runs on cuda; this is cpu"
+    (only,) = registry.explain("flash_attention", x, x, x, implementation="xla")
+    assert only.chosen and not only.reason
+
+
+@pytest.mark.parametrize("names", ["cudnn", "mosaic_gpu"])
+def test_f32_is_refused_by_the_half_precision_kernels(names):
+    x = jnp.zeros((8, 2, 64))
+    with pytest.raises(ExceptionGroup) as caught:
+        flash_attention(x, x, x, implementation=names)
+    assert "float32" in str(caught.value.exceptions[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"bias": jnp.zeros((8, 8))}, "bias"),
+        ({"mask": jnp.ones((8, 8), bool)}, "mask"),
+        ({"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}, "dropout"),
+        ({"score_mod": lambda x, b, n, t, s: x}, "score_mod"),
+        ({"mask_mod": lambda b, n, t, s: t >= s}, "mask_mod"),
+        ({"sinks": jnp.ones(2)}, "sinks"),
+        ({"logits_soft_cap": 2.0}, "soft_cap"),
+        ({"return_lse": True}, "return_lse"),
+        ({"deterministic": True}, "deterministic"),
+        ({"causal": True, "query_offset": 1}, "top left"),
+    ],
+)
+def test_an_option_cudnn_lacks_is_refused_not_ignored(options, word):
+    x = jnp.zeros((8, 2, 64), jnp.bfloat16)
+    with pytest.raises(ExceptionGroup) as caught:
+        flash_attention(x, x, x, implementation="cudnn", **options)
+    assert word in str(caught.value.exceptions[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"positions": jnp.zeros(3, jnp.int32)}, "positions"),
+        ({"tree_mask": jnp.zeros((3, 1), jnp.uint32)}, "tree_mask"),
+        ({"deterministic": True}, "deterministic"),
+    ],
+)
+def test_an_option_the_paged_kernels_lack_is_refused(options, word):
+    pool = jnp.zeros((2, 1, 16, 64), jnp.bfloat16)
+    rows = jnp.array([[0]]), jnp.array([3]), jnp.array([0, 3])
+    q = jnp.zeros((3, 2, 64), jnp.bfloat16)
+    with pytest.raises(ExceptionGroup) as caught:
+        paged_attention(q, pool, pool, *rows, implementation="mosaic_gpu", **options)
+    assert word in str(caught.value.exceptions[0])
+
+
+def test_return_weights_needs_the_tiles():
+    x = jnp.zeros((8, 2, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="return_weights"):
+        flash_attention(x, x, x, return_weights=True, implementation="mosaic_gpu")
+
+
+def test_equal_layers_are_traced_once():
+    """Twelve calls of one shape lower to one function, not twelve copies of the loops."""
+    x = jnp.zeros((64, 2, 8))
+
+    def stack(x, layers):
+        for _ in range(layers):
+            x = flash_attention(x, x, x, causal=True)
+        return x
+
+    size = lambda layers: len(jax.jit(lambda x: stack(x, layers)).lower(x).as_text())
+    assert size(12) < 1.5 * size(1)
+    chex.assert_shape(stack(x, 1), x.shape)
