@@ -143,7 +143,10 @@ class Detokenizer:
 def _first_stop(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
     """(start, end) of the stop string that is complete first; the longer one on equal ends."""
     found = [(at + len(s), at) for s in stops if (at := text.find(s)) >= 0]
-    return min(found)[::-1] if found else None
+    if not found:
+        return None
+    end, start = min(found)
+    return start, end
 
 
 def _length_that_may_become(text: str, stops: Sequence[str]) -> int:

@@ -250,7 +250,7 @@ def widest_variant(variants: Iterable[Variant]) -> Variant:
     >>> widest_variant(["greedy", "plain"])
     'plain'
     """
-    return max(variants, key=VARIANTS.index, default="greedy")
+    return VARIANTS[max((VARIANTS.index(v) for v in variants), default=0)]
 
 
 def params_row(

@@ -13,6 +13,7 @@ Truncation sorts nothing.  min_p, top_k and top_p each keep the tokens at or abo
 and that one is found digit by digit of its binary form (`_largest_key`), which is exact.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -22,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-Array = jax.Array
+from aidx.typing import Array
+
 Variant = Literal["greedy", "plain", "full"]
 VARIANTS: tuple[Variant, ...] = ("greedy", "plain", "full")
 _CHUNK = 256  # tokens summed at a time
@@ -254,7 +256,8 @@ def count_tokens(state: SamplingState, rows: Array, tokens: Array) -> SamplingSt
         vocab_size = state.counts.shape[-1]
         # A negative index would wrap around; one past the end is dropped.
         column = jnp.where(tokens < 0, vocab_size, tokens)
-        return state.replace(counts=state.counts.at[rows, column].add(1, mode="drop"))
+        counts = state.counts.at[rows, column].add(1, mode="drop")
+        return dataclasses.replace(state, counts=counts)
 
 
 def pack_bits(mask: np.ndarray) -> np.ndarray:
