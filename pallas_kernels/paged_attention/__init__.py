@@ -1,9 +1,10 @@
 """Paged attention for Hopper: decode, verification and chunked prefill over a block pool."""
 
 from .api import Config as Config
-from .api import default_config as default_config
+from .api import default_plan as default_plan
 from .api import paged_attention as paged_attention
 from .cluster import ClusterConfig as ClusterConfig
+from .prefill import PrefillConfig as PrefillConfig
 from .reference import paged_attention_reference as paged_attention_reference
 from .split import SplitConfig as SplitConfig
 from .worklist import WorkList as WorkList

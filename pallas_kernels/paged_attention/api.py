@@ -1,5 +1,7 @@
 """`paged_attention`: validation, the choice of a kernel, and the call."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,13 +9,15 @@ import jax.numpy as jnp
 
 from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES
 
-from . import cluster, split
+from . import cluster, prefill, split
 from . import worklist as wl
 from .cluster import ClusterConfig
 from .geometry import Geometry, Scoring, pack_columns, pack_queries, unpack_lse
+from .prefill import PrefillConfig
 from .split import SplitConfig
 
-Config = ClusterConfig | SplitConfig
+Config = ClusterConfig | SplitConfig | PrefillConfig
+Plan = tuple[Config] | tuple[SplitConfig, PrefillConfig]
 MAX_COLS = 64  # query columns of a tile: beyond, accumulators spill
 
 
@@ -83,53 +87,138 @@ def paged_attention(
     if logits_soft_cap is not None and logits_soft_cap <= 0:
         raise ValueError(f"{logits_soft_cap=} has to be positive")
     scale = geom.head_dim**-0.5 if scale is None else scale
-    scoring = Scoring(scale, window, logits_soft_cap)
-    if config is None:
-        config = default_config(geom, q.dtype.itemsize)
-    context_lens, q_indptr = context_lens.astype(jnp.int32), q_indptr.astype(jnp.int32)
-    block_tables = block_tables.astype(jnp.int32)
-    options = dict(
+    i32 = lambda x: x.astype(jnp.int32)
+    call = _Call(
+        q,
+        k_pool,
+        v_pool,
+        i32(block_tables),
+        i32(context_lens),
+        i32(q_indptr),
+        alibi_slopes,
+        sinks,
         geom=geom,
-        scoring=scoring,
-        slopes=None if alibi_slopes is None else pack_columns(alibi_slopes, geom),
-        sinks=None if sinks is None else pack_columns(sinks, geom),
+        scoring=Scoring(scale, window, logits_soft_cap),
         interpret=interpret,
     )
-    if isinstance(config, ClusterConfig):
-        first = cluster.first_tokens(q_indptr, geom)
-        out, lse = cluster.cluster_attention(
-            pack_queries(q, geom, first),
-            k_pool,
-            v_pool,
-            block_tables,
-            context_lens,
-            q_indptr,
-            config=config,
-            **options,
-        )
-        count = jnp.repeat(q_indptr[1:], cluster.tiles_per_row(geom)) - first
-    else:
-        work = wl.make_work_list(
-            context_lens,
-            q_indptr,
-            geom,
-            key_tile=config.key_tile,
-            ctas=config.ctas,
-            window=window,
-        )
-        first = work.tiles[:, wl.FIRST_TOKEN]
-        out, lse = split.split_attention(
-            pack_queries(q, geom, first),
-            k_pool,
-            v_pool,
-            block_tables,
-            work,
-            config=config,
-            **options,
-        )
-        count = jnp.where(work.tiles[:, wl.COUNT] > 0, work.tiles[:, wl.NUM_TOKENS], 0)
+    plan = default_plan(geom, q.dtype.itemsize) if config is None else (config,)
+    out, lse = _run(call, plan)
     out = out.reshape(geom.num_tokens, geom.num_heads, geom.value_dim)
-    return (out, unpack_lse(lse, first, count, geom)) if return_lse else out
+    return (out, lse()) if return_lse else out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One validated call."""
+
+    q: jax.Array
+    k_pool: jax.Array
+    v_pool: jax.Array
+    block_tables: jax.Array
+    context_lens: jax.Array
+    q_indptr: jax.Array
+    slopes: jax.Array | None
+    sinks: jax.Array | None
+    geom: Geometry
+    scoring: Scoring
+    interpret: Any
+
+    @property
+    def pools(self):
+        """What every kernel reads."""
+        return self.k_pool, self.v_pool, self.block_tables
+
+    def options(self, geom: Geometry, pack: Callable) -> dict[str, Any]:
+        """Keyword arguments that every kernel takes."""
+        packed = [None if x is None else pack(x, geom) for x in (self.slopes, self.sinks)]
+        return dict(
+            geom=geom,
+            scoring=self.scoring,
+            slopes=packed[0],
+            sinks=packed[1],
+            interpret=self.interpret,
+        )
+
+
+def _run(call: _Call, plan: Plan) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """Output `[T, K, G, Hv]`, and a function that gives the log-sum-exp."""
+    match plan:
+        case (ClusterConfig() as config,):
+            return _run_cluster(call, config)
+        case (SplitConfig() as config,):
+            return _run_split(call, config, call.geom.max_q)
+        case (PrefillConfig() as config,):
+            geom = call.geom
+            shape = (geom.num_tokens, geom.num_kv_heads, geom.group, geom.value_dim)
+            return _run_prefill(call, config, 0, jnp.zeros(shape, call.q.dtype))
+        case (SplitConfig() as few, PrefillConfig() as many):
+            small = few_tokens(call.geom)
+            out, lse_few = _run_split(call, few, small)
+            out, lse_many = _run_prefill(call, many, small, out)
+            return out, lambda: jnp.maximum(lse_few(), lse_many())
+    raise TypeError(f"{plan} is not a ClusterConfig, a SplitConfig, a PrefillConfig or two of them")
+
+
+def _run_cluster(call: _Call, config: ClusterConfig):
+    geom = _in_columns(call.geom, call.geom.max_q)
+    first = cluster.first_tokens(call.q_indptr, geom)
+    out, lse = cluster.cluster_attention(
+        pack_queries(call.q, geom, first),
+        *call.pools,
+        call.context_lens,
+        call.q_indptr,
+        config=config,
+        **call.options(geom, pack_columns),
+    )
+    count = jnp.repeat(call.q_indptr[1:], cluster.tiles_per_row(geom)) - first
+    return out, lambda: unpack_lse(lse, first, count, geom)
+
+
+def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
+    """The rows that own at most `max_tokens` tokens, and zeros for the tokens of no row."""
+    geom = _in_columns(call.geom, max_tokens)
+    work = wl.make_work_list(
+        call.context_lens,
+        call.q_indptr,
+        geom,
+        key_tile=config.key_tile,
+        ctas=config.ctas,
+        window=call.scoring.window,
+        max_tokens=None if max_tokens == call.geom.max_q else max_tokens,
+    )
+    first = work.tiles[:, wl.FIRST_TOKEN]
+    out, lse = split.split_attention(
+        pack_queries(call.q, geom, first),
+        *call.pools,
+        work,
+        config=config,
+        **call.options(geom, pack_columns),
+    )
+    count = jnp.where(work.tiles[:, wl.COUNT] > 0, work.tiles[:, wl.NUM_TOKENS], 0)
+    return out, lambda: unpack_lse(lse, first, count, geom)
+
+
+def _run_prefill(call: _Call, config: PrefillConfig, min_tokens: int, out: jax.Array):
+    """The rows that own more than `min_tokens` tokens, into `out`."""
+    geom = prefill.prefill_geometry(call.geom, config)
+    with jax.named_scope("paged_attention.work_list"):
+        tiles = wl.query_tiles(
+            call.context_lens,
+            call.q_indptr,
+            geom,
+            key_tile=config.block_kv,
+            window=call.scoring.window,
+            min_tokens=min_tokens,
+        )
+    out, lse = prefill.prefill_attention(
+        prefill.pack_tiles(call.q, tiles, geom, config),
+        *call.pools,
+        tiles,
+        out,
+        config=config,
+        **call.options(geom, prefill.pack_rows),
+    )
+    return out, lambda: prefill.unpack_rows(lse, tiles, geom)
 
 
 def _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q) -> Geometry:
@@ -162,24 +251,49 @@ def _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q) ->
         raise NotImplementedError(f"head sizes {h} and {value_dim} are not 64, 128, 192 or 256")
     if min(t, rows, per_row, p) == 0:
         raise NotImplementedError(f"{q.shape=}, {k_pool.shape=}, {block_tables.shape=}: empty")
-    group = n // k
-    if group > MAX_COLS:
-        raise NotImplementedError(f"{group} query heads a KV head are more than {MAX_COLS}")
-    max_q = min(max_q, t)
-    q_tokens = min(max_q, MAX_COLS // group)
-    return Geometry(t, n, k, h, value_dim, p, size, rows, per_row, max_q, q_tokens)
+    if n // k > MAX_COLS:
+        raise NotImplementedError(f"{n // k} query heads a KV head are more than {MAX_COLS}")
+    return Geometry(t, n, k, h, value_dim, p, size, rows, per_row, min(max_q, t))
 
 
-def default_config(geom: Geometry, itemsize: int = 2) -> Config:
-    """The kernel for these shapes: one launch for few segments, equal shares for many.
+def _in_columns(geom: Geometry, max_tokens: int) -> Geometry:
+    """Query tiles for the kernels of `columns.py`: as many tokens as the columns hold."""
+    tokens = min(max_tokens, MAX_COLS // geom.group)
+    return dataclasses.replace(geom, max_q=max_tokens, q_tokens=tokens)
+
+
+def few_tokens(geom: Geometry) -> int:
+    """Where both kernels run, rows with at most so many tokens go to the split-KV kernel."""
+    return max(1, 16 // geom.group)
+
+
+def default_plan(geom: Geometry, itemsize: int = 2) -> Plan:
+    """The kernels for these static shapes.
+
+    One launch for few segments; equal shares of all keys for many, and for rows of more tokens
+    than columns that together do not give every second SM a tile of the prefill kernel; for the
+    rest both the split-KV and the prefill kernel, each with its rows.
 
     >>> one = Geometry(1, 32, 8, 128, 128, 99, 64, 1, 64, max_q=1)
-    >>> type(default_config(one)).__name__
-    'ClusterConfig'
+    >>> chunk = dataclasses.replace(one, num_tokens=512, max_q=512)
+    >>> [type(c).__name__ for g in (one, chunk) for c in default_plan(g)]
+    ['ClusterConfig', 'SplitConfig', 'PrefillConfig']
     """
-    segments = geom.num_rows * cluster.tiles_per_row(geom) * geom.num_kv_heads
-    if 2 * segments <= HOPPER_SMS:
-        return cluster.pick_config(geom, itemsize)
+    if geom.max_q * geom.group <= MAX_COLS:
+        columns = _in_columns(geom, geom.max_q)
+        segments = geom.num_rows * cluster.tiles_per_row(columns) * geom.num_kv_heads
+        if 2 * segments <= HOPPER_SMS:
+            return (cluster.pick_config(columns, itemsize),)
+        return (_split_config(columns, itemsize),)
+    config = prefill.pick_prefill(geom, itemsize)
+    per_tile = prefill.prefill_geometry(geom, config).q_tokens
+    if 2 * (geom.num_tokens // per_tile) * geom.num_kv_heads < HOPPER_SMS:
+        return (_split_config(_in_columns(geom, geom.max_q), itemsize),)
+    return _split_config(_in_columns(geom, few_tokens(geom)), itemsize), config
+
+
+def _split_config(geom: Geometry, itemsize: int) -> SplitConfig:
+    """Two CTAs per SM where their rings fit."""
     for ctas, stages in ((2 * HOPPER_SMS, 3), (HOPPER_SMS, 3), (HOPPER_SMS, 2), (HOPPER_SMS, 1)):
         config = SplitConfig(ctas=ctas, stages=stages)
         if split.smem_bytes(config, geom, itemsize) * (ctas // HOPPER_SMS) <= SMEM_BYTES:

@@ -1,0 +1,501 @@
+"""Chunked prefill over a block pool: flash attention whose keys arrive block by block.
+
+One warpgroup loads, `consumers` warpgroups compute 64 query rows each; a row is a (token, head of
+the group) pair, so K and V are read once for the group.  The schedule of a consumer is that of
+`flash_attention.forward` (FlashAttention-3, Shah et al., 2024): Q K^T of block i is issued before
+P V of block i-1 and the softmax runs under it; the consumers take turns at the tensor cores.  Keys
+are walked from the last block to the first: the diagonal and the ragged end come first and are the
+only blocks to mask (with a window, the last ones too).
+
+The last block of a row ends in slots that may hold NaN.  Masked scores make their P zero, but
+0 * NaN is NaN, so one consumer clears those rows of V in shared memory before any reads them.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _mgpu
+from pallas_kernels._mgpu import MASKED, SMEM_BYTES, Ops, div, rem
+from pallas_kernels.flash_attention import tile as tl
+
+from . import worklist as wl
+from .geometry import LOG2E, Geometry, Scoring
+from .pages import PageTiles
+
+ROWS = 64  # query rows of a consumer: wgmma's M
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillConfig:
+    """How the prefill kernel runs: `consumers` x 64 query rows against `block_kv` keys at a time.
+
+    >>> PrefillConfig().block_kv
+    128
+    """
+
+    consumers: int = 2
+    block_kv: int = 128
+    stages: int = 2
+
+    def __post_init__(self):
+        if self.consumers not in (1, 2, 3):
+            raise ValueError(f"{self.consumers=} is not 1, 2 or 3")
+        if self.block_kv % 64 or self.block_kv <= 0 or self.stages < 1:
+            raise ValueError(f"{self.block_kv=} is not a multiple of 64 or {self.stages=} below 1")
+
+
+def row_tokens(group: int) -> int:
+    """Tokens that one consumer holds; the rows left over are padding."""
+    return ROWS // group
+
+
+def prefill_geometry(geom: Geometry, config: PrefillConfig) -> Geometry:
+    """The same call in this kernel's query tiles."""
+    tokens = config.consumers * row_tokens(geom.group)
+    return dataclasses.replace(geom, q_tokens=tokens)
+
+
+def smem_bytes(config: PrefillConfig, geom: Geometry, itemsize: int) -> int:
+    """Shared memory of one CTA."""
+    h, hv, c = geom.head_dim, geom.value_dim, config.consumers
+    ring = config.stages * config.block_kv * (h + hv) * itemsize
+    return ring + c * ROWS * (h + 64) * itemsize + c * ROWS * 4 + 1024
+
+
+def pick_prefill(geom: Geometry, itemsize: int = 2) -> PrefillConfig:
+    """The largest tiles that fit.
+
+    >>> pick_prefill(Geometry(512, 32, 8, 128, 128, 999, 64, 1, 128, max_q=512))
+    PrefillConfig(consumers=2, block_kv=128, stages=2)
+    """
+    wide = geom.head_dim + geom.value_dim > 256
+    config = PrefillConfig(block_kv=64 if wide else 128)
+    if smem_bytes(config, geom, itemsize) > SMEM_BYTES:
+        raise NotImplementedError(f"{config} does not fit shared memory for {geom}")
+    return config
+
+
+def pack_tiles(q: jax.Array, tiles: jax.Array, geom: Geometry, config: PrefillConfig) -> jax.Array:
+    """q `[T, N, H]` -> `[U, K, consumers, 64, H]`: row `i * G + g` of consumer w is its token i."""
+    per, c, k, group = row_tokens(geom.group), config.consumers, geom.num_kv_heads, geom.group
+    index = tiles[:, wl.FIRST_TOKEN, None] + jnp.arange(c * per, dtype=jnp.int32)[None, :]
+    x = q[jnp.clip(index, 0, geom.num_tokens - 1)]
+    x = x.reshape(-1, c, per, k, group, q.shape[-1]).transpose(0, 3, 1, 2, 4, 5)
+    x = x.reshape(-1, k, c, per * group, q.shape[-1])
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, ROWS - per * group), (0, 0)))
+
+
+def pack_rows(x: jax.Array, geom: Geometry) -> jax.Array:
+    """A per-head vector `[N]` as the 64 rows of a consumer: f32 `[K, 64]`."""
+    per = row_tokens(geom.group)
+    x = jnp.tile(x.astype(jnp.float32).reshape(geom.num_kv_heads, geom.group), (1, per))
+    return jnp.pad(x, ((0, 0), (0, ROWS - x.shape[1])))
+
+
+def unpack_rows(lse: jax.Array, tiles: jax.Array, geom: Geometry) -> jax.Array:
+    """Row values `[U, K, consumers, 64]` -> `[T, N]`; tokens of no tile get -inf."""
+    u, k, c, _ = lse.shape
+    per = row_tokens(geom.group)
+    x = lse[..., : per * geom.group].reshape(u, k, c * per, geom.group)
+    x = x.transpose(0, 2, 1, 3).reshape(u, c * per, geom.num_heads)
+    i = jnp.arange(c * per, dtype=jnp.int32)[None, :]
+    live = (i < tiles[:, wl.NUM_TOKENS, None]) & (tiles[:, wl.COUNT, None] > 0)
+    index = jnp.where(live, tiles[:, wl.FIRST_TOKEN, None] + i, geom.num_tokens)
+    out = jnp.full((geom.num_tokens + 1, geom.num_heads), -jnp.inf, jnp.float32)
+    return out.at[index].set(x)[: geom.num_tokens]
+
+
+class Refs(NamedTuple):
+    """What a CTA works on."""
+
+    q: Any  # [U, K, consumers, 64, H]
+    k: Any
+    v: Any
+    table: Any
+    tiles: Any
+    slopes: Any  # [K, 64] or None
+    sinks: Any
+    out: Any  # [T, K, G, Hv]
+    lse: Any  # [U, K, consumers, 64]
+    q_s: Any
+    k_s: Any
+    v_s: Any
+    o_s: Any
+    q_full: Any
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
+    clean: Any
+    turn: Any
+
+
+def prefill_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    block_tables: jax.Array,
+    tiles: jax.Array,
+    out: jax.Array,
+    *,
+    geom: Geometry,
+    scoring: Scoring,
+    config: PrefillConfig,
+    slopes: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`out [T, K, G, Hv]` with the rows of `tiles` written in place, and lse `[U, K, c, 64]`.
+
+    `geom` is `prefill_geometry`'s, `q` packed (`pack_tiles`), `slopes`, `sinks` by `pack_rows`.
+    """
+    need = smem_bytes(config, geom, q.dtype.itemsize)
+    if need > SMEM_BYTES:
+        raise NotImplementedError(f"{config} needs {need} bytes of shared memory, not {SMEM_BYTES}")
+    u, c, hv = tiles.shape[0], config.consumers, geom.value_dim
+    stages, block = config.stages, config.block_kv
+    pages = PageTiles(geom, block)
+    smem, swz, bar = plgpu.SMEM, _mgpu.swizzled(q.dtype), plgpu.Barrier
+    call = _Prefill(geom, scoring, config, pages, q.dtype, bool(interpret))
+    columns = [x for x in (slopes, sinks) if x is not None]
+
+    def body(q_ref, k_ref, v_ref, table_ref, tiles_ref, *refs):
+        extra, refs = refs[: len(columns)], refs[len(columns) :]
+        out_ref, lse_ref, *scratch = refs
+        slopes_ref = extra[0] if slopes is not None else None
+        sinks_ref = extra[-1] if sinks is not None else None
+        call.body(
+            Refs(
+                q_ref,
+                k_ref,
+                v_ref,
+                table_ref,
+                tiles_ref,
+                slopes_ref,
+                sinks_ref,
+                out_ref,
+                lse_ref,
+                *scratch,
+            )
+        )
+
+    with jax.named_scope("paged_attention.prefill"):
+        target = jax.new_ref(out)
+        lse = _mgpu.kernel(
+            body,
+            out_type=jax.ShapeDtypeStruct((u, geom.num_kv_heads, c, ROWS), jnp.float32),
+            scratch_types=(
+                smem((c, ROWS, geom.head_dim), q.dtype, transforms=swz),
+                smem((stages, block, geom.head_dim), q.dtype, transforms=swz),
+                smem((stages, block, hv), q.dtype, transforms=swz),
+                smem((c, ROWS, 64), q.dtype),
+                bar(num_barriers=c),
+                bar(num_arrivals=pages.per_tile, num_barriers=stages),
+                bar(num_arrivals=pages.per_tile, num_barriers=stages),
+                bar(num_arrivals=c, num_barriers=stages),
+                bar(num_arrivals=c, num_barriers=stages),
+                bar(num_arrivals=1),
+                bar(num_arrivals=1, num_barriers=c),
+            ),
+            grid=(u * geom.num_kv_heads,),
+            grid_names=("cta",),
+            num_warpgroups=c + 1,
+            interpret=interpret,
+        )(q, k_pool, v_pool, block_tables, tiles, *columns, target)
+        return target[...], lse
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prefill:
+    """The kernel body; static facts only."""
+
+    geom: Geometry
+    scoring: Scoring
+    config: PrefillConfig
+    pages: PageTiles
+    dtype: Any
+    interpret: bool
+
+    def body(self, refs: Refs) -> None:
+        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+        heads, consumers = self.geom.num_kv_heads, self.config.consumers
+        # the last tiles of a row see the most keys: they start first
+        u = refs.tiles.shape[0] - 1 - div(cta, heads)
+        head = rem(cta, heads)
+        fact = tuple(refs.tiles[u, x] for x in range(8))
+        busy = fact[wl.COUNT] > 0
+
+        @pl.when(wg < consumers)
+        def _():
+            plgpu.set_max_registers({1: 240, 2: 240, 3: 160}[consumers], action="increase")
+            pl.when(busy)(Consumer(self, refs, wg, u, head, fact).run)
+
+        @pl.when(wg == consumers)
+        def _():
+            plgpu.set_max_registers(40 if consumers < 3 else 32, action="decrease")
+            pl.when(busy)(lambda: self.produce(refs, u, head, fact))
+
+    def produce(self, refs: Refs, u, head, fact) -> None:
+        """Q of every consumer, then K and V from the last block to the first."""
+        stages, count = self.config.stages, fact[wl.COUNT]
+        last = fact[wl.KEY_TILE] + count - 1
+        for w in range(self.config.consumers):
+            source = refs.q.at[u, head, w]
+            plgpu.copy_gmem_to_smem(source, refs.q_s.at[w], refs.q_full.at[w])
+
+        def ids_of(i):
+            seen = (fact[wl.POSITION], fact[wl.CONTEXT], self.scoring.window)
+            tile = lax.max(last - i, 0)
+            return self.pages.block_ids(refs.table, fact[wl.ROW], tile, *seen)
+
+        def step(i, ids):
+            slot, ahead = rem(i, stages), ids_of(i + 1)
+            for source, target, full, free in (
+                (refs.k, refs.k_s, refs.k_full, refs.k_free),
+                (refs.v, refs.v_s, refs.v_full, refs.v_free),
+            ):
+                pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                self.pages.fetch(last - i, ids, head, ((source, target.at[slot]),), full.at[slot])
+            return ahead
+
+        lax.fori_loop(0, count, step, ids_of(0))
+
+        @pl.loop(lax.max(count - stages, 0), count)
+        def _(i):
+            slot = rem(i, stages)
+            plgpu.barrier_wait(refs.k_free.at[slot])
+            plgpu.barrier_wait(refs.v_free.at[slot])
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """One consumer warpgroup; block i is key block `last - i`."""
+
+    call: _Prefill
+    refs: Refs
+    wg: Any
+    u: Any
+    head: Any
+    fact: Any
+
+    @property
+    def ops(self) -> Ops:
+        """Accumulators."""
+        return Ops(self.call.interpret)
+
+    @property
+    def count(self):
+        """Key blocks of the tile."""
+        return self.fact[wl.COUNT]
+
+    @property
+    def position(self):
+        """Position of the first token of this warpgroup."""
+        return self.fact[wl.POSITION] + self.wg * row_tokens(self.call.geom.group)
+
+    def first_key(self, i):
+        """First key of block i."""
+        return (self.fact[wl.KEY_TILE] + self.count - 1 - i) * self.call.config.block_kv
+
+    def slot(self, i):
+        """Ring slot of block i."""
+        return rem(i, self.call.config.stages)
+
+    def unmasked(self):
+        """Blocks `lo <= i < hi` that every row of this warpgroup sees in full."""
+        block, per = self.call.config.block_kv, row_tokens(self.call.geom.group)
+        end = self.fact[wl.KEY_TILE] + self.count
+        lo = lax.max(end - div(lax.max(self.position + 1, 0), block), 1)
+        if self.call.scoring.window is None:
+            return lo, self.count
+        oldest = self.position + per - 1 - self.call.scoring.window  # no longer seen by all
+        hi = jnp.where(oldest < 0, self.count, end - 1 - div(lax.max(oldest, 0), block))
+        return lo, lax.max(hi, lo)
+
+    def logits(self, s, i, masked: bool):
+        """Scores -> base-2 logits, masked where that is needed."""
+        call, key0 = self.call, self.first_key(i)
+        scoring, group = call.scoring, call.geom.group
+        if scoring.soft_cap is None:
+            s = s * (scoring.scale * LOG2E)
+        else:
+            # tanh x = 1 - 2 / (1 + e^2x), by exp2: tanh.approx errs by 5e-4 of the cap
+            e = jnp.exp2(jnp.minimum(s * (2 * LOG2E * scoring.scale / scoring.soft_cap), 80.0))
+            s = (1.0 - 2.0 / (1.0 + e)) * (scoring.soft_cap * LOG2E)
+        if not masked and self.refs.slopes is None:
+            return s
+        # position of the row minus key of the first column group, [64, 8]
+        behind = lax.div(tl.iota(ROWS, 0), jnp.int32(group)) - tl.iota(ROWS, 1)
+        behind = behind + (self.position - key0)
+        if self.refs.slopes is not None:
+            slope = self.load_rows(self.refs.slopes.at[self.head]) * LOG2E
+            slope, distance = tl.by_row(slope, tl.GROUP), behind.astype(jnp.float32)
+            parts = [x - jnp.abs(distance - float(c)) * slope for c, x in tl.groups(s)]
+            s = lax.concatenate(parts, 1)
+        if not masked:
+            return s
+        lo = None if scoring.window is None else behind - scoring.window + 1
+        return tl.mask(s, lo, behind + 1)
+
+    def load_rows(self, ref):
+        """A `[64]` vector over the rows."""
+        if self.call.interpret:
+            return ref[...]
+        return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+    def turn(self, op: str, wg) -> None:
+        """The tensor cores: wait for them ("sync") or hand them over ("arrive")."""
+        if self.call.config.consumers == 1:
+            return
+        if self.call.interpret:
+            {"sync": plgpu.barrier_wait, "arrive": plgpu.barrier_arrive}[op](self.refs.turn.at[wg])
+        else:
+            named = {"sync": _mgpu.named_barrier_sync, "arrive": _mgpu.named_barrier_arrive}[op]
+            named(wg + 5, 2 * _mgpu.WARPGROUP)
+
+    def next_wg(self):
+        """Whose turn comes after this warpgroup's."""
+        return jnp.where(self.wg == self.call.config.consumers - 1, 0, self.wg + 1)
+
+    def softmax(self, s, m, total):
+        """Online softmax step on base-2 logits."""
+        new = s.max(axis=1)
+        new = new if m is None else jnp.maximum(m, new)
+        p = jnp.exp2(s - tl.by_row(new, s.shape[1]))
+        if m is None:
+            return new, p.sum(axis=1), None, p
+        alpha = jnp.exp2(m - new)
+        return new, total * alpha + p.sum(axis=1), alpha, p
+
+    def await_v(self, i) -> None:
+        """V of block i has landed and, where its row ends in it, holds zeros past the end."""
+        refs, slot = self.refs, self.slot(i)
+        plgpu.barrier_wait(refs.v_full.at[slot])
+        live = self.fact[wl.CONTEXT] - self.first_key(0)
+
+        @pl.when((i == 0) & (live < self.call.config.block_kv))
+        def _():
+            @pl.when(self.wg == 0)
+            def _():
+                self.clear_dead(refs.v_s.at[slot], live)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(refs.clean)
+
+            plgpu.barrier_wait(refs.clean)
+
+    def clear_dead(self, v_s, live) -> None:
+        """Zero the rows of V from `live` on, 64 x 64 at a time: registers are full."""
+        rows = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=plgpu.Layout.WGMMA)
+        for r in range(0, self.call.config.block_kv, 64):
+            for c in range(0, self.call.geom.value_dim, 64):
+                part = v_s.at[pl.ds(r, 64), pl.ds(c, 64)]
+                v = part[...]
+                if not self.call.interpret:
+                    v = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                part[...] = jnp.where(rows + r < live, v, jnp.zeros_like(v))
+
+    def first_block(self, oacc):
+        """Q K^T and softmax of block 0: nothing to overlap with yet."""
+        refs, slot = self.refs, self.slot(0)
+
+        def scores(acc):
+            plgpu.barrier_wait(refs.k_full.at[slot])
+            return self.ops.load(self.ops.wgmma(acc, refs.q_s.at[self.wg], refs.k_s.at[slot].T))
+
+        s = self.ops.with_acc(scores, (ROWS, self.call.config.block_kv))
+        plgpu.barrier_arrive(refs.k_free.at[slot])
+        m, total, _, p = self.softmax(self.logits(s, 0, True), None, None)
+        following = self.slot(1)
+        pl.when(self.count > 1)(lambda: plgpu.barrier_wait(refs.k_full.at[following]))
+        return m, total, p.astype(self.call.dtype), self.ops.carry(oacc)
+
+    def step(self, i, carry, oacc, masked: bool):
+        """Block i: issue Q K^T, then P V of block i-1, and run the softmax under it."""
+        refs, ops = self.refs, self.ops
+        m, total, p, o_carry = carry
+        now, before, following = self.slot(i), self.slot(i - 1), self.slot(i + 1)
+        o = ops.uncarry(oacc, o_carry)
+
+        def scores(acc):
+            nonlocal o
+            self.turn("sync", self.wg)
+            acc = ops.wgmma(acc, refs.q_s.at[self.wg], refs.k_s.at[now].T)
+            self.await_v(i - 1)
+            o = ops.wgmma(o, p, refs.v_s.at[before])
+            self.turn("arrive", self.next_wg())
+            s = ops.load(acc, 1)
+            plgpu.barrier_arrive(refs.k_free.at[now])
+            return s
+
+        s = self.logits(ops.with_acc(scores, (ROWS, self.call.config.block_kv)), i, masked)
+        m, total, alpha, p = lax.optimization_barrier(self.softmax(s, m, total))
+        # a basic-block border: ptxas may not hoist the wait for P V above the softmax
+        pl.when(i + 1 < self.count)(lambda: plgpu.barrier_wait(refs.k_full.at[following]))
+        value = ops.load(o, 0)
+        plgpu.barrier_arrive(refs.v_free.at[before])
+        o = ops.store(o, value * tl.by_row(alpha, value.shape[1]))
+        return m, total, p.astype(self.call.dtype), ops.carry(o)
+
+    def attend(self, oacc):
+        """All blocks: O (not normalised), row maximum (base 2) and row sum."""
+        refs, ops = self.refs, self.ops
+        loop = lambda lo, hi, masked, c: lax.fori_loop(
+            lo, hi, functools.partial(self.step, oacc=oacc, masked=masked), c
+        )
+        lo, hi = (lax.min(x, self.count) for x in self.unmasked())
+        c = self.first_block(oacc)
+        c = loop(1, lo, True, c)
+        c = loop(lo, hi, False, c)
+        if self.call.scoring.window is not None:
+            c = loop(hi, self.count, True, c)
+        m, total, p, o_carry = c
+        last = self.count - 1
+        self.await_v(last)
+        o = ops.wgmma(ops.uncarry(oacc, o_carry), p, refs.v_s.at[self.slot(last)])
+        value = ops.load(o)
+        plgpu.barrier_arrive(refs.v_free.at[self.slot(last)])
+        return value, m, total
+
+    def run(self) -> None:
+        """The tile, from the queries' arrival to the output."""
+        wg, consumers = self.wg, self.call.config.consumers
+        refs = self.refs
+        pl.when(wg == consumers - 1)(lambda: self.turn("arrive", 0))
+        plgpu.barrier_wait(refs.q_full.at[wg])
+        o, m, total = self.ops.with_acc(self.attend, (ROWS, self.call.geom.value_dim))
+        pl.when(wg == 0)(lambda: self.turn("sync", 0))  # the turn that the last one handed over
+        seen = m > MASKED / 2
+        lse = jnp.where(seen, (m + jnp.log2(total)) / LOG2E, -jnp.inf)
+        self.ops.store_plain(refs.lse.at[self.u, self.head, wg], lse)
+        if refs.sinks is not None:
+            sink = self.load_rows(refs.sinks.at[self.head]) * LOG2E
+            total = total + jnp.exp2(jnp.minimum(sink - m, 126.0))
+        o = o * tl.by_row(jnp.where(seen, 1.0 / total, 0.0), o.shape[1])
+        self.store(o.astype(self.call.dtype))
+
+    def store(self, o) -> None:
+        """64 columns at a time through shared memory; one copy per token."""
+        geom, refs = self.call.geom, self.refs
+        per, group = row_tokens(geom.group), geom.group
+        first = self.fact[wl.FIRST_TOKEN] + self.wg * per
+        live = self.fact[wl.NUM_TOKENS] - self.wg * per
+        for c in range(0, geom.value_dim, 64):
+            staged = refs.o_s.at[self.wg]
+            self.ops.store_plain(staged, o[:, c : c + 64])
+            plgpu.commit_smem()
+            for j in range(per):
+
+                @pl.when(j < live)
+                def _():
+                    source = staged.at[pl.ds(j * group, group)]
+                    target = refs.out.at[first + j, self.head, pl.ds(0, group), pl.ds(c, 64)]
+                    plgpu.copy_smem_to_gmem(source, target)
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=c + 64 < geom.value_dim)
