@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels._mgpu import cdiv
 from pallas_kernels.flash_attention import heuristics
 from pallas_kernels.flash_attention.backward import backward
+from pallas_kernels.flash_attention.backward_dq import backward_dq
 from pallas_kernels.flash_attention.config import BackwardConfig, ForwardConfig
 from pallas_kernels.flash_attention.forward import forward
 from pallas_kernels.flash_attention.mask import Band, Bounds
@@ -77,7 +78,7 @@ def _pad_heads(x: jax.Array, width: int) -> jax.Array:
 
 
 def _widths(head_dim: int, head_dim_v: int) -> tuple[int, int]:
-    """What the kernels compute with: multiples of 64, the value width not above the key width."""
+    """What the forward computes with: multiples of 64, the value width not above the key width."""
     wide, wide_v = (cdiv(x, 64) * 64 for x in (head_dim, head_dim_v))
     return max(wide, wide_v), wide_v
 
@@ -163,12 +164,12 @@ def flash_attention_bwd(
 ) -> Gradients:
     """Gradients of `flash_attention_fwd`; out and lse are what it returned.
 
-    `d_lse` may be None.  dQ is summed in f32 in an order that is not fixed.
+    `d_lse` may be None.  dQ is summed in f32 in an order that is not fixed, unless `deterministic`:
+    then a second kernel computes it, and every bit repeats.
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: what this kernel cannot do; among it `deterministic=True` and the
-        gradient of ALiBi slopes.
+      NotImplementedError: what this kernel cannot do; among it the gradient of ALiBi slopes.
 
     >>> q = jnp.zeros((1, 9, 2, 64), jnp.bfloat16)
     >>> lse = jnp.zeros((1, 9, 2))
@@ -180,12 +181,12 @@ def flash_attention_bwd(
              bounds=bounds)  # fmt: skip
     if d_out.shape != out.shape or lse.shape != out.shape[:3]:
         raise ValueError(f"{d_out.shape=}, {out.shape=} and {lse.shape=} do not fit together")
-    if deterministic:
-        raise NotImplementedError("deterministic gradients")
     if alibi_slopes is not None:
         raise NotImplementedError("the gradient of alibi_slopes")
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     wide, wide_v = _widths(head_dim, head_dim_v)
+    if wide > 128:  # split by columns, which come in halves of 128
+        wide, wide_v = 256, cdiv(wide_v, 128) * 128
     if config is None:
         config = heuristics.backward_config(wide, wide_v, soft_cap is not None)
     rows = lambda x: x.transpose(0, 2, 1)  # [B, T, N] -> [B, N, T]
@@ -204,13 +205,15 @@ def flash_attention_bwd(
             # d lse / d score is the softmax without the sink, exp(total - lse) times P
             growth = 1.0 if sinks is None else jnp.where(jnp.isneginf(lse), 0, jnp.exp(total - lse))
             delta = delta - rows(d_lse) * growth
-        dq, dk, dv = backward(
+        operands = (
             _pad_heads(q, wide), _pad_heads(k, wide), _pad_heads(v, wide_v),
             _pad_heads(d_out.astype(q.dtype), wide_v), total, delta,
-            band=band, bounds=bounds, scale=scale, soft_cap=soft_cap, config=config,
-            interpret=interpret,
         )  # fmt: skip
+        call = dict(band=band, bounds=bounds, scale=scale, soft_cap=soft_cap, interpret=interpret)
+        dq, dk, dv = backward(*operands, config=config, dq=not deterministic, **call)
         if dq is None:
-            raise ValueError("the kernel left out dQ")
-        dq = (dq[..., :head_dim] * scale).astype(q.dtype)
+            dq = backward_dq(*operands, config=heuristics.dq_config(wide, wide_v), **call)
+        else:
+            dq = (dq * scale).astype(q.dtype)
+        dq = dq[..., :head_dim]
     return Gradients(dq, dk[..., :head_dim], dv[..., :head_dim_v], d_sinks)

@@ -177,7 +177,7 @@ def over_tiles(p: Problem, f):
     return lax.fori_loop(jnp.int32(0), count, body, jnp.int32(0))
 
 
-def row_ranges(p: Problem, refs: Refs, b, base):
+def row_ranges(p: Problem, refs: Any, b, base):
     """Blocks that the 64 rows from `base` touch: `(first, end, full_first, full_end)`.
 
     Blocks in `[full_first, full_end)` are seen by every row.  Without a row, all are zero.
@@ -206,7 +206,7 @@ def row_ranges(p: Problem, refs: Refs, b, base):
     return first, end, full_first, full_end
 
 
-def tile_blocks(p: Problem, refs: Refs, b, q_tile):
+def tile_blocks(p: Problem, refs: Any, b, q_tile):
     """`(first, end)` of the blocks that some consumer of the tile touches."""
     bases = [q_tile * p.config.block_q + w * TILE for w in range(p.config.consumers)]
     if not p.dynamic and p.band.unbounded:
@@ -270,7 +270,7 @@ class Consumer:
     """One consumer warpgroup at one tile; blocks are numbered from the high end, i = 0 first."""
 
     p: Problem
-    refs: Refs
+    refs: Any
     wg: Any
     b: Any
     head: Any
@@ -457,7 +457,10 @@ class Consumer:
                 give_turn(p, r, self.wg)
 
     def store(self, o, lse) -> None:
-        """Through shared memory by TMA, which drops the rows past the end."""
+        """Through shared memory by TMA, which drops the rows of O past the end.
+
+        lse leaves as a plain bulk copy, which checks no bounds: its array holds whole tiles.
+        """
         p, r, wg = self.p, self.refs, self.wg
         rows = pl.ds(self.base, TILE)
         own = p.config.own_o(p.head_dim, p.head_dim_v)
@@ -508,6 +511,17 @@ class Consumer:
         self.skip(self.end_i, blocks, blocks)
 
 
+def place(p: Problem, refs: Any, wg, b, head, q_tile, first, end, done) -> tuple:
+    """The fields of a `Consumer` whose tile has the blocks `first..end`."""
+    base = q_tile * p.config.block_q + wg * TILE
+    lo, hi, full_lo, full_hi = row_ranges(p, refs, b, base)
+    none, blocks = hi == 0, end - first
+    # an empty consumer passes over every block of the tile
+    begin_i = jnp.where(none, blocks, end - hi)
+    end_i = jnp.where(none, blocks, end - lo)
+    return p, refs, wg, b, head, base, end, done, begin_i, end_i, end - full_hi, end - full_lo
+
+
 def consume(p: Problem, refs: Refs, wg) -> None:
     """A consumer warpgroup."""
     c = p.config
@@ -521,15 +535,7 @@ def consume(p: Problem, refs: Refs, wg) -> None:
         b, head, q_tile = decode(p, t)
         first, end = tile_blocks(p, refs, b, q_tile)
         blocks = end - first
-        base = q_tile * c.block_q + wg * TILE
-        mine = row_ranges(p, refs, b, base)
-        none = mine[1] == 0
-        # an empty consumer skips every block of the tile
-        begin_i = jnp.where(none, blocks, end - mine[1])
-        end_i = jnp.where(none, blocks, end - mine[0])
-        Consumer(
-            p, refs, wg, b, head, base, end, done, begin_i, end_i, end - mine[3], end - mine[2]
-        ).run(blocks)
+        Consumer(*place(p, refs, wg, b, head, q_tile, first, end, done)).run(blocks)
         return done + blocks
 
     over_tiles(p, one)
@@ -669,7 +675,7 @@ def forward(
         body,
         out_type=(
             jax.ShapeDtypeStruct((batch, padded, heads, head_dim_v), q.dtype),
-            jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, p.q_tiles * config.block_q), jnp.float32),
         ),
         scratch_types=scratch_types(p),
         grid=(min(config.num_sms, p.total) if config.persistent else p.total,),

@@ -24,6 +24,18 @@ def forward_config(
     return ForwardConfig(block_kv=64, release="named")
 
 
+def dq_config(head_dim: int, head_dim_v: int) -> ForwardConfig:
+    """Tiles of the kernel that computes dQ alone.
+
+    >>> dq_config(256, 256).stages
+    2
+    """
+    widest = max(head_dim, head_dim_v)
+    if widest > 192:  # Q, dO and two stages of K and V do not fit with two consumers
+        return ForwardConfig(block_kv=64, consumers=1)
+    return ForwardConfig(block_kv=64)
+
+
 def backward_config(head_dim: int, head_dim_v: int, soft_cap: bool = False) -> BackwardConfig:
     """Tiles of the backward for padded head widths.
 

@@ -38,8 +38,9 @@ def reference(
             s = s - alibi_slopes[None, :, None, None] * distance[None, None]
         seen = visible(band, bounds, queries, keys)[:, None]
         s = jnp.where(seen, s, -jnp.inf)
-        peak = jnp.max(s, axis=-1, initial=-1e30)
-        weight = jnp.where(seen, jnp.exp(s - jax.lax.stop_gradient(peak)[..., None]), 0.0)
+        # a shift that cancels: cut from every gradient, or none would be right
+        peak = jax.lax.stop_gradient(jnp.max(s, axis=-1, initial=-1e30))
+        weight = jnp.where(seen, jnp.exp(s - peak[..., None]), 0.0)
         total = weight.sum(-1)
         some = total > 0
         lse = jnp.where(some, jnp.log(jnp.where(some, total, 1.0)) + peak, -jnp.inf)

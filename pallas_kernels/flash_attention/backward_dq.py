@@ -1,0 +1,254 @@
+"""dQ alone, query-stationary: the second half of the deterministic backward.
+
+`backward.py` adds dQ to memory from many CTAs, in an order that differs from run to run.  Here a
+consumer keeps Q and dO of 64 query rows and sums dQ in its own registers, block after block:
+
+    S = Q K^T    dP = dO V^T    dS = P * (dP - delta)    dQ += dS K
+
+Together with `backward(dq=False)` that is seven matmuls for five, and every bit repeats.  The walk
+over blocks is the forward's: same tiles, same ranges, same ring.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _mgpu
+from pallas_kernels._mgpu import SMEM_BYTES, div, rem
+from pallas_kernels.flash_attention import forward as fwd
+from pallas_kernels.flash_attention import tile
+from pallas_kernels.flash_attention.backward import statistics
+from pallas_kernels.flash_attention.config import ForwardConfig
+from pallas_kernels.flash_attention.forward import pad_tokens
+from pallas_kernels.flash_attention.mask import TILE, Band, Bounds, pad_rows, tile_ranges
+
+
+class Refs(NamedTuple):
+    """What a CTA works on; names shared with the forward mean the same."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    stats: Any  # [B, N, 2, T'] f32: lse (base 2) and delta
+    rows: Any
+    ranges: Any
+    slopes: Any
+    dq: Any
+    q_smem: Any
+    do_smem: Any
+    k_smem: Any
+    v_smem: Any
+    q_full: Any
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer(fwd.Consumer):
+    """One consumer warpgroup at one tile."""
+
+    def gradient(self, s_acc, dp_acc, i, masked: bool):
+        """dS of block i: both matmuls, then what lies between them and dQ."""
+        p, r, ops = self.p, self.refs, self.ops
+        slot = self.slot(i)
+        plgpu.barrier_wait(r.k_full.at[slot])
+        s_acc = ops.wgmma(s_acc, r.q_smem.at[self.wg], r.k_smem.at[slot].T)
+        plgpu.barrier_wait(r.v_full.at[slot])
+        dp_acc = ops.wgmma(dp_acc, r.do_smem.at[self.wg], r.v_smem.at[slot].T)
+        s = ops.load(s_acc, 1)
+        slack = None
+        if p.soft_cap is not None:
+            capped = jnp.tanh(s * (p.scale / p.soft_cap))
+            slack = 1.0 - capped * capped
+        s = self.logits(s, i, masked)
+        prob = jnp.exp2(s * p.multiplier - tile.by_row(self.statistic(0), s.shape[1]))
+        dp = ops.load(dp_acc, 0)
+        plgpu.barrier_arrive(r.v_free.at[slot])
+        ds = prob * (dp - tile.by_row(self.statistic(1), dp.shape[1]))
+        return (ds if slack is None else ds * slack).astype(p.dtype)
+
+    def statistic(self, which: int):
+        """lse (0) or delta (1) of this warpgroup's rows."""
+        at = self.refs.stats.at[self.b, self.head, which, pl.ds(self.base, TILE)]
+        return plgpu.load(at, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+    def step(self, i, carry, oacc, masked: bool):
+        """dQ += dS K of block i."""
+        ops, r, slot = self.ops, self.refs, self.slot(i)
+        shape = (TILE, self.p.config.block_kv)
+        ds = ops.with_acc(functools.partial(self.gradient, i=i, masked=masked), shape, shape)
+        dq = ops.wgmma(ops.uncarry(oacc, carry), ds, r.k_smem.at[slot])
+        ops.wait(0)
+        plgpu.barrier_arrive(r.k_free.at[slot])
+        return ops.carry(dq)
+
+    def attend(self, oacc):
+        """dQ of this warpgroup's rows."""
+        p, ops = self.p, self.ops
+        loop = lambda lo, hi, masked, c: lax.fori_loop(
+            lo, hi, functools.partial(self.step, oacc=oacc, masked=masked), c
+        )
+        c, i = ops.carry(oacc), self.begin_i
+        if p.masked_high:
+            border = lax.max(i, lax.min(self.full_i, self.end_i))
+            c, i = loop(i, border, True, c), border
+        border = lax.max(i, lax.min(self.low_i, self.end_i)) if p.masked_low else self.end_i
+        c = loop(i, border, False, c)
+        if p.masked_low:
+            c = loop(border, self.end_i, True, c)
+        ops.wait(0)
+        return ops.load(ops.uncarry(oacc, c))
+
+    def pass_over(self, lo, hi) -> None:
+        """Free the blocks that this warpgroup does not see."""
+
+        @pl.loop(lo, hi)
+        def _(i):
+            slot = self.slot(i)
+            for full, free in (
+                (self.refs.k_full, self.refs.k_free),
+                (self.refs.v_full, self.refs.v_free),
+            ):
+                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_arrive(free.at[slot])
+
+    def run(self, blocks) -> None:
+        """The whole tile; rows that see nothing get zeros from an empty loop."""
+        p, r = self.p, self.refs
+        plgpu.barrier_wait(r.q_full.at[self.wg])
+        self.pass_over(jnp.int32(0), self.begin_i)
+        dq = self.ops.with_acc(self.attend, (TILE, p.head_dim))
+        self.pass_over(self.end_i, blocks)
+        dst = r.q_smem.at[self.wg]
+        dst[...] = (dq * p.scale).astype(p.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(dst, r.dq.at[self.b, pl.ds(self.base, TILE), self.head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def produce(p: fwd.Problem, refs: Refs, b, head, q_tile, end, blocks) -> None:
+    """The warpgroup that loads: Q and dO of every consumer, then K and V block by block."""
+    c = p.config
+    plgpu.set_max_registers(32 if c.consumers == 3 else 24, action="decrease")
+    for w in range(c.consumers):
+        rows = (b, pl.ds(q_tile * c.block_q + w * TILE, TILE), head)
+        plgpu.copy_gmem_to_smem(refs.q.at[rows], refs.q_smem.at[w], refs.q_full.at[w])
+        plgpu.copy_gmem_to_smem(refs.do.at[rows], refs.do_smem.at[w], refs.q_full.at[w])
+    rings = (
+        (refs.k, refs.k_smem, refs.k_full, refs.k_free),
+        (refs.v, refs.v_smem, refs.v_full, refs.v_free),
+    )
+
+    @pl.loop(0, blocks)
+    def _(i):
+        slot = rem(i, c.stages)
+        at = (b, pl.ds((end - 1 - i) * c.block_kv, c.block_kv), div(head, p.group))
+        for src, dst, full, free in rings:
+            pl.when(i >= c.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+            plgpu.copy_gmem_to_smem(src.at[at], dst.at[slot], full.at[slot])
+
+    @pl.loop(lax.max(blocks - c.stages, jnp.int32(0)), blocks)
+    def _(i):  # leave no completion unobserved
+        for *_, free in rings:
+            plgpu.barrier_wait(free.at[rem(i, c.stages)])
+
+
+def check(p: fwd.Problem) -> None:
+    """Raises NotImplementedError where the tiles do not fit."""
+    c = p.config
+    width = p.head_dim + p.head_dim_v
+    need = 2 * width * (c.block_q + c.stages * c.block_kv)
+    if need > SMEM_BYTES - 1024:
+        raise NotImplementedError(f"{c} needs {need} bytes of shared memory for dQ at {width=}")
+    if c.persistent or c.release != "mbar":
+        raise NotImplementedError(f"dQ alone has neither a persistent grid nor named release: {c}")
+
+
+def backward_dq(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    do: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    *,
+    band: Band,
+    bounds: Bounds | None,
+    scale: float,
+    soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    config: ForwardConfig,
+    interpret: Any = None,
+) -> jax.Array:
+    """dQ `[B, T, N, H]` in q's dtype, scaled; the arguments are those of `backward`.
+
+    Of the config, `block_kv`, `stages` and `consumers` count.
+    """
+    (batch, queries, heads, head_dim), (_, keys, kv_heads, head_dim_v) = q.shape, v.shape
+    p = fwd.Problem(
+        batch, queries, keys, heads, kv_heads, head_dim, head_dim_v, q.dtype, band,
+        bounds is not None, scale, soft_cap, alibi_slopes is not None, False,
+        config, bool(interpret),
+    )  # fmt: skip
+    check(p)
+    q, k, v, do = (pad_tokens(x) for x in (q, k, v, do))
+    stats = statistics(lse, delta, config.block_q)
+    optional: dict[str, jax.Array] = {}
+    if bounds is not None:
+        rows = pad_rows(bounds.key_lo, bounds.key_hi, config.block_q)
+        rows = jnp.broadcast_to(rows, (batch, *rows.shape[1:]))
+        optional["rows"], optional["ranges"] = rows, tile_ranges(rows)
+    if alibi_slopes is not None:
+        optional["slopes"] = alibi_slopes.astype(jnp.float32)
+    names = tuple(optional)
+
+    def body(q, k, v, do, stats, *rest):
+        extra = dict.fromkeys(("rows", "ranges", "slopes"))
+        extra.update(zip(names, rest[: len(names)], strict=True))
+        scratch = dict(zip(Refs._fields[8:], rest[len(names) :], strict=True))
+        refs = Refs(q, k, v, do, stats, **extra, **scratch)
+        wg = lax.axis_index("wg")
+        b, head, q_tile = fwd.decode(p, lax.axis_index("cta"))
+        first, end = fwd.tile_blocks(p, refs, b, q_tile)
+
+        @pl.when(wg < config.consumers)
+        def _():
+            registers = {1: 240, 2: 240, 3: 160}[config.consumers]
+            plgpu.set_max_registers(registers, action="increase")
+            place = fwd.place(p, refs, wg, b, head, q_tile, first, end, jnp.int32(0))
+            Consumer(*place).run(end - first)
+
+        pl.when(wg == config.consumers)(lambda: produce(p, refs, b, head, q_tile, end, end - first))
+
+    swizzled = _mgpu.swizzled(p.dtype)
+    operand = lambda *shape: plgpu.SMEM(shape, p.dtype, transforms=swizzled)
+    barrier = lambda n, arrivals=1: plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
+    dq = _mgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types=[
+            operand(config.consumers, TILE, head_dim),
+            operand(config.consumers, TILE, head_dim_v),
+            operand(config.stages, config.block_kv, head_dim),
+            operand(config.stages, config.block_kv, head_dim_v),
+            barrier(config.consumers, 2),
+            barrier(config.stages),
+            barrier(config.stages),
+            barrier(config.stages, config.consumers),
+            barrier(config.stages, config.consumers),
+        ],
+        grid=(p.total,),
+        grid_names=("cta",),
+        num_warpgroups=config.consumers + 1,
+        interpret=interpret,
+    )(q, k, v, do, stats, *optional.values())
+    return dq[:, :queries]
