@@ -402,27 +402,31 @@ def schedule(
     tokens are computed again, so the host must know them): where one is due, `(batch, None)` comes
     back unchanged and the caller reads the results first.
     """
-    take = _share_budget(batch)
+    before, take = batch, _share_budget(batch)
     batch, take, preempted = _find_blocks(batch, take, drained)
-    if batch is None or take is None:
-        return batch, None
+    if take is None:
+        return before, None
     admitted: list[SequenceState] = []
     if not preempted:
         batch, take, admitted = _admit(batch, take)
-    if drained and not take.any() and not preempted and _waiting_for_paused(batch):
-        # A beam waits for a sibling that waits for the seat or the blocks of the beam.
-        paused = [i for i in np.flatnonzero(batch.paused) if batch.running[i] is not None]
-        batch, seq = _preempt(batch, int(max(paused, key=lambda i: batch.running[i].arrival)))
-        batch, found = schedule(batch)
-        assert found is not None  # None is for a step in flight, and there is none
-        return batch, dataclasses.replace(found, preempted=(seq, *found.preempted))
-    return _issue(batch, take, admitted, preempted)
+    blocked = None if admitted or preempted else _blocked_by_sibling(batch, take)
+    if blocked is None:
+        return _issue(batch, take, admitted, preempted)
+    if not drained:
+        return before, None
+    batch, seq = _preempt(before, blocked)
+    batch, found = schedule(batch)
+    assert found is not None  # that is for a step in flight, and there is none
+    return batch, dataclasses.replace(found, preempted=(seq, *found.preempted))
 
 
-def _waiting_for_paused(batch: BatchScheduler) -> bool:
-    """Whether somebody could be admitted if a paused sequence made room."""
-    ready = any(seq.status is not SequenceStatus.PAUSED for seq in batch.waiting)
-    return ready and bool(batch.paused.any())
+def _blocked_by_sibling(batch: BatchScheduler, take: np.ndarray) -> int | None:
+    """The seat of a paused beam that waits for a sibling that waits for a seat, or for blocks."""
+    if not batch.paused.any() or (take.any() and None in batch.running):
+        return None
+    waiting = [s.request for s in batch.waiting if s.status is not SequenceStatus.PAUSED]
+    paused = [i for i in np.flatnonzero(batch.paused) if batch.running[i].request in waiting]
+    return int(paused[-1]) if paused else None
 
 
 def _share_budget(batch: BatchScheduler) -> np.ndarray:

@@ -19,7 +19,7 @@ from .tiny import (
     tokens_of,
 )
 
-PARAMS = [GREEDY, GREEDY, *SEEDED[2:4], GREEDY, SEEDED[5]]
+PARAMS = [GREEDY, GREEDY, *SEEDED[2:4], GREEDY, SEEDED[5]]  # of PROMPTS
 
 
 @functools.cache
@@ -70,7 +70,10 @@ def test_the_size_of_chunks_does_not_matter(chunk):
 
 
 def test_the_size_of_blocks_does_not_matter():
-    check(generate(PROMPTS, PARAMS, block_size=8, num_blocks=21))
+    """Two of the prompts: this geometry shares no trace with the other tests."""
+    outputs = generate(PROMPTS[2:4], SEEDED[2:4], block_size=8, num_blocks=21)
+    for i, output in zip((2, 3), outputs, strict=True):
+        assert_same(PROMPTS[i], output.outputs[0].token_ids, wanted()[i])
 
 
 def test_preemption_does_not_matter():
@@ -130,8 +133,8 @@ def test_what_others_ask_for_does_not_matter():
         logprobs=4,
     )
     made = engine()
-    name = made.add_request(PROMPTS[1], loud)
-    check(generate(PROMPTS, PARAMS, made=made)) if name else None
+    made.add_request(PROMPTS[1], loud)
+    check(generate(PROMPTS, PARAMS, made=made))
     [alone] = generate([PROMPTS[1]], loud)
     [beside] = generate([PROMPTS[1]], loud, made=made)
     assert tokens_of([alone]) == tokens_of([beside])

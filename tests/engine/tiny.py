@@ -125,7 +125,7 @@ def assert_same(prompt, got, wanted):
 
 
 PROMPTS = [
-    np.random.default_rng(0).integers(0, VOCAB - 1, size=n).tolist() for n in (3, 7, 30, 12, 1, 20)
+    np.random.default_rng(n).integers(0, VOCAB - 1, size=n).tolist() for n in (3, 7, 30, 12, 1, 20)
 ]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 SEEDED = [SamplingParams(temperature=0.9, max_tokens=10, seed=i) for i in range(len(PROMPTS))]
