@@ -166,7 +166,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
-    found = []
+    found: list[tuple[str, str, float]] = []
     every = list(cases(args.rows, args.vocab))
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -175,14 +175,19 @@ def main():
     for case, (run, seconds) in zip(every, compiled, strict=True):
         found.append((case[0], case[1], run()))
         print(f"{case[0]:34} {case[1]:6} {found[-1][2]:9.1f} us   compiled in {seconds:.1f} s")
+    versions = {"jax": jax.__version__}
     for row in torch_rows(args.rows, args.vocab, args.times, args.repeats):
         found.append(row)
         print(f"{row[0]:34} {row[1]:6} {row[2]:9.1f} us")
+    device = jax.devices()[0].device_kind
+    if "torch" in sys.modules:
+        versions["torch"] = sys.modules["torch"].__version__
     meta = {
-        "command": "python bench/sampling.py" + "".join(f" {a}" for a in sys.argv[1:]),
+        "command": f"python bench/sampling.py --rows {' '.join(map(str, args.rows))}"
+        f" --vocab {args.vocab} --times {args.times} --repeats {args.repeats}",
         "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jax": jax.__version__},
+        "device": device,
+        "versions": versions,
     }
     rows = [
         {"case": case, "implementation": who, "metric": "time", "value": round(us, 2), "unit": "us"}
