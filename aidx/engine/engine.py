@@ -810,7 +810,8 @@ class Engine:
         for name in self._touched:
             ticket = self._tickets[name]
             output = self._output(ticket)
-            outputs.append(output)
+            if output.finished or ticket.stream:
+                outputs.append(output)
             if not output.finished:
                 continue
             self._meter.finish(output.outputs[0].finish_reason, output.metrics)
