@@ -1,15 +1,19 @@
 """Flash attention on one GPU: aidx beside its peers, device time, one process.
 
-    python bench/attention.py [--quick] [--variants] [--check] [--limit SECONDS] [--rows REGEX]
+    python bench/attention.py [--quick] [--limit SECONDS] [--rows REGEX] [--stages NAMES]
 
-Every row of `ROWS`: errors of aidx and of jax.nn's cuDNN against f32 on the same inputs, repeats
-that must be bitwise equal, then TFLOP/s of forward and of forward + backward for aidx, jax.nn's
-cuDNN, torch's SDPA on cuDNN, and tokamax where it is installed.  A JAX figure is the time of one
-program that chains its calls, divided by their number; a torch figure is events around a queue of
-calls.
-Operations: 4*B*N*S^2*H forward, half when causal, 3.5 times that forward + backward.
-`--variants` times other tile shapes of aidx as well; `--check` compares masks and options with f32.
-Writes bench/results/<device>/attention.json, or into $OUT where that is set.
+Stages, in this order and each only while `--limit` lasts:
+
+* `rows`: TFLOP/s of forward and of forward + backward on every row of `ROWS` for aidx, jax.nn's
+  cuDNN, torch's SDPA on cuDNN, and tokamax where it is installed.
+* `check`: masks and options against f32, and repeats that must be bitwise equal.
+* `errors`: RMS and maximum errors of aidx and of cuDNN against f32 on the same inputs.
+* `variants`: other tile shapes of aidx.
+
+A JAX figure is the time of one program that chains its calls, divided by their number; a torch
+figure is events around a queue of calls.  Operations: 4*B*N*S^2*H forward, half when causal, 3.5
+times that forward + backward.  Results are written after every row, into
+bench/results/<device>/attention.json, or into $OUT where that is set.
 """
 
 import argparse
@@ -95,12 +99,15 @@ def aidx_forward(q, k, v, causal, config=None):
     return fa.flash_attention_fwd(q, k, v, band=band, scale=q.shape[-1] ** -0.5, config=config)
 
 
-def aidx_both(q, k, v, do, causal, config=None):
+def aidx_both(q, k, v, do, causal, config=None, deterministic=False):
     """(out, dq, dk, dv)."""
     band = fa.Band(right=0 if causal else None)
     scale = q.shape[-1] ** -0.5
     out, lse = fa.flash_attention_fwd(q, k, v, band=band, scale=scale)
-    grads = fa.flash_attention_bwd(q, k, v, out, lse, do, band=band, scale=scale, config=config)
+    grads = fa.flash_attention_bwd(
+        q, k, v, out, lse, do,
+        band=band, scale=scale, config=config, deterministic=deterministic,
+    )  # fmt: skip
     return out, *grads[:3]
 
 
@@ -161,40 +168,39 @@ def seconds(compiled, args, calls, repeats=3):
     return sorted(times)[repeats // 2] / calls
 
 
-# --- programs: lowered on one thread, compiled in a pool -----------------------------------------
+# --- programs: lowered on one thread, compiled in a pool ----------------------------------------
 
 
-def plan(rows, masks, variants):
-    """(row, causal, metric, implementation, function of the inputs) of every JAX figure."""
-    for row in rows:
-        head_dim = ROWS[row][-1]
-        for causal in masks:
-            forward = {"aidx": aidx_forward, "cudnn_jax": cudnn_forward}
-            both = {"aidx": aidx_both, "cudnn_jax": cudnn_both}
-            if HAVE_TOKAMAX:
-                forward["tokamax"], both["tokamax"] = tokamax_forward, tokamax_both
-            if variants:
-                for name, config in FORWARD_VARIANTS[head_dim, causal].items():
-                    forward[f"aidx:{name}"] = functools.partial(aidx_forward, config=config)
-                for name, config in BACKWARD_VARIANTS[head_dim].items():
-                    both[f"aidx:{name}"] = functools.partial(aidx_both, config=config)
-            for name, f in forward.items():
-                yield row, causal, "fwd", name, functools.partial(f, causal=causal)
-            for name, f in both.items():
-                yield row, causal, "fwd+bwd", name, functools.partial(f, causal=causal)
+def peers(metric):
+    """{implementation: f(*inputs, causal)} of the JAX figures."""
+    forward = {"aidx": aidx_forward, "cudnn_jax": cudnn_forward}
+    both = {"aidx": aidx_both, "cudnn_jax": cudnn_both}
+    if HAVE_TOKAMAX:
+        forward["tokamax"], both["tokamax"] = tokamax_forward, tokamax_both
+    return forward if metric == "fwd" else both
+
+
+def variants(row, causal, metric):
+    """The same for other tile shapes of aidx."""
+    head_dim = ROWS[row][-1]
+    if metric == "fwd":
+        table, f = FORWARD_VARIANTS[head_dim, causal], aidx_forward
+    else:
+        table, f = BACKWARD_VARIANTS[head_dim], aidx_both
+    return {f"aidx:{name}": functools.partial(f, config=config) for name, config in table.items()}
 
 
 def compile_all(entries, workers):
-    """{entry key: compiled, or the refusal as text}."""
+    """{(row, causal, metric, name): compiled, or the refusal as text}."""
     lowered, out = {}, {}
     for row, causal, metric, name, f in entries:
-        count = 3 if metric == "fwd" else 4
-        args = jax.eval_shape(functools.partial(inputs, row))[:count]
+        key = row, causal, metric, name
+        args = jax.eval_shape(functools.partial(inputs, row))[: 3 if metric == "fwd" else 4]
         try:
-            program = jax.jit(chained(f, CALLS[metric]))
-            lowered[row, causal, metric, name] = program.lower(*args)
+            program = jax.jit(chained(functools.partial(f, causal=causal), CALLS[metric]))
+            lowered[key] = program.lower(*args)
         except (NotImplementedError, ValueError, RuntimeError) as refusal:
-            out[row, causal, metric, name] = f"{type(refusal).__name__}: {str(refusal)[:90]}"
+            out[key] = f"{type(refusal).__name__}: {str(refusal)[:90]}"
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         futures = {key: pool.submit(x.compile) for key, x in lowered.items()}
         for key, future in futures.items():
@@ -251,17 +257,6 @@ def torch_seconds(row, causal):
 # --- correctness ---------------------------------------------------------------------------------
 
 
-def f32_rows(q, k, v, do, causal, limit=2048):
-    """(out, dq, dk, dv) in f32 of the first batch row and KV head, its first `limit` tokens."""
-    group = q.shape[2] // k.shape[2]
-    f32 = lambda x, n: x[:1, :limit, :n].astype(jnp.float32)
-    band = fa.Band(right=0 if causal else None)
-    scale = q.shape[-1] ** -0.5
-    f = lambda q, k, v: fa.reference(q, k, v, band=band, scale=scale)[0]
-    out, pull = jax.vjp(f, f32(q, group), f32(k, 1), f32(v, 1))
-    return out, *pull(f32(do, group))
-
-
 def errors(got, want):
     """RMS and maximum, relative to the RMS of the truth."""
     norm = jnp.sqrt(jnp.mean(want**2))
@@ -270,81 +265,93 @@ def errors(got, want):
     return float(jnp.sqrt(jnp.mean(difference**2)) / norm), float(jnp.abs(difference).max() / norm)
 
 
-def check_row(row, causal, report):
-    """Errors of aidx beside cuDNN's on a corner of the row's inputs, and repeats of the forward."""
+def corner_oracle(q, k, v, do, causal):
+    """(out, dq, dk, dv) in f32."""
+    band = fa.Band(right=0 if causal else None)
+    f = lambda q, k, v: fa.reference(q, k, v, band=band, scale=q.shape[-1] ** -0.5)[0]
+    out, pull = jax.vjp(f, *(x.astype(jnp.float32) for x in (q, k, v)))
+    return out, *pull(do.astype(jnp.float32))
+
+
+def check_errors(rows, causal, report, workers):
+    """Errors of aidx beside cuDNN's on 2048 tokens and one KV head of each row's inputs."""
+    programs = {}
+    for row in rows:
+        q, k, v, do = inputs(row)
+        group = q.shape[2] // k.shape[2]
+        heads = (group, 1, 1, group)
+        args = [x[:1, :2048, :n] for x, n in zip((q, k, v, do), heads, strict=True)]
+        for name, f in (("f32", corner_oracle), ("aidx", aidx_both), ("cudnn_jax", cudnn_both)):
+            program = jax.jit(functools.partial(f, causal=causal)).lower(*args)
+            programs[row, name] = args, program
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        futures = {key: pool.submit(x.compile) for key, (_, x) in programs.items()}
+    for row in rows:
+        run = lambda name, row=row: futures[row, name].result()(*programs[row, name][0])
+        want = run("f32")
+        for name in ("aidx", "cudnn_jax"):
+            text = []
+            for part, a, b in zip(("out", "dq", "dk", "dv"), run(name), want, strict=True):
+                rms, worst = errors(a, b)
+                report(row, name, f"rms_error_{part}", rms, "relative")
+                report(row, name, f"max_error_{part}", worst, "relative")
+                text.append(f"{part} {rms:.2e}/{worst:.3g}")
+            print(f"{row} {name:10s} rms/max: {'  '.join(text)}", flush=True)
+
+
+def check_repeats(row, causal, repeats, report):
+    """Whether the forward and the deterministic backward give the same bits every time."""
     q, k, v, do = inputs(row)
-    group = q.shape[2] // k.shape[2]
-    corner = [x[:1, :2048, :n] for x, n in zip((q, k, v, do), (group, 1, 1, group), strict=True)]
-    want = jax.jit(functools.partial(f32_rows, causal=causal))(*corner)
-    for name, f in (("aidx", aidx_both), ("cudnn_jax", cudnn_both)):
-        try:
-            got = jax.jit(functools.partial(f, causal=causal))(*corner)
-        except NotImplementedError as refusal:
-            print(f"  {name} {refusal}")
-            continue
-        text = []
-        for part, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-            rms, worst = errors(a, b)
-            report(name, f"rms_error_{part}", rms, "relative")
-            report(name, f"max_error_{part}", worst, "relative")
-            text.append(f"{part} {rms:.1e}/{worst:.2g}")
-        print(f"  {name:10s} rms/max: {'  '.join(text)}")
-
-
-def check_repeats(row, causal, repeats):
-    """Whether the forward gives the same bits every time."""
-    q, k, v, _ = inputs(row)
     f = jax.jit(functools.partial(aidx_forward, causal=causal))
-    first, lse = f(q, k, v)
-    same = jax.jit(lambda a, b: (a[0] == b[0]).all() & (a[1] == b[1]).all())
-    return all(bool(same(f(q, k, v), (first, lse))) for _ in range(repeats))
+    g = jax.jit(functools.partial(aidx_both, causal=causal, deterministic=True))
+    equal = lambda a, b: functools.reduce(
+        jnp.logical_and, [(x == y).all() for x, y in zip(a, b, strict=True)]
+    )
+    for name, run, count in (
+        ("forward", lambda: f(q, k, v), repeats),
+        ("deterministic", lambda: g(q, k, v, do), repeats // 2),
+    ):
+        first, same = run(), jax.jit(equal)
+        good = all(bool(same(run(), first)) for _ in range(count))
+        report(row, "aidx", f"repeats_equal_{name}", float(good), "bool")
+        print(f"{row}: {count} repeats of {name} bitwise equal: {good}", flush=True)
 
 
 def option_cases():
     """(name, shape (B, T, S, N, K, H, Hv), dtype, options) of masks and options."""
     bf16, f16 = jnp.bfloat16, jnp.float16
     causal, full = fa.Band(right=0), fa.Band()
-    square = (2, 384, 384, 4, 2, 128, 128)
     lens = lambda *x: jnp.array(x, jnp.int32)
     packed = fa.packed_segments(lens(0, 1, 130, 130, 700, 900), 1001)
 
     def bounds(band, shape, **kw):
         return fa.dynamic_bounds(band, shape[1], shape[2], **kw)
 
-    yield "full", square, bf16, dict(band=full)
-    yield "f16 causal", square, f16, dict(band=causal)
-    for tokens in (1, 63, 65, 129, 1000, 1001):
-        yield f"T{tokens}", (2, tokens, tokens, 4, 2, 128, 128), bf16, dict(band=causal)
-    yield "T!=S", (2, 200, 457, 4, 2, 128, 128), bf16, dict(band=fa.Band(right=0, offset=257))
+    yield "T1001", (2, 1001, 1001, 4, 2, 128, 128), f16, dict(band=causal)
+    yield "T1", (2, 1, 1, 4, 2, 128, 128), bf16, dict(band=full)
+    shape = (2, 200, 457, 4, 2, 128, 128)
+    yield "T!=S det", shape, bf16, dict(band=fa.Band(right=0, offset=257), deterministic=True)
     yield "T>S", (2, 457, 200, 4, 2, 128, 128), bf16, dict(band=fa.Band(right=0, offset=-257))
-    yield "window", (2, 900, 900, 4, 2, 128, 128), bf16, dict(band=fa.Band(left=200, right=0))
-    yield "window2", (2, 900, 900, 4, 2, 64, 64), bf16, dict(band=fa.Band(left=70, right=30))
-    yield "soft cap", square, bf16, dict(band=causal, soft_cap=20.0)
-    slopes = 2.0 ** -jnp.arange(1.0, 5.0)
-    yield "alibi", square, bf16, dict(band=causal, alibi_slopes=slopes)
-    yield "alibi full", square, bf16, dict(band=full, alibi_slopes=slopes)
-    yield "sinks", square, bf16, dict(band=causal, sinks=jnp.linspace(-1.0, 3.0, 4))
+    yield "window", (2, 900, 900, 4, 2, 64, 64), bf16, dict(band=fa.Band(left=70, right=30))
+    shape, sinks = (1, 450, 450, 4, 4, 80, 80), jnp.linspace(-1.0, 3.0, 4)
+    yield "sinks cap H80", shape, bf16, dict(band=causal, sinks=sinks, soft_cap=20.0)
     shape = (2, 500, 600, 4, 2, 128, 128)
     b = bounds(causal, shape, q_lens=lens(500, 77), kv_lens=lens(0, 333))
     yield "lens", shape, bf16, dict(band=causal, bounds=b)
     shape = (1, 1001, 1001, 4, 1, 128, 128)
     b = bounds(causal, shape, segments=(packed, packed))
     yield "packed", shape, bf16, dict(band=causal, bounds=b)
-    for head_dim, head_dim_v in ((40, 40), (64, 64), (80, 80), (96, 64), (192, 128), (256, 256)):
-        shape = (1, 450, 450, 4, 4, head_dim, head_dim_v)
-        yield f"H{head_dim}/{head_dim_v}", shape, bf16, dict(band=causal)
+    yield "H256", (1, 450, 450, 4, 4, 256, 256), bf16, dict(band=causal)
+    yield "H192/128", (1, 450, 450, 4, 4, 192, 128), bf16, dict(band=causal)
 
 
 def option_gradients(options, scale):
-    """q, k, v, do -> (out, lse, dq, dk, dv), or (out, lse) where the backward refuses."""
+    """q, k, v, do -> (out, lse, dq, dk, dv)."""
+    forward = {name: x for name, x in options.items() if name != "deterministic"}
 
     def f(q, k, v, do):
-        out, lse = fa.flash_attention_fwd(q, k, v, scale=scale, **options)
-        try:
-            grads = fa.flash_attention_bwd(q, k, v, out, lse, do, scale=scale, **options)
-        except NotImplementedError as refusal:
-            print(f"  backward refused: {str(refusal)[:80]}")
-            return out, lse
+        out, lse = fa.flash_attention_fwd(q, k, v, scale=scale, **forward)
+        grads = fa.flash_attention_bwd(q, k, v, out, lse, do, scale=scale, **options)
         return out, lse, *grads[:3]
 
     return f
@@ -352,10 +359,11 @@ def option_gradients(options, scale):
 
 def option_oracle(options, scale):
     """The same in f32."""
+    forward = {name: x for name, x in options.items() if name != "deterministic"}
 
     def f(q, k, v, do):
         f32 = [x.astype(jnp.float32) for x in (q, k, v, do)]
-        oracle = lambda q, k, v: fa.reference(q, k, v, scale=scale, **options)
+        oracle = lambda q, k, v: fa.reference(q, k, v, scale=scale, **forward)
         (out, lse), pull = jax.vjp(oracle, *f32[:3])
         return out, lse, *pull((f32[3], jnp.zeros_like(lse)))
 
@@ -369,6 +377,9 @@ def option_inputs(shape, dtype):
     return [jax.random.normal(key, x, dtype) for key, x in zip(keys, shapes, strict=True)]
 
 
+NO_TUNING = {"xla_gpu_autotune_level": 0}  # the oracle's matmuls are not timed
+
+
 def check_options(report, workers):
     """Every case against f32, forward and backward: the relative RMS errors must be small."""
     lowered = {}
@@ -378,11 +389,11 @@ def check_options(report, workers):
         lowered[name] = args, [jax.jit(f).lower(*args) for f in pair]
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         futures = {
-            name: (args, [pool.submit(x.compile) for x in pair])
+            name: (args, pool.submit(pair[0].compile), pool.submit(pair[1].compile, NO_TUNING))
             for name, (args, pair) in lowered.items()
         }
     bad = []
-    for name, (args, (mine, oracle)) in futures.items():
+    for name, (args, mine, oracle) in futures.items():
         got, want = mine.result()(*args), oracle.result()(*args)
         parts = ("out", "lse", "dq", "dk", "dv")
         pairs = zip(parts, got, want, strict=False)
@@ -411,84 +422,112 @@ def has_tokamax():
 HAVE_TOKAMAX = has_tokamax()
 
 
+class Results:
+    """Rows of figures, written whenever one is complete."""
+
+    def __init__(self, device):
+        name = "h200" if "H200" in device else re.sub(r"\W+", "_", device.lower())
+        self.folder = pathlib.Path(os.environ.get("OUT", ROOT / "bench" / "results" / name))
+        self.meta = dict(
+            command=" ".join(["python bench/attention.py", *sys.argv[1:]]),
+            date=datetime.date.today().isoformat(),
+            device=device,
+            versions={"jax": jax.__version__},
+        )
+        self.rows = []
+
+    def add(self, case, implementation, metric, value, unit):
+        row = dict(case=case, implementation=implementation, metric=metric, value=value, unit=unit)
+        self.rows.append(row)
+
+    def write(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(meta=self.meta, rows=self.rows), indent=1)
+        (self.folder / "attention.json").write_text(text + "\n")
+
+
+def measure(row, causal, programs, with_torch, results):
+    """Time one row's programs, print and keep the figures."""
+    case = f"{row} {'causal' if causal else 'full'}"
+    args, work, figures = inputs(row), operations(row, causal), {}
+    share = {"fwd": 1.0, "fwd+bwd": 3.5}
+    for (_, _, metric, name), program in programs.items():
+        if isinstance(program, str):
+            print(f"  {case} {metric} {name}: {program}", flush=True)
+            continue
+        given = args[:3] if metric == "fwd" else args
+        figures[metric, name] = work * share[metric] / seconds(program, given, CALLS[metric])
+    del args
+    if with_torch:
+        try:
+            for metric, took in torch_seconds(row, causal).items():
+                figures[metric, "cudnn_torch"] = work * share[metric] / took
+        except (ImportError, RuntimeError) as refusal:
+            print(f"  {case} torch: {str(refusal)[:90]}", flush=True)
+    for metric in share:
+        found = {name: x / 1e12 for (m, name), x in figures.items() if m == metric}
+        for name, x in found.items():
+            results.add(case, name, metric, x, "TFLOP/s")
+        if found:
+            line = "  ".join(f"{name} {x:.0f}" for name, x in found.items())
+            print(f"{case:20s} {metric:8s} {line}", flush=True)
+    results.write()
+
+
+def measure_rows(rows, masks, table, with_torch, results, workers, limit):
+    """Rows of one sequence length at a time: compile them together, then time them."""
+    for length in dict.fromkeys(ROWS[row][1] for row in rows):
+        if time.time() - T0 > limit:
+            print(f"limit: no rows of {length} tokens", flush=True)
+            continue
+        chosen = [(row, causal) for row in rows if ROWS[row][1] == length for causal in masks]
+        entries = [
+            (row, causal, metric, name, f)
+            for row, causal in chosen
+            for metric in ("fwd", "fwd+bwd")
+            for name, f in table(row, causal, metric).items()
+        ]
+        programs = compile_all(entries, workers)
+        print(f"{len(programs)} programs of {length} at {time.time() - T0:.0f} s", flush=True)
+        for pair in chosen:
+            own = {key: x for key, x in programs.items() if key[:2] == pair}
+            measure(*pair, own, with_torch, results)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two rows, causal only")
-    parser.add_argument("--variants", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--limit", type=float, default=300.0, help="stop starting rows after this")
+    parser.add_argument("--limit", type=float, default=900.0, help="start nothing after this")
     parser.add_argument("--rows", default=".", help="regular expression on the row names")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--stages", default="rows,check,errors,variants")
+    parser.add_argument("--repeats", type=int, default=200)
     options = parser.parse_args()
 
-    rows = [x for x in ROWS if re.search(options.rows, x)]
-    masks = (False, True)
+    rows, masks = [x for x in ROWS if re.search(options.rows, x)], (False, True)
     if options.quick:
         rows, masks = ["H128 S4096", "gqa S4096"], (True,)
-    device = jax.devices()[0].device_kind
-    print(jax.__version__, device, "tokamax" if HAVE_TOKAMAX else "no tokamax", flush=True)
-    results = []
-
-    def report(case, implementation, metric, value, unit):
-        results.append(
-            dict(case=case, implementation=implementation, metric=metric, value=value, unit=unit)
-        )
-
     workers = min(14, os.cpu_count() or 1)
-    if options.check:
-        check_options(report, workers)
-    programs = compile_all(plan(rows, masks, options.variants), workers)
-    print(f"{len(programs)} programs compiled at {time.time() - T0:.0f} s", flush=True)
-    for row in rows:
-        for causal in masks:
-            if time.time() - T0 > options.limit:
-                print(f"limit: no {row} causal={causal}")
-                continue
-            case = f"{row} {'causal' if causal else 'full'}"
-            figures = {}
-            args = inputs(row)
-            work = operations(row, causal)
-            for (r, c, metric, name), program in programs.items():
-                if (r, c) != (row, causal):
-                    continue
-                if isinstance(program, str):
-                    print(f"  {case} {metric} {name}: {program}")
-                    continue
-                given = args[:3] if metric == "fwd" else args
-                took = seconds(program, given, CALLS[metric])
-                figures[metric, name] = work * (1 if metric == "fwd" else 3.5) / took / 1e12
-            del args
-            try:
-                for metric, took in torch_seconds(row, causal).items():
-                    scale = 1 if metric == "fwd" else 3.5
-                    figures[metric, "cudnn_torch"] = work * scale / took / 1e12
-            except (ImportError, RuntimeError) as refusal:
-                print(f"  {case} torch: {str(refusal)[:90]}")
-            for (metric, name), value in figures.items():
-                report(case, name, metric, value, "TFLOP/s")
-            for metric in ("fwd", "fwd+bwd"):
-                line = "  ".join(f"{n} {x:.0f}" for (m, n), x in figures.items() if m == metric)
-                print(f"{case:20s} {metric:8s} {line}", flush=True)
-            if options.check:
-                check_row(row, causal, functools.partial(report, case))
-    if options.check:
-        for row in rows[: 1 if options.quick else 4]:
-            same = check_repeats(row, True, options.repeats)
-            report(f"{row} causal", "aidx", "repeats_equal", float(same), "bool")
-            print(f"{row}: {options.repeats} repeats bitwise equal: {same}", flush=True)
-
-    name = "h200" if "H200" in device else re.sub(r"\W+", "_", device.lower())
-    folder = pathlib.Path(os.environ.get("OUT", ROOT / "bench" / "results" / name))
-    folder.mkdir(parents=True, exist_ok=True)
-    meta = dict(
-        command="python bench/attention.py " + " ".join(sys.argv[1:]),
-        date=datetime.date.today().isoformat(),
-        device=device,
-        versions={"jax": jax.__version__},
-    )
-    text = json.dumps(dict(meta=meta, rows=results), indent=1)
-    (folder / "attention.json").write_text(text + "\n")
-    print(f"total {time.time() - T0:.0f} s")
+    results = Results(jax.devices()[0].device_kind)
+    print(jax.__version__, results.meta["device"], f"tokamax {HAVE_TOKAMAX}", flush=True)
+    timed = functools.partial(measure_rows, rows, masks)
+    rest = dict(results=results, workers=workers, limit=options.limit)
+    short = [row for row in rows if ROWS[row][1] == 4096]
+    stages = {
+        "rows": lambda: timed(lambda row, causal, metric: peers(metric), True, **rest),
+        "check": lambda: (
+            check_options(results.add, workers),
+            check_repeats(rows[0], True, options.repeats, results.add),
+        ),
+        "errors": lambda: check_errors(short[:3], True, results.add, workers),
+        "variants": lambda: timed(variants, False, **rest),
+    }
+    for name in options.stages.split(","):
+        if time.time() - T0 > options.limit:
+            print(f"limit: no {name}", flush=True)
+            continue
+        stages[name]()
+        results.write()
+    print(f"total {time.time() - T0:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
