@@ -200,7 +200,7 @@ def paged_attend(
 
 
 def _unrolled(
-    cache: KVCache, layer: int, k: Array, v: Array, total: Array, dtype: jax.typing.DTypeLike
+    cache: KVCache, layer: int, k: Array, v: Array, total: Array, out_dtype: jax.typing.DTypeLike
 ) -> tuple[Array, Array]:
     """`[B, S + T, K, H]`: what a ring holds, oldest first, behind it the new tokens, then zeros.
 
@@ -216,11 +216,12 @@ def _unrolled(
     past_k, past_v, _ = cache.get(layer)
 
     def join(past, values):
+        dtype = cache.k[layer].dtype
         scaled = cache.k_scale is not None
-        stored = dequantize(*quantise(values, jnp.int8)) if scaled else values.astype(past.dtype)
+        stored = dequantize(*quantise(values, dtype)) if scaled else values.astype(dtype)
         take = lambda x, at: jnp.take_along_axis(x, at[..., None, None], axis=1)
         where = lambda condition, x, y: jnp.where(condition[..., None, None], x, y)
         joined = where(index < held, take(past, old), take(stored, new))
-        return where(index < total[:, None], joined, 0).astype(dtype)
+        return where(index < total[:, None], joined, 0).astype(out_dtype)
 
     return join(past_k, k), join(past_v, v)

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-STORAGE = ("bfloat16", "float16", "float32", "int8")
+from aidx.ops.write_kv import QUANTISED_MAX
+
+STORAGE = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")
 
 # name: (layers, heads, KV heads, head dim, context, window).  The window is what the model was
 # trained with: it applies to every layer of the models listed here.
@@ -58,8 +60,8 @@ class KVCacheConfig:
             than max_seq_len is none.
         rollback: tokens kept beyond the window, so that `truncate` can take back as many and the
             window before them is still whole.
-        dtype: storage of K and V: bfloat16, float16, float32, or int8 with one f32 scale per token
-            and head.
+        dtype: storage of K and V: bfloat16, float16, float32, or int8 or float8_e4m3fn with one f32
+            scale per token and head.
 
     Raises:
         ValueError: a size below 1, heads that do not divide, a wrong number of windows, an unknown
@@ -96,6 +98,11 @@ class KVCacheConfig:
             raise ValueError(f"{self.rollback=} must not be negative")
         if self.dtype not in STORAGE:
             raise ValueError(f"dtype={self.dtype!r} is none of {', '.join(STORAGE)}")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether values are stored with scales."""
+        return jnp.dtype(self.dtype) in QUANTISED_MAX
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -138,7 +145,7 @@ class KVCacheConfig:
     def bytes_per_token(self) -> int:
         """Bytes of K, V and scales that one token takes in all layers together."""
         item = jnp.dtype(self.dtype).itemsize
-        scale = 4 if self.dtype == "int8" else 0
+        scale = 4 if self.quantised else 0
         return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * item + scale)
 
     def estimate_memory_bytes(self) -> int:

@@ -74,7 +74,7 @@ class KVCache:
     v: tuple[jax.Array, ...]  # per layer [B, S, K, H]
     lengths: jax.Array  # [L, B] i32, tokens taken so far: the position of the next one
     starts: jax.Array  # [L, B] i32, position of the oldest token still held
-    k_scale: tuple[jax.Array, ...] | None = None  # int8: per layer [B, S, K] f32
+    k_scale: tuple[jax.Array, ...] | None = None  # quantised: per layer [B, S, K] f32
     v_scale: tuple[jax.Array, ...] | None = None
     # [L, 3, 2] u32: hits, misses, evictions as low and high word (f32 would stop counting at 2^24).
     counters: jax.Array | None = None
@@ -89,14 +89,13 @@ class KVCache:
         def buffers(dtype, drop=0):
             return tuple(jnp.zeros(shape[: 4 - drop], dtype) for shape in shapes)
 
-        scaled = config.dtype == "int8"
         return cls(
             k=buffers(config.dtype),
             v=buffers(config.dtype),
             lengths=jnp.zeros((layers, rows), jnp.int32),
             starts=jnp.zeros((layers, rows), jnp.int32),
-            k_scale=buffers(jnp.float32, 1) if scaled else None,
-            v_scale=buffers(jnp.float32, 1) if scaled else None,
+            k_scale=buffers(jnp.float32, 1) if config.quantised else None,
+            v_scale=buffers(jnp.float32, 1) if config.quantised else None,
             counters=jnp.zeros((layers, 3, 2), jnp.uint32) if statistics else None,
             windows=config.windows,
         )
@@ -148,7 +147,7 @@ class KVCache:
         """A layer's whole buffer: K, V `[B, S, K, H]` and positions `[B, S]` i32.
 
         `positions[b, s]` is the absolute position of what lies in slot s of row b, -1 where nothing
-        does.  int8 comes back as f32.
+        does.  Quantised values come back in f32.
         """
         layer = static_layer(layer)
         size = self.capacity(layer)
@@ -378,7 +377,7 @@ class KVCache:
         with jax.named_scope("kv_write"):
             if self.k_scale is None or self.v_scale is None:
                 return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
-            (k, k_scale), (v, v_scale) = quantise(k, jnp.int8), quantise(v, jnp.int8)
+            (k, k_scale), (v, v_scale) = (quantise(x, self.k[layer].dtype) for x in (k, v))
             return dataclasses.replace(
                 self,
                 k=put(self.k, k),

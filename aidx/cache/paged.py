@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 
 from aidx.cache.block_pool import BlockPool
 from aidx.cache.block_table import BlockTable
@@ -73,13 +74,17 @@ class PagedKVCache:
                 raise ValueError(f"{name}={size} must be at least 1")
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
 
-        def pools(shape, dtype):
+        def pools(shape, dtype, sharding):
             make = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
             return tuple(make() for _ in range(num_layers))
 
-        scaled = jnp.dtype(dtype) in QUANTISED_MAX
-        scales = (lambda: pools(shape[:-1], jnp.float32)) if scaled else lambda: None
-        return cls(pools(shape, dtype), pools(shape, dtype), scales(), scales())
+        values = (shape, dtype, sharding)
+        if jnp.dtype(dtype) not in QUANTISED_MAX:
+            return cls(pools(*values), pools(*values))
+        if isinstance(sharding, NamedSharding):  # scales have no feature axis
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:3]))
+        scales = (shape[:-1], jnp.float32, sharding)
+        return cls(pools(*values), pools(*values), pools(*scales), pools(*scales))
 
     @classmethod
     def from_config(

@@ -73,7 +73,7 @@ def test_what_cannot_be_is_refused(changes, message):
     [
         {},
         dict(dtype="int8", max_batch=3),
-        dict(dtype="float32", window=5),
+        dict(dtype="float8_e4m3fn", window=5),
         dict(dtype="float16", window=(None, 5), rollback=2),
         dict(window=100),
     ],

@@ -147,6 +147,15 @@ def test_a_prefill_longer_than_the_window_keeps_its_end_and_its_positions():
     assert cache.next_positions(1, layer=1).tolist() == [[10], [10]]
 
 
+def test_no_two_tokens_of_a_chunk_are_written_to_one_slot():
+    """Which of them would win is undefined on a GPU, and right by luck on a CPU."""
+    cache = KVCache.create(CONFIG)
+    slots, _, _ = cache._plan(1, 10, jnp.array([10, 6]))
+    size = cache.capacity(1)
+    for row in np.asarray(slots):
+        assert sorted(row[row < size]) == list(range(size))
+
+
 def test_overflow_is_an_error_that_says_what_to_do():
     cache = append(KVCache.create(CONFIG), 0, *values(np.ones((2, 5))), jnp.array([5, 4]))
     cache = cache.append(0, *values(np.ones((2, 7))))
@@ -244,6 +253,15 @@ def test_append_is_in_place_when_donated(dtype):
         cache = compiled(cache, k, v)
     assert buffers(cache) == before
     assert cache.lengths.tolist() == [[3, 3], [3, 3]]
+
+
+def test_float8_is_near():
+    config = KVCacheConfig(
+        num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32, max_seq_len=4, dtype="float8_e4m3fn"
+    )
+    k = jax.random.normal(jax.random.key(0), (1, 4, 1, 32)) * 10
+    stored, _, _ = KVCache.create(config).append(0, k, k).get(0)
+    np.testing.assert_allclose(stored, k, rtol=2**-4, atol=np.abs(k).max() * 2**-9)
 
 
 def test_int8_is_within_half_a_scale_and_written_once():

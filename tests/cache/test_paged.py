@@ -294,6 +294,21 @@ def test_sizes_are_checked_and_the_geometry_is_the_pools():
     assert memory - per_block < cache.memory_bytes <= memory
 
 
+def test_scales_are_placed_with_their_heads():
+    mesh = jax.make_mesh((1,), ("tensor",))
+    sharding = jax.NamedSharding(mesh, jax.P(None, "tensor", None, None))
+    cache = PagedKVCache.create(
+        num_layers=1,
+        num_blocks=2,
+        block_size=2,
+        num_kv_heads=2,
+        head_dim=2,
+        dtype="int8",
+        sharding=sharding,
+    )
+    assert cache.k[0].sharding.spec[1] == cache.v_scale[0].sharding.spec[1] == "tensor"
+
+
 def test_a_traced_layer_is_refused():
     with pytest.raises(TypeError, match="Python int"):
         jax.jit(PagedKVCache.write)(
