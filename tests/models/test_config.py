@@ -66,6 +66,12 @@ def test_defaults_are_those_of_transformers():
     assert config_from_hf(GPT2).tied and config_from_hf(GPT2).ffn_dim == 192
 
 
+def test_dynamic_rope_compares_with_max_position_embeddings():
+    said = {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}
+    rope = config_from_hf(LLAMA | {"rope_scaling": said}).rope
+    assert rope.original_max_position_embeddings == 64  # as transformers and vLLM do
+
+
 def test_windows_per_layer():
     qwen = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     on = qwen | {"use_sliding_window": True, "sliding_window": 9}

@@ -24,7 +24,7 @@ from aidx.models import (
 )
 from aidx.models.llama import runs
 from aidx.models.model import is_shape
-from aidx.models.sharding import param_shardings
+from aidx.models.sharding import param_shardings, param_specs
 from tests.models.golden import dense_attend
 
 LLAMA = LlamaConfig(97, 32, 64, 3, 4, 2, 8, windows=(None, 3, 3), qkv_bias=True, mlp_bias=True)
@@ -179,6 +179,32 @@ def test_meshes_that_cannot_hold_a_model_are_refused():
     mesh = jax.sharding.AbstractMesh((2,), ("tensor",))
     with pytest.raises(ValueError, match="vocab_size=97 does not divide over 2 devices"):
         param_shardings(LLAMA, mesh)
+
+
+def test_heads_features_and_vocabulary_are_split_and_the_rest_is_whole():
+    """Sharded answers are right under any placement, so the placement itself is asserted."""
+    every = dataclasses.replace(LLAMA, qk_norm=True, o_bias=True)
+    specs = param_specs(every)
+    layer = {name: tuple(spec) for name, spec in specs["layers"][0].items()}
+    assert layer == {
+        "attn_norm": (),
+        "qkv": (None, "tensor"),
+        "qkv_bias": ("tensor",),
+        "q_norm": (),
+        "k_norm": (),
+        "o": ("tensor",),
+        "o_bias": (),
+        "mlp_norm": (),
+        "gate_up": (None, None, "tensor"),
+        "gate_up_bias": (None, "tensor"),
+        "down": ("tensor",),
+        "down_bias": (),
+    }
+    assert tuple(specs["embed"]) == tuple(specs["lm_head"]) == ("tensor",)
+    assert tuple(specs["norm"]) == ()
+    gpt2 = param_specs(GPT2)["layers"][0]
+    assert tuple(gpt2["up"]) == (None, "tensor") and tuple(gpt2["up_bias"]) == ("tensor",)
+    assert tuple(gpt2["attn_norm"]["scale"]) == ()
 
 
 SHARDED = """

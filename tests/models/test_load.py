@@ -3,6 +3,7 @@ before anything reaches a device."""
 
 import json
 import re
+import shutil
 import tracemalloc
 
 import jax
@@ -16,7 +17,7 @@ from aidx.models import init_params, load_model, save_model
 from aidx.models.checkpoint import INDEX
 from aidx.models.hf import config_from_hf, tensor_table
 from aidx.models.model import Model, stack_layers
-from tests.models.golden import golden_cases
+from tests.models.golden import ORACLES, golden_cases
 
 LLAMA, TIED, GPT2 = "llama", "llama_tied", "gpt2"
 
@@ -87,12 +88,12 @@ def test_known_extras_are_skipped(tmp_path):
 def test_dtype_auto_is_float32_on_a_cpu_and_the_checkpoints_elsewhere(key, tmp_path):
     case = golden_cases()[LLAMA]
     directory = case.write(tmp_path, dtype=jnp.bfloat16)
-    edit_config(**{key: "bfloat16"})(directory)
+    edit_config(**{key: "float16"})(directory)
     assert load_model(directory).dtype == jnp.float32
     config = json.loads((directory / "config.json").read_text())
     checkpoint = aidx.models.load.open_checkpoint(directory, config_from_hf(config))
     pick = aidx.models.load.param_dtype
-    assert pick("auto", config, checkpoint, "gpu") == jnp.bfloat16
+    assert pick("auto", config, checkpoint, "gpu") == jnp.float16
     assert pick("auto", {}, checkpoint, "gpu") == jnp.bfloat16  # what the files hold
     assert pick("auto", {"torch_dtype": "torch.float16"}, checkpoint, "gpu") == jnp.float16
     assert pick("float16", config, checkpoint, "cpu") == jnp.float16
@@ -130,6 +131,9 @@ def test_eos_ids_of_all_files_and_generation_config(tmp_path):
     assert model.eos_token_ids == (9, 7) and model.bos_token_id == 1
     assert model.generation_config["temperature"] == 0.6
     assert model.tokenizer is None
+    shutil.copytree(ORACLES / "tokenizer", directory, dirs_exist_ok=True)
+    model = load_model(directory)
+    assert model.eos_token_ids == (9, 7, model.tokenizer.eos_token_id) == (9, 7, 3)
 
 
 def test_host_memory_stays_near_the_largest_parameter(tmp_path):
@@ -249,9 +253,9 @@ FAULTS = {
     ),
     "wrong shape": (
         edit_tensors(lambda t: t.update({Q: t[Q][1:]})),
-        f"{Q} has shape (63, 48), the config needs (64, 48)",
+        f"{Q} has shape (127, 48), the config needs (128, 48)",
     ),
-    "transposed": (edit_tensors(lambda t: t.update({Q: t[Q].T.copy()})), "has shape (48, 64)"),
+    "transposed": (edit_tensors(lambda t: t.update({Q: t[Q].T.copy()})), "has shape (48, 128)"),
     "integers": (
         edit_tensors(lambda t: t.update({Q: t[Q].astype(np.int8)})),
         f"{Q} has dtype I8",

@@ -47,7 +47,7 @@ def llama_like(model_type, kv_heads=2, rope="default", **options):
         "hidden_size": 48,
         "intermediate_size": 80,
         "num_hidden_layers": 2,
-        "num_attention_heads": 8 if kv_heads == 1 else 4,
+        "num_attention_heads": 4 if kv_heads == 4 else 8,  # G = 1, 4, 8
         "num_key_value_heads": kv_heads,
         "head_dim": 16,
         "rms_norm_eps": 1e-5,
@@ -85,7 +85,7 @@ def golden_cases():
     return {
         "llama": llama_like(llama),
         "llama_mha": llama_like(llama, kv_heads=4),
-        "llama_mqa8": llama_like(llama, kv_heads=1),
+        "llama_mqa": llama_like(llama, kv_heads=1),
         "llama_tied": llama_like(llama, tie_word_embeddings=True),
         "llama_attention_bias": llama_like(llama, attention_bias=True),
         "llama_mlp_bias": llama_like(llama, mlp_bias=True, hidden_act="gelu"),
