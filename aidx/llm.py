@@ -129,9 +129,7 @@ class LLM:
                 0.9 if gpu_memory_utilization is None else gpu_memory_utilization,
             )
         elif gpu_memory_utilization is not None:
-            raise ValueError(
-                f"{num_blocks=} and {gpu_memory_utilization=} say the same thing twice"
-            )
+            raise ValueError(f"{num_blocks=} and {gpu_memory_utilization=} both size the pool")
         room = (num_blocks - 1) * block_size
         if max_model_len is not None and max_model_len > room:
             raise ValueError(
@@ -313,7 +311,7 @@ class AsyncLLM:
         self._commands: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closed = False
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="aidx-engine", daemon=True)
         self._thread.start()
 
@@ -442,9 +440,8 @@ class AsyncLLM:
                         stream.put(output)
                     if output.finished:
                         self._streams.pop(output.request_id, None)
-        except BaseException as error:
+        except Exception as error:  # it reaches every stream, and whoever calls next
             self._failure = error
-            raise
         finally:
             with self._wake:
                 self._closed = True

@@ -1,6 +1,5 @@
 """Continuous batching: requests, the scheduler, the step, and the engine that owns them."""
 
-from aidx.engine.engine import Engine as ContinuousBatcher
 from aidx.engine.engine import Engine as Engine
 from aidx.engine.engine import EngineConfig as EngineConfig
 from aidx.engine.engine import EngineDeadError as EngineDeadError
@@ -17,4 +16,5 @@ from aidx.engine.scheduler import BatchScheduler as BatchScheduler
 from aidx.engine.scheduler import SchedulerConfig as SchedulerConfig
 from aidx.engine.stats import EngineStats as EngineStats
 
-__all__ = ["ContinuousBatcher"]
+ContinuousBatcher = Engine
+"""`Engine` under the name of what it does."""
