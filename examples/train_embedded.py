@@ -79,8 +79,8 @@ GENERATION_CONFIG = {
 class Recipe:
     """What a run is, beside its data.  After `deadline` seconds of training the rate is zero."""
 
-    epochs: float = 20.0
-    deadline: float = 90.0
+    epochs: float = 13.0
+    deadline: float = 600.0
     batch: int = 32
     learning_rate: float = 6e-3
     weight_decay: float = 0.3
@@ -345,8 +345,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=pathlib.Path, default=root / "aidx" / "data", help="where models go")
     add("--epochs", type=float, default=default.epochs, help="of the model")
     add("--deadline", type=float, default=default.deadline, help="seconds, of the model")
-    add("--draft-epochs", type=float, default=20.0)
-    add("--draft-deadline", type=float, default=60.0)
+    add("--draft-epochs", type=float, default=13.0)
+    add("--draft-deadline", type=float, default=600.0)
     add("--batch", type=int, default=default.batch)
     add("--learning-rate", type=float, default=default.learning_rate)
     add("--weight-decay", type=float, default=default.weight_decay)

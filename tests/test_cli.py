@@ -91,8 +91,12 @@ def test_fit_drops_the_oldest_turns_but_not_the_system_message():
 
     from aidx.cli.chat import fit
 
-    messages = [{"role": r, "content": c} for r, c in (("system", "be brief"), ("user", "a b c"),
-                                                       ("assistant", "d e f"), ("user", "g h"))]  # fmt: skip
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "a b c"},
+        {"role": "assistant", "content": "d e f"},
+        {"role": "user", "content": "g h"},
+    ]
     assert fit(Words(), messages, 1, 4) == (["be", "brief", "g", "h"], [messages[0], messages[3]])
     assert fit(Words(), messages[:2], 1, 4)[1] == messages[:2]
     with pytest.raises(ValueError, match="11 tokens"):
@@ -113,6 +117,7 @@ def test_bench_counts_every_token(checkpoint, capsys):
 def test_demo_without_a_terminal(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(demo, "embedded_path", lambda: checkpoint)
     monkeypatch.setattr(demo, "PROMPTS", ("0123456789abcdef+", "b"))
+    monkeypatch.setattr(demo, "MAX_NUM_BATCHED_TOKENS", 16)
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["demo", "--max-tokens", "8"]) == 0
     out = capsys.readouterr().out
@@ -131,9 +136,9 @@ def test_panels_show_the_last_lines_of_every_prompt():
     from rich.console import Console
 
     console = Console(width=60, height=12, file=io.StringIO(), force_terminal=True)
-    console.print(demo.panels(["one\ntwo\nthree\nfour", "alone", "third"], [None] * 3, console))
+    console.print(demo.panels(["first\ntwo\nthree\nfour", "single", "odd"], [None] * 3, console))
     shown = console.file.getvalue()
-    assert "four" in shown and "one" not in shown and "alone" in shown and "third" in shown
+    assert "four" in shown and "first" not in shown and "single" in shown and "odd" in shown
 
 
 @pytest.mark.smoke
@@ -156,7 +161,7 @@ def test_info_names_what_is_taken_and_why_not(capsys):
         ([], 2, "usage: aidx"),
         (["nonsense"], 2, "invalid choice"),
         (["generate", "--max-tokens", "0", "x"], 2, "0 is not at least 1"),
-        (["generate", "--num-blocks", "2", "--gpu-memory-utilization", "0.5", "x"], 2, "not allowed"),
+        (["bench", "--num-blocks", "2", "--gpu-memory-utilization", "0.5"], 2, "not allowed"),
         (["generate", "--model", "no/such/place", "x"], 1, "no/such/place is neither"),
         (["generate", ""], 1, "a prompt is empty"),
         (["bench", "--num-prompts", "2", "--concurrency", "4"], 1, "less than --concurrency 4"),

@@ -127,3 +127,84 @@ def test_a_short_run_writes_two_checkpoints_that_load(scripts, data, tmp_path, m
         assert report["heldout_nll"] < math.log(300) - 0.2  # learned something
         assert report["steps"] <= report["planned_steps"] and report["recipe"]["batch"] == 4
     assert report["agreement_with_teacher"] > 0.2
+
+
+# --- the checkpoints themselves ------------------------------------------------------------------
+
+DATA = ROOT / "aidx" / "data"
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: load_model(DATA / name) for name in ("embedded", "embedded-draft")}
+
+
+@pytest.mark.smoke
+def test_the_embedded_checkpoints_are_small_and_share_a_tokenizer(models):
+    limits = {"embedded": 12e6, "embedded-draft": 2e6}
+    for name, limit in limits.items():
+        assert sum(f.stat().st_size for f in (DATA / name).iterdir()) <= limit
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (DATA / "embedded" / file).read_bytes() == (
+            DATA / "embedded-draft" / file
+        ).read_bytes()
+    target, draft = models["embedded"], models["embedded-draft"]
+    assert target.vocab_size == draft.vocab_size == len(target.tokenizer)
+    assert target.max_model_len == draft.max_model_len == 2048
+    sizes = {n: sum(x.size for x in jax.tree.leaves(m.params)) for n, m in models.items()}
+    assert 8 < sizes["embedded"] / sizes["embedded-draft"] < 12
+
+
+def nats_a_token(model, tokens, scripts):
+    train, _ = scripts
+    logits, _ = jax.jit(model.forward, static_argnums=3)(
+        model.params, tokens[:-1], jnp.arange(tokens.size - 1), unbatched, None
+    )
+    return float(train.losses(logits[None], tokens[None, 1:], None)[0])
+
+
+def unbatched(cache, layer, q, k, v, *, window=None, scale=None, soft_cap=None, sinks=None):
+    out = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True)
+    return out[0], cache
+
+
+def test_the_embedded_models_know_python(models, scripts):
+    # Written for this test, in no standard library.
+    source = """class Inventory:
+    \"\"\"Count how many of each item there are.\"\"\"
+
+    def __init__(self, items=None):
+        self.items = dict(items or {})
+
+    def add(self, name, count=1):
+        if count < 0:
+            raise ValueError("count must not be negative: %r" % count)
+        self.items[name] = self.items.get(name, 0) + count
+
+    def __len__(self):
+        return sum(self.items.values())
+
+    def __repr__(self):
+        return "%s(%r)" % (self.__class__.__name__, self.items)
+"""
+    tokenizer = models["embedded"].tokenizer
+    tokens = jnp.asarray(tokenizer.encode(source))
+    assert tokenizer.decode(tokens.tolist()) == source
+    bits = tokens.size / len(source) / math.log(2)
+    target = nats_a_token(models["embedded"], tokens, scripts) * bits
+    draft = nats_a_token(models["embedded-draft"], tokens, scripts) * bits
+    shuffled = jax.random.permutation(jax.random.key(0), tokens)
+    assert target < 1.0 and target < draft < 1.5
+    assert nats_a_token(models["embedded"], shuffled, scripts) * bits > 3
+
+
+def test_the_embedded_report_says_how_good_they_are():
+    reports = {
+        name: json.loads((DATA / name / "training.json").read_text())
+        for name in ("embedded", "embedded-draft")
+    }
+    card = (DATA / "README.md").read_text()
+    for report in reports.values():
+        assert f"{report['heldout_nll']:.3f}" in card
+        assert f"{report['heldout_bits_per_byte']:.3f}" in card
+    assert f"{100 * reports['embedded-draft']['agreement_with_teacher']:.1f}%" in card
