@@ -19,6 +19,7 @@ SPLIT_AXIS = {
     "lm_head": 0,
     "qkv": 1,
     "qkv_bias": 0,
+    "o": 0,
     "gate_up": 2,
     "gate_up_bias": 1,
     "up": 1,
