@@ -20,7 +20,7 @@ ModelConfig = LlamaConfig | GPT2Config
 FAMILIES: dict[type, ModuleType] = {LlamaConfig: llama, GPT2Config: gpt2}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # two models are equal if they are one
 class Model:
     """A decoder ready to run: static config, parameters, the bound forward and its text side.
 

@@ -241,15 +241,16 @@ def _add_missing_tokens(
                 f"added token {said['content']!r} should have id {token_id}, but tokenizer.json "
                 f"gives it {backend.token_to_id(said['content'])}"
             )
-    absent = [token for token in special.values() if backend.token_to_id(token) is None]
-    if absent:
-        raise ValueError(f"special tokens {absent} are not in the vocabulary")
+    for name in ("bos_token", "eos_token"):  # an absent pad or unk token does no harm
+        if name in special and backend.token_to_id(special[name]) is None:
+            raise ValueError(f"{name} {special[name]!r} is not in the vocabulary")
     # A token that the config calls special is skipped in decoding, whatever tokenizer.json says.
-    plain = {t.content for t in backend.get_added_tokens_decoder().values() if not t.special}
-    in_added = {t.content for t in backend.get_added_tokens_decoder().values()}
-    to_mark = [t for t in special.values() if t in plain or t not in in_added]
-    if to_mark:
-        backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in to_mark])
+    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    more = more.values() if isinstance(more, Mapping) else more
+    named = {*special.values(), *(_content(token) for token in more)}
+    marked = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    unmarked = sorted(t for t in named - marked if backend.token_to_id(t) is not None)
+    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in unmarked])
 
 
 def _read_chat_templates(directory: pathlib.Path, config: Mapping[str, Any]) -> dict[str, str]:

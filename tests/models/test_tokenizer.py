@@ -120,6 +120,16 @@ def test_other_formats_say_how_to_convert(file, tmp_path):
         Tokenizer.from_directory(tmp_path)
 
 
+def test_tokens_that_the_config_calls_special_are_skipped():
+    vocabulary = {"a": 0, "<x>": 1, "<y>": 2, "<s>": 3}
+    for more in (["<x>", "<absent>"], {"image": {"content": "<x>"}}):
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
+        said = {"bos_token": "<s>", "pad_token": "<absent>", "extra_special_tokens": more}
+        tokenizer = Tokenizer(backend, said)
+        assert tokenizer.special_token_ids == {1, 3}
+        assert tokenizer.decode([3, 0, 1, 2]) == "a <y>" and tokenizer.pad_token_id is None
+
+
 def test_contradictions_are_refused():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}))
     with pytest.raises(ValueError, match="'<s>'"):
