@@ -29,6 +29,7 @@ from ._flash_spec import (
 Array = jax.Array
 NEG_INF = float("-inf")
 TILE_SCORES = 1 << 19  # scores of one tile over batch and heads: 2 MiB of f32, a core's cache
+ONE_TILE = 1 << 21  # scores of a whole call that is not cut into tiles
 
 
 class Tiles(NamedTuple):
@@ -52,14 +53,26 @@ class Product(NamedTuple):
 
 
 def choose_tiles(spec: FlashSpec, ops: FlashOperands) -> Tiles:
-    """Tiles as asked, else those of the block mask, else by the size of batch x heads."""
+    """Tiles as asked, else those of the block mask, else by size.
+
+    Measured on a CPU (bench/attention_cpu.py): one tile while all scores fit a cache and none can
+    be skipped, tiles of 256 x 256 for few heads and long sequences, 128 x 128 otherwise, wider
+    ones where there are few queries.
+    """
     B, T, N, _ = ops.q.shape
     S = ops.k.shape[1]
     if spec.block_mask is not None:
         q, kv = spec.block_mask
     else:
-        q = spec.config.block_size_q or 128
-        kv = spec.config.block_size_kv or min(256, max(128, TILE_SCORES // (B * N * q)))
+        skips = spec.left is not None or spec.right is not None or ops.q_segments is not None
+        size = 256 if T >= 1024 and B * N * 256 * 256 <= TILE_SCORES else 128
+        if not skips and B * N * T * S <= ONE_TILE:
+            q, kv = T, S
+        elif T < size:
+            q, kv = T, min(1024, max(size, TILE_SCORES // (B * N * T)))
+        else:
+            q, kv = size, size
+        q, kv = spec.config.block_size_q or q, spec.config.block_size_kv or kv
     q, kv = max(1, min(q, T)), max(1, min(kv, S))
     return Tiles(q, kv, -(-T // q), -(-S // kv), T, S)
 
@@ -307,6 +320,14 @@ def _dot(x: Array, y: Array, contract: str, spec: FlashSpec) -> Array:
 # --- forward -------------------------------------------------------------------------------------
 
 
+class Running(NamedTuple):
+    """Online softmax of a query tile over the keys so far, f32."""
+
+    m: Array  # [B, K, G, q] largest logit
+    total: Array  # [B, K, G, q] sum of exp(logit - m)
+    acc: Array  # [B, K, G, q, Hv] sum of exp(logit - m) * v, dropout applied
+
+
 def forward(spec: FlashSpec, operands: FlashOperands) -> tuple[Array, Array]:
     """(out [B, T, N, Hv], lse [B, T, N])."""
     B, K, G = _heads(operands)
@@ -322,42 +343,17 @@ def forward(spec: FlashSpec, operands: FlashOperands) -> tuple[Array, Array]:
 
     def query_tile(i: Array) -> tuple[Array, Array]:
         q_i = lax.dynamic_slice_in_dim(q, i * tiles.q, tiles.q, 3)
-
-        def key_tile(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            m, total, acc = carry
-            k_j = lax.dynamic_slice_in_dim(k, j * tiles.kv, tiles.kv, 2)
-            v_j = lax.dynamic_slice_in_dim(v, j * tiles.kv, tiles.kv, 2)
-            with jax.named_scope("scores"):
-                x = _masked_logits(
-                    spec, ops, tiles, i, j, _dot(q_i, k_j, "bkgth,bksh->bkgts", spec)
-                )
-            with jax.named_scope("softmax"):
-                m_new = jnp.maximum(m, x.max(axis=-1))
-                finite = jnp.where(m_new == NEG_INF, 0.0, m_new)
-                p = jnp.exp(x - finite[..., None])
-                shrink = jnp.exp(m - finite)
-                total = total * shrink + p.sum(axis=-1)
-            if spec.dropout_rate:
-                p = jnp.where(_kept(spec, ops, tiles, i, j), p / (1.0 - spec.dropout_rate), 0.0)
-            with jax.named_scope("values"):
-                pv = _dot(p.astype(v.dtype), v_j, "bkgts,bksh->bkgth", spec)
-                acc = acc * shrink[..., None] + pv
-            return m_new, total, acc
-
-        rows = (B, K, G, tiles.q)
-        init = (
-            jnp.full(rows, NEG_INF, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-            jnp.zeros((*rows, v.shape[-1]), jnp.float32),
-        )
-        m, total, acc = _over_needed(needed[i], _has_gaps(ops), key_tile, init)
-        lse = jnp.where(total > 0, m + jnp.log(jnp.where(total > 0, total, 1.0)), NEG_INF)
-        if sinks is not None:
-            # The sink is one more logit with no value: it only enlarges the denominator.
-            top = jnp.maximum(m, sinks)
-            acc = acc * jnp.exp(m - top)[..., None]
-            total = total * jnp.exp(m - top) + jnp.exp(sinks - top)
-        out = acc / jnp.where(total > 0, total, 1.0)[..., None]
+        step = lambda j, running: _key_tile(spec, ops, tiles, i, j, q_i, k, v, running)
+        if tiles.count_kv == 1:
+            running = step(jnp.int32(0), None)
+        else:
+            start = Running(
+                jnp.full((B, K, G, tiles.q), NEG_INF, jnp.float32),
+                jnp.zeros((B, K, G, tiles.q), jnp.float32),
+                jnp.zeros((B, K, G, tiles.q, v.shape[-1]), jnp.float32),
+            )
+            running = _over_needed(needed[i], _has_gaps(ops), step, start)
+        out, lse = _normalised(running, sinks)
         return out.astype(operands.q.dtype), lse
 
     if tiles.count_q == 1:
@@ -367,6 +363,50 @@ def forward(spec: FlashSpec, operands: FlashOperands) -> tuple[Array, Array]:
         out = jnp.moveaxis(out, 0, 3).reshape(B, K, G, -1, v.shape[-1])
         lse = jnp.moveaxis(lse, 0, 3).reshape(B, K, G, -1)
     return _from_queries(out, T), _from_queries(lse, T)
+
+
+def _key_tile(
+    spec: FlashSpec,
+    ops: FlashOperands,
+    tiles: Tiles,
+    i: Array,
+    j: Array,
+    q_i: Array,
+    k: Array,
+    v: Array,
+    running: Running | None,
+) -> Running:
+    """One more tile of keys; None is the softmax over no keys yet."""
+    k_j = lax.dynamic_slice_in_dim(k, j * tiles.kv, tiles.kv, 2)
+    v_j = lax.dynamic_slice_in_dim(v, j * tiles.kv, tiles.kv, 2)
+    with jax.named_scope("scores"):
+        x = _masked_logits(spec, ops, tiles, i, j, _dot(q_i, k_j, "bkgth,bksh->bkgts", spec))
+    with jax.named_scope("softmax"):
+        m = x.max(axis=-1)
+        m = m if running is None else jnp.maximum(running.m, m)
+        finite = jnp.where(m == NEG_INF, 0.0, m)
+        p = jnp.exp(x - finite[..., None])
+        total = p.sum(axis=-1)
+    if spec.dropout_rate:
+        p = jnp.where(_kept(spec, ops, tiles, i, j), p / (1.0 - spec.dropout_rate), 0.0)
+    with jax.named_scope("values"):
+        acc = _dot(p.astype(v.dtype), v_j, "bkgts,bksh->bkgth", spec)
+    if running is None:
+        return Running(m, total, acc)
+    shrink = jnp.exp(running.m - finite)
+    return Running(m, running.total * shrink + total, running.acc * shrink[..., None] + acc)
+
+
+def _normalised(running: Running, sinks: Any) -> tuple[Array, Array]:
+    """(out f32, lse) of a finished softmax."""
+    m, total, acc = running
+    lse = jnp.where(total > 0, m + jnp.log(jnp.where(total > 0, total, 1.0)), NEG_INF)
+    if sinks is not None:
+        # The sink is one more logit with no value: it only enlarges the denominator.
+        top = jnp.maximum(m, sinks)
+        acc = acc * jnp.exp(m - top)[..., None]
+        total = total * jnp.exp(m - top) + jnp.exp(sinks - top)
+    return acc / jnp.where(total > 0, total, 1.0)[..., None], lse
 
 
 def _masked_logits(
