@@ -1,14 +1,16 @@
 """Paged attention on one GPU: aidx beside JAX's own op, device time inside one program.
 
-    python bench/paged_attention.py [--sections check,large,small,chunk] [--variants] [--limit S]
+    python bench/paged_attention.py [--sections large,small,chunk,peer] [--variants] [--limit S]
         [--rows REGEX] [--dry]
+    python bench/paged_attention.py --sections check
 
 check   outputs of ragged mixes against a dense f32 reference; every slot that no sequence owns
         holds NaN, tables are padded with ids outside the pool, five runs have to be bitwise equal
 large   TB/s of K and V over pools of 4.3 GB, tables shuffled, blocks of 16 and 64; 16 calls chained
         through q inside one program, the combine and the work list included
 small   rows that last microseconds: CUPTI sum of kernel durations per call
-chunk   chunked prefill and mixed calls, TFLOP/s
+chunk   chunked prefill and a mixed call, TFLOP/s, beside dense flash attention
+peer    the rows of `large` by JAX's own op (deprecated)
 `--variants` times other configurations too; `--dry` compiles everything for sm_90a without a GPU.
 Writes bench/results/<device>/paged_attention.json, or into $OUT where that is set.
 """
@@ -24,7 +26,7 @@ import re
 import sys
 import time
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ T0 = time.time()
 N, K, H = 32, 8, 128
 POOL_TOKENS = 256 * 4096 + 4096
 SETS, CALLS = 8, 16
-S, C = pa.SplitConfig, pa.ClusterConfig
+S, C, P = pa.SplitConfig, pa.ClusterConfig, pa.PrefillConfig
 
 LARGE = {
     "1x32k": [32768],
@@ -51,58 +53,30 @@ LARGE = {
     "32k+255x512": [32768] + [512] * 255,
 }
 SMALL = {"1x1k": [1024], "1x4k": [4096], "1x32k": [32768], "8x4k": [4096] * 8}
-LARGE_VARIANTS = {
-    "c264s3": S(ctas=264, stages=3),
-    "c264s3dl": S(ctas=264, stages=3, dependent_launch=True),
-    "c132s6": S(ctas=132, stages=6),
-    "c396s2": S(ctas=396, stages=2),
-    "c132t128": S(ctas=132, stages=3, key_tile=128),
-}
+LARGE_VARIANTS = {"c264s3nb": S(ctas=264, stages=3, auto_barriers=False)}
 SMALL_VARIANTS = {
-    "k16w1": C(16, 1, 3),
-    "k16w2": C(16, 2, 2),
-    "k8w2": C(8, 2, 3),
-    "k8w4": C(8, 4, 1),
-    "k4w2": C(4, 2, 3),
-    "k2w2": C(2, 2, 3),
+    "k8w2nb": C(8, 2, 3, auto_barriers=False),
+    "k2w2nb": C(2, 2, 3, auto_barriers=False),
     "split": S(ctas=264, stages=3),
 }
+# rows of (context, new tokens), chunks first
+CHUNKS = {
+    "1x512 over 8k": [(8704, 512)],
+    "8x512 over 8k": [(8704, 512)] * 8,
+    "64x4k + 512 over 8k": [(8704, 512)] + [(4096, 1)] * 64,
+}
 # context lengths, new tokens, heads, KV heads, head size, block size, options, configurations
+NB = dict(auto_barriers=False)
 CHECKS = [
-    ([5000, 1, 65, 64, 63, 0, 700, 17], None, 32, 8, 128, 16, {}, [S(), S(ctas=132, stages=6)]),
-    (
-        [5000, 0, 65, 640],
-        None,
-        32,
-        8,
-        128,
-        64,
-        {},
-        [C(8, 2, 3), C(16, 1, 2), C(4, 4, 1), S(ctas=396, stages=2)],
-    ),
-    ([3000, 100], None, 16, 16, 64, 32, dict(window=500), [C(8, 2, 2), S()]),
-    ([1500, 2222, 9], None, 16, 1, 128, 128, dict(logits_soft_cap=30.0), [S(ctas=132), C(8, 2, 2)]),
-    (
-        [1500, 2222, 9],
-        None,
-        8,
-        1,
-        256,
-        256,
-        dict(sinks=True, alibi=True),
-        [S(ctas=132, stages=3), C(8, 1, 2)],
-    ),
-    ([5000, 1, 65, 640], [5, 1, 4, 0], 32, 8, 128, 16, {}, [S(ctas=264, stages=3), C(8, 2, 2)]),
-    (
-        [900, 300, 64],
-        [200, 1, 64],
-        24,
-        8,
-        128,
-        64,
-        dict(window=333, sinks=True),
-        [S(ctas=132, stages=4)],
-    ),
+    ([5000, 1, 65, 64, 63, 0, 700, 17], None, 32, 8, 128, 16, {}, [S(), S(**NB)]),
+    ([5000, 0, 65, 640], None, 32, 8, 128, 64, {}, [C(8, 2, 3), C(8, 2, 2, **NB)]),
+    ([3000, 100], None, 16, 16, 64, 32, dict(window=500), [C(2, 2, 2), S()]),
+    ([1500, 2222, 9], None, 8, 1, 256, 256, dict(sinks=True, alibi=True), [S(ctas=132)]),
+    ([5000, 1, 65, 640], [5, 1, 4, 0], 32, 8, 128, 16, {}, [S(), C(8, 2, 2)]),
+    ([900, 300, 64], [200, 1, 64], 24, 8, 128, 64, dict(window=333, sinks=True), [S(**NB), P()]),
+    ([3000, 700, 64, 0, 90], [600, 1, 64, 0, 2], 32, 8, 128, 16, {}, [None, P()]),
+    ([900, 300], [200, 3], 8, 1, 256, 128, dict(logits_soft_cap=30.0), [P(block_kv=64)]),
+    ([900, 300], [200, 64], 4, 4, 64, 32, dict(alibi=True), [P()]),
 ]
 
 
@@ -221,7 +195,14 @@ def jax_call(q, k, v, table, lens, indptr):
     """JAX's own op: deprecated, Triton, pools as `[K, P, block_size, H]`."""
     from jax.experimental.pallas.ops.gpu import paged_attention as op
 
-    return op.paged_attention(q, k, v, table, lens)
+    return op.paged_attention(q, k, v, jnp.minimum(table, k.shape[1] - 1), lens)
+
+
+def dense_call(q, k, v, band):
+    """Our dense flash attention at the operations of a chunk: `[R, 512]` queries over keys."""
+    from pallas_kernels import flash_attention as fa
+
+    return fa.flash_attention_fwd(q, k, v, band=band, scale=H**-0.5)[0]
 
 
 def program(call):
@@ -257,26 +238,27 @@ def seconds(compiled, args):
 
 def copy_rate(x):
     """TB/s read and written by the device copying `x`."""
-    f = jax.jit(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) ^ jnp.uint16(1))
-    args = (x,)
-    f = f.lower(*args).compile()
-    return 2 * x.nbytes / seconds(f, args) / 1e12
+    f = jax.jit(jnp.copy).lower(x).compile()
+    return 2 * x.nbytes / seconds(f, (x,)) / 1e12
 
 
-def lower(call, lens, size, sds):
+def lower(call, rows, size, sds, heads_first=False):
+    """`program(call)` for rows of (context, new tokens), lowered."""
     num_blocks = POOL_TOKENS // size // 8 * 8
-    r, m = len(lens), -(-max(lens) // size)
-    pool = sds((num_blocks, K, size, H), jnp.bfloat16)
+    r, m = len(rows), -(-max(n for n, _ in rows) // size)
+    shape = (K, num_blocks, size, H) if heads_first else (num_blocks, K, size, H)
+    pool = sds(shape, jnp.bfloat16)
     i32 = lambda *s: sds(s, jnp.int32)
-    q = sds((r, N, H), jnp.bfloat16)
+    q = sds((sum(n for _, n in rows), N, H), jnp.bfloat16)
     return program(call).lower(q, pool, pool, [i32(r, m)] * SETS, i32(r), i32(r + 1))
 
 
-def arguments(lens, size, pools):
+def arguments(rows, size, pools):
     rng = np.random.default_rng(1)
-    tabs = [jnp.asarray(t) for t in tables(lens, size, pools[0].shape[0], rng)]
-    q = jax.random.normal(jax.random.key(3), (len(lens), N, H), jnp.bfloat16)
-    indptr = jnp.arange(len(lens) + 1, dtype=jnp.int32)
+    lens, new = zip(*rows, strict=True)
+    tabs = [jnp.asarray(t) for t in tables(lens, size, POOL_TOKENS // size // 8 * 8, rng)]
+    indptr = jnp.asarray(np.concatenate([[0], np.cumsum(new)]), jnp.int32)
+    q = jax.random.normal(jax.random.key(3), (sum(new), N, H), jnp.bfloat16)
     return q, *pools, tabs, jnp.asarray(lens, jnp.int32), indptr
 
 
@@ -292,77 +274,120 @@ def cupti(compiled, args):
     return sum(parts.values()), parts
 
 
-def jobs_of(sections, variants, size, pattern, peer):
+def operations(rows):
+    """4 * N * H for every query and every key that it sees."""
+    return sum(4 * N * H * (new * (n - new) + new * (new + 1) // 2) for n, new in rows)
+
+
+def jobs_of(sections, variants, pattern):
+    """(section, case, rows, label, call) in the order of running; one layout of pools at a time."""
+    decode = lambda lens: [(n, 1) for n in lens]
     for section, shapes, configs in (
         ("large", LARGE, LARGE_VARIANTS),
         ("small", SMALL, SMALL_VARIANTS),
     ):
-        if section not in sections:
-            continue
-        for name, lens in shapes.items():
-            if not re.search(pattern, name):
-                continue
-            yield section, name, lens, "aidx", aidx_call(None)
+        for name, lens in shapes.items() if section in sections else ():
+            yield section, name, decode(lens), "aidx", aidx_call(None)
             for label, config in configs.items() if variants else ():
-                yield section, name, lens, label, aidx_call(config)
+                yield section, name, decode(lens), label, aidx_call(config)
+    for name, rows in CHUNKS.items() if "chunk" in sections else ():
+        yield "chunk", name, rows, "aidx", aidx_call(None, 512)
+    for name, lens in LARGE.items() if "peer" in sections else ():
+        yield "peer", name, decode(lens), "jax", jax_call
 
 
-def timed(sections, variants, pattern, limit, sds, dry, rows):
-    pool = concurrent.futures.ThreadPoolExecutor(8)
+def lower_all(sections, variants, pattern, limit, sds):
+    """Compiles in threads while the next program is lowered: (block size, job, future)."""
+    threads, out = concurrent.futures.ThreadPoolExecutor(8), []
     for size in (64, 16):
-        pools, jobs = None, []
-        for section, name, lens, label, call in jobs_of(sections, variants, size, pattern, False):
-            if time.time() - T0 > limit - 20:
-                say("lowering cut short at", name, label)
-                break
+        for job in jobs_of(sections, variants, pattern):
+            _, name, rows, label, call = job
+            if not re.search(pattern, name) or (size == 16 and label not in ("aidx", "jax")):
+                continue
+            if time.time() - T0 > limit:
+                say("lowering cut short at", size, name, label)
+                return out
             try:
-                jobs.append(
-                    (section, name, lens, label, pool.submit(lower(call, lens, size, sds).compile))
-                )
+                lowered = lower(call, rows, size, sds, label == "jax")
+                out.append((size, job, threads.submit(lowered.compile)))
             except Exception as e:
                 say(size, name, label, "LOWER FAIL", type(e).__name__, str(e)[:300])
-        say(f"block {size}: {len(jobs)} lowered")
-        last = None
-        for section, name, lens, label, future in jobs:
-            if time.time() - T0 > limit:
-                say("out of time")
-                return
-            try:
-                compiled = future.result()
-                if dry:
-                    continue
-                if pools is None:
-                    shape = (POOL_TOKENS // size // 8 * 8, K, size, H)
-                    pools = [
-                        jax.jit(functools.partial(normal_pool, shape=shape))(jax.random.key(i))
-                        for i in (0, 1)
-                    ]
+    return out
+
+
+def timed(sections, variants, pattern, limit, sds, dry, rows_out):
+    jobs = lower_all(sections, variants, pattern, limit - 20, sds)
+    say(f"{len(jobs)} programs lowered")
+    pools = last = layout = None
+    for size, (section, name, rows, label, _), future in jobs:
+        if time.time() - T0 > limit:
+            say("out of time")
+            return
+        try:
+            compiled = future.result()
+            if dry:
+                continue
+            if layout != (size, label == "jax"):
+                layout, pools, last = (size, label == "jax"), None, None
+                blocks = POOL_TOKENS // size // 8 * 8
+                shape = (K, blocks, size, H) if label == "jax" else (blocks, K, size, H)
+                fresh = jax.jit(functools.partial(normal_pool, shape=shape))
+                pools = [fresh(jax.random.key(i)) for i in (0, 1)]
+                if label != "jax":
                     rate = copy_rate(pools[0])
                     say(f"copy {rate:.2f} TB/s")
-                    rows.append(row("copy", "device", "bandwidth", rate, "TB/s"))
-                if last != name:
-                    last, args = name, arguments(lens, size, pools)
-                us = seconds(compiled, args) / CALLS * 1e6
-                text, bytes_ = "", sum(lens) * K * H * 4
-                if section == "small" or variants:
-                    kernels, parts = cupti(compiled, args)
-                    text = f"cupti {kernels:.2f} us " + " ".join(
-                        f"{a}={b:.2f}" for a, b in parts.items()
-                    )
-                    rows.append(row(f"{name} block {size}", label, "kernel time", kernels, "us"))
-                say(
-                    f"block {size:3d} {name:12s} {label:9s} {us:8.2f} us {bytes_ / us / 1e6:5.2f} TB/s {text}"
-                )
-                rows.append(
-                    row(f"{name} block {size}", label, "bandwidth", bytes_ / us / 1e6, "TB/s")
-                )
-            except Exception as e:
-                say(size, name, label, "FAIL", type(e).__name__, str(e)[:300])
-        pools = None
+                    rows_out.append(row(f"copy block {size}", "device", "bandwidth", rate, "TB/s"))
+            if last != (name, layout):
+                last, args = (name, layout), arguments(rows, size, pools)
+            one_row(section, f"{name} block {size}", label, rows, compiled, args, rows_out)
+        except Exception as e:
+            say(size, name, label, "FAIL", type(e).__name__, str(e)[:300])
+    if "chunk" in sections and not dry:
+        dense(rows_out)
 
 
-def write(rows, device):
-    folder = pathlib.Path(os.environ.get("OUT") or ROOT / "bench" / "results" / device)
+def one_row(section, case, label, rows, compiled, args, rows_out):
+    us = seconds(compiled, args) / CALLS * 1e6
+    if section == "chunk":
+        rate = operations(rows) / us / 1e6
+        say(f"{case:28s} {label:9s} {us:8.2f} us {rate:6.1f} TFLOP/s")
+        rows_out.append(row(case, label, "time", us, "us"))
+        rows_out.append(row(case, label, "rate", rate, "TFLOP/s"))
+        return
+    text, rate = "", sum(n for n, _ in rows) * K * H * 4 / us / 1e6
+    if label != "jax":
+        kernels, parts = cupti(compiled, args)
+        text = f"cupti {kernels:.2f} us " + " ".join(f"{a}={b:.2f}" for a, b in parts.items())
+        rows_out.append(row(case, label, "kernel time", kernels, "us"))
+    say(f"{case:22s} {label:9s} {us:8.2f} us {rate:5.2f} TB/s {text}")
+    rows_out.append(row(case, label, "bandwidth", rate, "TB/s"))
+
+
+def dense(rows_out):
+    """Our dense flash attention over contiguous keys, at the operations of the chunks."""
+    from pallas_kernels import flash_attention as fa
+
+    for name in list(CHUNKS)[:2]:
+        rows = CHUNKS[name]
+        r, (n, new) = len(rows), rows[0]
+        keys = [jax.random.key(i) for i in range(3)]
+        make = lambda k, *s: jax.random.normal(k, s, jnp.bfloat16)
+        q, k, v = make(keys[0], r, new, N, H), make(keys[1], r, n, K, H), make(keys[2], r, n, K, H)
+        one = functools.partial(dense_call, band=fa.Band(right=0, offset=n - new))
+        run = lambda q, k, v: jax.lax.fori_loop(0, CALLS, lambda _, q: one(q, k, v), q)
+        try:
+            us = seconds(jax.jit(run).lower(q, k, v).compile(), (q, k, v)) / CALLS * 1e6
+        except Exception as e:
+            say(name, "dense FAIL", type(e).__name__, str(e)[:300])
+            continue
+        rate = operations(rows) / us / 1e6
+        say(f"{name:28s} dense     {us:8.2f} us {rate:6.1f} TFLOP/s")
+        for size in (64, 16):
+            rows_out.append(row(f"{name} block {size}", "dense flash", "rate", rate, "TFLOP/s"))
+
+
+def write(rows, name):
+    folder = pathlib.Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "h200")
     folder.mkdir(parents=True, exist_ok=True)
     meta = dict(
         command="python bench/paged_attention.py",
@@ -370,33 +395,39 @@ def write(rows, device):
         device=jax.devices()[0].device_kind,
         versions=dict(jax=jax.__version__),
     )
-    (folder / "paged_attention.json").write_text(json.dumps(dict(meta=meta, rows=rows), indent=1))
+    (folder / f"{name}.json").write_text(json.dumps(dict(meta=meta, rows=rows), indent=1))
+
+
+def dry_shapes():
+    """`ShapeDtypeStruct` on an H200 that is not here."""
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    target = (ROOT / "scripts" / "h200.txtpb").read_text()
+    topo = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    sharding = NamedSharding(Mesh(np.array(topo.devices[:1]), ("x",)), PartitionSpec())
+    return functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--sections", default="check,large,small")
+    parser.add_argument("--sections", default="large,small,chunk,peer")
     parser.add_argument("--rows", default="")
     parser.add_argument("--variants", action="store_true")
     parser.add_argument("--limit", type=float, default=170)
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
-    sections, rows, sds = args.sections.split(","), [], jax.ShapeDtypeStruct
-    if args.dry:
-        from jax.experimental import topologies
-        from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-        target = (ROOT / "scripts" / "h200.txtpb").read_text()
-        topo = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-        sharding = NamedSharding(Mesh(np.array(topo.devices[:1]), ("x",)), PartitionSpec())
-        sds = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-    else:
-        say("jax", jax.__version__, jax.devices()[0].device_kind)
-        if "check" in sections:
-            check(rows)
-    timed(sections, args.variants, args.rows, args.limit, sds, args.dry, rows)
+    sections, rows = args.sections.split(","), []
     if not args.dry:
-        write(rows, "h200")
+        say("jax", jax.__version__, jax.devices()[0].device_kind)
+    if sections == ["check"]:
+        check(rows)
+        write(rows, "paged_attention_check")
+    else:
+        sds = dry_shapes() if args.dry else jax.ShapeDtypeStruct
+        timed(sections, args.variants, args.rows, args.limit, sds, args.dry, rows)
+        if not args.dry:
+            write(rows, "paged_attention")
     say("done")
 
 

@@ -18,6 +18,9 @@ from .split import SplitConfig
 
 Config = ClusterConfig | SplitConfig | PrefillConfig
 Plan = tuple[Config] | tuple[SplitConfig, PrefillConfig]
+# a cluster serves one row: a long one beside short ones waits for its own few CTAs, so tables that
+# can hold more keys than this a row go to the kernel of equal shares
+MAX_UNEVEN = 4096
 MAX_COLS = 64  # query columns of a tile: beyond, accumulators spill
 
 
@@ -282,7 +285,8 @@ def default_plan(geom: Geometry, itemsize: int = 2) -> Plan:
     if geom.max_q * geom.group <= MAX_COLS:
         columns = _in_columns(geom, geom.max_q)
         segments = geom.num_rows * cluster.tiles_per_row(columns) * geom.num_kv_heads
-        if 2 * segments <= HOPPER_SMS:
+        even = geom.blocks_per_row * geom.block_size <= MAX_UNEVEN or 8 * segments <= HOPPER_SMS
+        if 2 * segments <= HOPPER_SMS and even:
             return (cluster.pick_config(columns, itemsize),)
         return (_split_config(columns, itemsize),)
     config = prefill.pick_prefill(geom, itemsize)

@@ -47,6 +47,7 @@ class ClusterConfig:
     warpgroups: int = 2
     stages: int = 2
     key_tile: int = 64
+    auto_barriers: bool = True  # let Pallas add the warpgroup barriers that it cannot do without
 
     def __post_init__(self):
         if self.cluster not in (1, 2, 4, 8, 16):
@@ -65,18 +66,20 @@ def smem_bytes(config: ClusterConfig, geom: Geometry, itemsize: int) -> int:
     return config.warpgroups * (ring + small) + 1024
 
 
-def pick_config(geom: Geometry, itemsize: int = 2, *, max_cluster: int = 16) -> ClusterConfig:
-    """One or two CTAs per SM, no warpgroup without a tile of the longest row that the table holds.
+def pick_config(geom: Geometry, itemsize: int = 2, *, max_cluster: int = 8) -> ClusterConfig:
+    """One CTA of two warpgroups per SM, none without a tile of the longest row the table holds.
+
+    Clusters of 16 measured slower: an H200 places few of them at a time.
 
     >>> pick_config(Geometry(1, 32, 8, 128, 128, 99, 64, 1, 64, max_q=1))
-    ClusterConfig(cluster=16, warpgroups=2, stages=2, key_tile=64)
+    ClusterConfig(cluster=8, warpgroups=2, stages=3, key_tile=64, auto_barriers=True)
     """
     tiles = cdiv(geom.blocks_per_row * geom.block_size, 64)
-    segments = geom.num_q_tiles * geom.num_kv_heads
+    segments = geom.num_rows * tiles_per_row(geom) * geom.num_kv_heads
     cluster = 1
-    while cluster * 2 <= min(max_cluster, tiles) and segments * cluster * 2 <= 2 * HOPPER_SMS:
+    while 2 * cluster <= min(max_cluster, tiles) and 2 * cluster * segments <= HOPPER_SMS:
         cluster *= 2
-    warpgroups = 2 if segments * cluster <= HOPPER_SMS and tiles >= 2 * cluster else 1
+    warpgroups = 2 if tiles >= 2 * cluster else 1
     stages = max(1, min(3, cdiv(tiles, cluster * warpgroups)))
     config = ClusterConfig(cluster, warpgroups, stages)
     while stages > 1 and smem_bytes(config, geom, itemsize) > SMEM_BYTES:
@@ -179,7 +182,9 @@ def cluster_attention(
             num_threads=w,
             thread_name="wg",
             interpret=interpret_params(interpret),
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, unsafe_no_auto_barriers=not config.auto_barriers
+            ),
             **mesh,
         )(q, k_pool, v_pool, block_tables, context_lens, q_indptr, *columns)
     return out, lse
@@ -221,6 +226,7 @@ class _Cluster:
         plgpu.copy_gmem_to_smem(source, q_s.at[wg], q_full.at[wg])
         block = geom.column_block(head)
         slopes = None if slopes_ref is None else math.load(slopes_ref.at[block])
+        self.clear(u, head, rank, indptr_ref, out_ref)
         smem = tuple(x.at[wg] for x in (q_s, k_s, v_s, p_s, red_s))
         bars = (q_full.at[wg], lambda slot: kv_full.at[wg, slot])
         o, lse = self.attend(
@@ -234,7 +240,6 @@ class _Cluster:
         else:
             _cluster_sync()
         self.merge(u, head, rank, facts, (part_o_ref, part_lse_ref), sinks_ref, (out_ref, lse_ref))
-        self.clear(u, head, rank, indptr_ref, out_ref)
 
     def facts(self, u, row, begin, end, context):
         """First token, tokens, position, first key tile, key tiles and context of query tile u."""
@@ -363,7 +368,7 @@ class _Cluster:
         geom = self.math.geom
         num = geom.num_rows * tiles_per_row(geom)
 
-        @pl.when(rank == 0)
+        @pl.when(rank == self.config.cluster * self.config.warpgroups - 1)
         def _():
             begin = indptr_ref[geom.num_rows] + u
 

@@ -42,7 +42,7 @@ class SplitConfig:
     key_tile: int = 64
     stages: int = 3
     ctas: int = 2 * HOPPER_SMS
-    dependent_launch: bool = False  # overlap the launch of `combine` with the end of the kernel
+    auto_barriers: bool = True  # let Pallas add the warpgroup barriers that it cannot do without
 
     def __post_init__(self):
         if self.key_tile % 64 or self.key_tile <= 0:
@@ -123,7 +123,9 @@ def split_attention(
             num_threads=2,
             thread_name="wg",
             interpret=interpret_params(interpret),
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, unsafe_no_auto_barriers=not config.auto_barriers
+            ),
         )(q, k_pool, v_pool, block_tables, *work, *columns)
     with jax.named_scope("paged_attention.combine"):
         out, lse = jax.new_ref(out), jax.new_ref(lse)
@@ -135,8 +137,18 @@ def split_attention(
             grid_names=("cta",),
             interpret=interpret_params(interpret),
             compiler_params=plgpu.CompilerParams(approx_math=True),
-        )(work.tiles, work.shares, part_o, part_lse, *columns[-1:] * call.has[1], out, lse)
+        )(work.shares, part_o, part_lse, *columns[-1:] * call.has[1], out, lse)
         return out[...], lse[...]
+
+
+def _read(ref, row, *columns):
+    """Scalars of a row of the work list."""
+    return tuple(ref[row, x] for x in columns)
+
+
+def _facts_of(tiles_ref, u):
+    """A row of `WorkList.tiles`."""
+    return _read(tiles_ref, u, *range(8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +169,8 @@ class _Split:
             refs[4:],
         )
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        share = tuple(shares_ref[cta, x] for x in (wl.LENGTH, wl.TILE, wl.HEAD, wl.OFFSET))
+        share = _read(shares_ref, cta, wl.LENGTH, wl.TILE, wl.HEAD, wl.OFFSET)
+        share = (*share, _read(shares_ref, cta, *range(wl.FACTS, wl.FACTS + 8)))
 
         @pl.when(wg == 0)
         def _():
@@ -170,8 +183,6 @@ class _Split:
             inputs = (q_ref, k_ref, v_ref, table_ref, tiles_ref)
             bars = (q_full, q_free, kv_full, kv_free)
             self.produce(share, inputs, (q_s, k_s, v_s), bars)
-            if self.config.dependent_launch and not self.math.ops.interpret:
-                plgpu.griddepcontrol_launch_dependents()
             self.clear(cta, dead_ref, outputs[0])
 
     # ---------------------------------------------------------------- consumer
@@ -181,13 +192,12 @@ class _Split:
         ops, stages = math.ops, self.config.stages
         q_s, k_s, v_s, p_s, o_s, red_s = smem
         q_full, q_free, kv_full, kv_free = bars
-        length, *first = share
+        length, *first, fact = share
 
         def segment(carry):
-            done, u, head, offset, seen = carry
-            count = tiles_ref[u, wl.COUNT]
-            position, context = tiles_ref[u, wl.POSITION], tiles_ref[u, wl.CONTEXT]
-            first_tile, following = tiles_ref[u, wl.KEY_TILE], tiles_ref[u, wl.NEXT]
+            done, u, head, offset, seen, fact = carry
+            count, first_tile = fact[wl.COUNT], fact[wl.KEY_TILE]
+            position, context = fact[wl.POSITION], fact[wl.CONTEXT]
             n = lax.min(count - offset, length - done)
             q_slot = seen & 1
             block = geom.column_block(head)
@@ -218,19 +228,20 @@ class _Split:
             ended = offset + n == count
             sinks = None if sinks_ref is None else math.load(sinks_ref.at[block])
             where = (cta, u, head, offset == 0, ended)
-            self.emit(where, o, lse, sinks, tiles_ref, o_s, outputs)
+            self.emit(where, o, lse, sinks, fact, o_s, outputs)
             head = jnp.where(ended, head + 1, head)
             wrap = head == geom.num_kv_heads
-            u = jnp.where(wrap, following, u)
+            u = jnp.where(wrap, fact[wl.NEXT], u)
+            fact = lax.cond(wrap, lambda: _facts_of(tiles_ref, u), lambda: fact)
             head = jnp.where(wrap, 0, head)
             offset = jnp.where(ended, 0, offset + n)
-            return done + n, u, head, offset, seen + 1
+            return done + n, u, head, offset, seen + 1, fact
 
         zero = jnp.int32(0)
-        lax.while_loop(lambda c: c[0] < length, segment, (zero, *first, zero))
+        lax.while_loop(lambda c: c[0] < length, segment, (zero, *first, zero, fact))
         plgpu.wait_smem_to_gmem(0)
 
-    def emit(self, where, o, lse, sinks, tiles_ref, o_s, outputs):
+    def emit(self, where, o, lse, sinks, fact, o_s, outputs):
         """A whole segment goes to the output, a part of one to this share's partials."""
         cta, u, head, starts, ends = where
         out_ref, lse_ref, part_o_ref, part_lse_ref = outputs
@@ -239,7 +250,7 @@ class _Split:
         def _():
             out = self.math.with_sinks(o, lse, sinks)
             self.math.ops.store_plain(lse_ref.at[u, head], lse)
-            self.put(out, o_s, out_ref, tiles_ref, u, head)
+            self.put(out, o_s, out_ref, fact, head)
 
         @pl.when(jnp.logical_not(starts & ends))
         def _():
@@ -247,10 +258,10 @@ class _Split:
             self.math.ops.store_plain(part_o_ref.at[cta, slot], o)
             self.math.ops.store_plain(part_lse_ref.at[cta, slot], lse)
 
-    def put(self, o, o_s, out_ref, tiles_ref, u, head):
+    def put(self, o, o_s, out_ref, fact, head):
         """The live columns of `o [Hv, cols]` as rows of the output."""
         geom, group = self.math.geom, self.math.geom.group
-        token, tokens = tiles_ref[u, wl.FIRST_TOKEN], tiles_ref[u, wl.NUM_TOKENS]
+        token, tokens = fact[wl.FIRST_TOKEN], fact[wl.NUM_TOKENS]
         self.math.ops.store_plain(o_s, o.astype(self.math.dtype), transpose=True)
         plgpu.commit_smem()
         for i in range(geom.q_tokens):
@@ -269,12 +280,8 @@ class _Split:
         q_ref, k_ref, v_ref, table_ref, tiles_ref = inputs
         q_s, k_s, v_s = smem
         q_full, q_free, kv_full, kv_free = bars
-        length, *first = share
+        length, *first, fact = share
         stages = self.config.stages
-
-        def facts(u):
-            """What the copies need to know of query tile u."""
-            return tuple(tiles_ref[u, x] for x in range(8))
 
         def load_q(u, head, seen, token):
             slot = seen & 1
@@ -293,7 +300,7 @@ class _Split:
             wrap = next_head == geom.num_kv_heads
             next_head = jnp.where(wrap, 0, next_head)
             next_u = jnp.where(wrap, following, u)
-            next_fact = facts(next_u)
+            next_fact = lax.cond(wrap, lambda: _facts_of(tiles_ref, next_u), lambda: fact)
             next_offset = jnp.where(last, 0, offset + 1)
             next_ids = self.block_ids(table_ref, next_fact, next_offset)  # a tile ahead of its use
             pl.when((offset == 0) | (i == 0))(lambda: load_q(u, head, seen, token))
@@ -310,7 +317,6 @@ class _Split:
             return next_u, next_head, next_offset, seen, next_fact, next_ids
 
         u, head, offset = first
-        fact = facts(u)
         carry = (u, head, offset, jnp.int32(0), fact, self.block_ids(table_ref, fact, offset))
         _, _, offset, seen, *_ = lax.fori_loop(0, length, step, carry)
         seen = jnp.where(offset == 0, seen, seen + 1)  # a segment that the next share goes on with
@@ -347,18 +353,17 @@ class _Split:
 
     # ---------------------------------------------------------------- combine
 
-    def combine_body(self, tiles_ref, shares_ref, part_o_ref, part_lse_ref, *refs):
+    def combine_body(self, shares_ref, part_o_ref, part_lse_ref, *refs):
         sinks_ref = refs[0] if self.has[1] else None
         out_ref, lse_ref, o_s = refs[-3:]
         math = self.math
-        if self.config.dependent_launch and not math.ops.interpret:
-            plgpu.griddepcontrol_wait()
         cta = lax.axis_index("cta")
         begin = shares_ref[cta, wl.MERGE_FROM]
 
         @pl.when(begin >= 0)
         def _():
-            u, head = shares_ref[cta, wl.TILE], shares_ref[cta, wl.HEAD]
+            u, head = _read(shares_ref, cta, wl.TILE, wl.HEAD)
+            fact = _read(shares_ref, cta, *range(wl.FACTS, wl.FACTS + 8))
             m, w, o = self.fold(part_o_ref, part_lse_ref, begin, cta)
             out = o * spread(1.0 / w, o.shape)
             lse = m + jnp.log2(w)
@@ -367,7 +372,7 @@ class _Split:
                 sinks = math.load(sinks_ref.at[math.geom.column_block(head)])
             out = math.with_sinks(out, lse, sinks)
             math.ops.store_plain(lse_ref.at[u, head], lse)
-            self.put(out, o_s, out_ref, tiles_ref, u, head)
+            self.put(out, o_s, out_ref, fact, head)
             plgpu.wait_smem_to_gmem(0)
 
     def fold(self, part_o_ref, part_lse_ref, begin, cta, at_once: int = 8):

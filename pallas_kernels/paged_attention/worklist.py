@@ -16,15 +16,16 @@ from .geometry import Geometry
 
 # columns of WorkList.tiles
 FIRST_TOKEN, NUM_TOKENS, POSITION, KEY_TILE, COUNT, CONTEXT, ROW, NEXT = range(8)
-# columns of WorkList.shares
-START, LENGTH, TILE, HEAD, OFFSET, MERGE_FROM = range(6)
+# columns of WorkList.shares; from FACTS on, the row of `tiles` that TILE names
+LENGTH, TILE, HEAD, OFFSET, MERGE_FROM = range(5)
+FACTS = 8
 
 
 class WorkList(NamedTuple):
     """Depends on lengths only: one work list serves every layer of a step."""
 
     tiles: jax.Array  # [U, 8] i32, the query tiles; COUNT = 0: nothing to attend to
-    shares: jax.Array  # [ctas, 8] i32
+    shares: jax.Array  # [ctas, 16] i32
     dead: jax.Array  # [T] i32, 1 = no row owns the token or it sees no key: its output is zero
 
 
@@ -113,8 +114,8 @@ def shares(tiles: jax.Array, kv_heads: int, *, ctas: int) -> jax.Array:
     else -1.  Lengths differ by at most one key tile.
 
     >>> t = jnp.zeros((2, 8), jnp.int32).at[:, COUNT].set(jnp.array([5, 1]))
-    >>> shares(t, 1, ctas=3)[:, :6].tolist()
-    [[0, 2, 0, 0, 0, -1], [2, 2, 0, 0, 2, -1], [4, 2, 0, 0, 4, 0]]
+    >>> shares(t, 1, ctas=3)[:, :5].tolist()
+    [[2, 0, 0, 0, -1], [2, 0, 0, 2, -1], [2, 0, 0, 4, 0]]
     """
     count = tiles[:, COUNT]
     base = _exclusive_cumsum(count * kv_heads)
@@ -140,7 +141,8 @@ def shares(tiles: jax.Array, kv_heads: int, *, ctas: int) -> jax.Array:
     ends_it = (length > 0) & (offset > 0) & (per_head - offset <= length)
     merge_from = jnp.where(ends_it, owner(start - offset), -1)
     zero = jnp.zeros_like(start)
-    return jnp.stack((start, length, tile, head, offset, merge_from, zero, zero), axis=1)
+    own = jnp.stack((length, tile, head, offset, merge_from, zero, zero, zero), axis=1)
+    return jnp.concatenate((own, tiles[tile]), axis=1)  # one read tells a CTA how to begin
 
 
 def make_work_list(

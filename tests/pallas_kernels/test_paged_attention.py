@@ -1,0 +1,303 @@
+"""Paged attention kernels in the GPU interpreter: every mix of rows equals dense attention.
+
+The interpreter runs TMA, barriers and warpgroups and reports races as text on stdout, which is why
+the tests read what was printed.  Every slot that no row owns holds NaN, and tables are padded with
+block ids far outside the pool: following one, or multiplying by one, would show.
+"""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import paged_attention as pa
+from pallas_kernels.paged_attention import worklist as wl
+from pallas_kernels.paged_attention.geometry import Geometry
+
+SPLIT = pa.SplitConfig(ctas=5, stages=2)
+PREFILL = pa.PrefillConfig(block_kv=64)
+
+
+def make(lens, new, *, heads=8, kv_heads=2, dim=64, size=16, spare=1, dtype=jnp.bfloat16, seed=0):
+    """Operands of a call: rows of `lens` keys whose last `new` are the queries, `spare` unowned."""
+    rng = np.random.default_rng(seed)
+    need = [-(-n // size) for n in lens]
+    num_blocks, width = sum(need) + 2, max(need) + 1
+    pools = np.full((2, num_blocks, kv_heads, size, dim), np.nan, np.float32)
+    table = np.full((len(lens), width), 10**6, np.int32)
+    order, begin = rng.permutation(num_blocks), 0
+    for r, blocks in enumerate(need):
+        table[r, :blocks] = order[begin : begin + blocks]
+        begin += blocks
+        for j in range(blocks):
+            live = min(size, lens[r] - j * size)
+            pools[:, table[r, j], :, :live] = rng.standard_normal((2, kv_heads, live, dim))
+    indptr = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+    q = rng.standard_normal((int(indptr[-1]) + spare, heads, dim))
+    k_pool, v_pool = jnp.asarray(pools, dtype)
+    arrays = (table, np.asarray(lens, np.int32), indptr)
+    return jnp.asarray(q, dtype), k_pool, v_pool, *map(jnp.asarray, arrays)
+
+
+def run(args, max_q, *, config, **options):
+    """(out, lse) in the interpreter."""
+    f = functools.partial(
+        pa.paged_attention,
+        max_q=max_q,
+        config=config,
+        return_lse=True,
+        interpret=True,
+        **options,
+    )
+    return [np.asarray(x, np.float32) for x in jax.jit(f)(*args)]
+
+
+def check(args, max_q, capfd, *, config, **options):
+    out, lse = run(args, max_q, config=config, **options)
+    want, want_lse = map(np.asarray, pa.paged_attention_reference(*args, **options))
+    seen = np.isfinite(want_lse)
+    np.testing.assert_allclose(out, want, atol=1.5e-2)
+    np.testing.assert_array_equal(np.isfinite(lse), seen)
+    np.testing.assert_allclose(lse[seen], want_lse[seen], atol=1e-4)
+    assert "RACE" not in capfd.readouterr().out
+    return out
+
+
+# ------------------------------------------------------------------------------------- decode
+
+
+@pytest.mark.smoke
+def test_split_decode_of_ragged_rows(capfd):
+    """Empty rows, a padding row, a row of one key, a tail inside a block, an unowned query."""
+    args = make([130, 0, 1, 70], [1, 1, 0, 1])
+    out = check(args, 1, capfd, config=SPLIT)
+    assert (out[1] == 0).all() and (out[3:] == 0).all()
+
+
+def test_split_decode_with_options(capfd):
+    """Window, soft cap, ALiBi and sinks together; a group that does not divide 8; large blocks."""
+    args = make([130, 300, 1], [1, 1, 1], heads=6, kv_heads=2, size=128)
+    options = dict(window=40, logits_soft_cap=20.0, scale=0.3)
+    vectors = dict(alibi_slopes=jnp.linspace(0.1, 1, 6), sinks=jnp.linspace(-1, 2, 6))
+    check(args, 1, capfd, config=SPLIT, **options, **vectors)
+
+
+def test_split_verification(capfd):
+    """Rows of several queries are causal among themselves; they fill more than one query tile."""
+    args = make([40, 130, 64], [3, 9, 0], heads=32, kv_heads=2, size=32)
+    check(args, 9, capfd, config=SPLIT, window=90)
+
+
+@pytest.mark.smoke
+def test_cluster_decode_of_ragged_rows(capfd):
+    args = make([200, 0, 70], [1, 1, 0], heads=4, kv_heads=1)
+    out = check(args, 1, capfd, config=pa.ClusterConfig(cluster=2, warpgroups=1, stages=2))
+    assert (out[1:] == 0).all()
+
+
+def test_cluster_of_two_warpgroups_with_options(capfd):
+    args = make([300, 65], [5, 2], heads=6, kv_heads=2, size=64)
+    config = pa.ClusterConfig(cluster=1, warpgroups=2, stages=1)
+    vectors = dict(alibi_slopes=jnp.linspace(0.1, 1, 6), sinks=jnp.linspace(-1, 2, 6))
+    check(args, 5, capfd, config=config, window=100, logits_soft_cap=20.0, **vectors)
+
+
+# ------------------------------------------------------------------------------------ prefill
+
+
+@pytest.mark.smoke
+def test_prefill_of_ragged_rows(capfd):
+    """A chunk over a prefix, a fresh prompt, an empty row and a decode, in one call."""
+    args = make([300, 7, 0, 40], [70, 7, 0, 1], heads=4, kv_heads=1)
+    check(args, 70, capfd, config=PREFILL)
+
+
+def test_prefill_with_options(capfd):
+    args = make([200, 150], [40, 20], heads=3, kv_heads=1, size=256)
+    options = dict(window=100, logits_soft_cap=20.0)
+    vectors = dict(alibi_slopes=jnp.linspace(0.1, 1, 3), sinks=jnp.linspace(-1, 2, 3))
+    check(args, 40, capfd, config=PREFILL, **options, **vectors)
+
+
+@pytest.mark.slow
+def test_a_mixed_call_runs_both_kernels(capfd):
+    """Static shapes that choose the split-KV and the prefill kernel; each takes its own rows."""
+    args = make([600, 90, 33], [540, 1, 2], heads=32, kv_heads=8)
+    geom = Geometry(543 + 1, 32, 8, 64, 64, args[1].shape[0], 16, 3, args[3].shape[1], max_q=540)
+    assert [type(c) for c in pa.default_plan(geom)] == [pa.SplitConfig, pa.PrefillConfig]
+    check(args, 540, capfd, config=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("kernel", ["split", "cluster", "prefill"])
+def test_every_block_and_head_size(kernel, dim, size, capfd):
+    config = {
+        "split": pa.SplitConfig(ctas=3, stages=1),
+        "cluster": pa.ClusterConfig(cluster=2, warpgroups=1, stages=1),
+        "prefill": PREFILL,
+    }[kernel]
+    new = [17, 1] if kernel == "prefill" else [1, 1]
+    args = make([150, 33], new, heads=4, kv_heads=1, dim=dim, size=size, dtype=jnp.float16)
+    check(args, max(new), capfd, config=config)
+
+
+# --------------------------------------------------------------------------------------- laws
+
+
+def test_blocks_do_not_matter():
+    """The same sequences in blocks of 16 and of 64 give the same bits."""
+    outs = []
+    for size in (16, 64):
+        args = list(make([130, 70], [1, 1], heads=4, kv_heads=1, size=16, spare=0))
+        if size == 64:
+            args[1:4] = _regroup(*args[1:4], 4)
+        outs.append(run(args, 1, config=SPLIT)[0])
+    np.testing.assert_array_equal(*outs)
+
+
+def _regroup(k_pool, v_pool, table, factor):
+    """Pools and table with blocks `factor` times as large."""
+    table = np.pad(table, ((0, 0), (0, -table.shape[1] % factor)), constant_values=10**6)
+    rows, num = table.shape[0], table.shape[1] // factor
+    ids = np.where(table < k_pool.shape[0], table, 0).reshape(rows * num, factor)
+    dead = (table >= k_pool.shape[0]).reshape(rows * num, factor)
+
+    def regroup(pool):
+        x = np.array(np.asarray(pool, np.float32)[ids])  # [rows * num, factor, K, size, H]
+        x[dead] = np.nan
+        x = np.moveaxis(x, 1, 2).reshape(rows * num, pool.shape[1], -1, pool.shape[3])
+        return jnp.asarray(x, pool.dtype)
+
+    new = jnp.arange(rows * num, dtype=jnp.int32).reshape(rows, num)
+    return regroup(k_pool), regroup(v_pool), new
+
+
+rows = st.lists(
+    st.tuples(st.integers(0, 700), st.integers(0, 40)).map(lambda x: (max(x[0], x[1]), x[1])),
+    min_size=1,
+    max_size=6,
+)
+
+
+@pytest.mark.smoke
+@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.given(rows=rows, window=st.sampled_from([None, 1, 100]), ctas=st.sampled_from([1, 7]))
+def test_shares_cover_every_key_tile_once(rows, window, ctas):
+    """The shares, read one after another, are all key tiles of all segments in order."""
+    lens, new = (np.array(x, np.int32) for x in zip(*rows, strict=True))
+    lens, new = (np.concatenate([x, np.zeros(6 - len(x), np.int32)]) for x in (lens, new))
+    indptr = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+    geom = Geometry(6 * 40, 8, 2, 64, 64, 99, 16, 6, 44, max_q=40, q_tokens=4)
+    tiles, shares, dead = map(np.asarray, _work_list(lens, indptr, geom, window, ctas))
+    want, tokens = [], set()
+    for r in range(6):
+        for i in range(0, new[r], 4):
+            last = min(i + 4, new[r]) - 1
+            first = lens[r] - new[r] + i
+            low = max(first - window + 1, 0) // 64 if window else 0
+            high = (lens[r] - new[r] + last) // 64 + 1
+            tokens |= set(range(indptr[r] + i, indptr[r] + last + 1))
+            want += [(r, indptr[r] + i, h, t) for h in range(2) for t in range(low, high)]
+    got = []
+    for c in range(ctas):
+        u, head, offset = shares[c, [wl.TILE, wl.HEAD, wl.OFFSET]]
+        merge = offset > 0 and shares[c, wl.LENGTH] >= tiles[u, wl.COUNT] - offset
+        begun = [x for x in range(c) if shares[x, wl.LENGTH]]
+        if merge:  # the partials of all shares from MERGE_FROM on belong to this segment
+            start = sum(shares[x, wl.LENGTH] for x in begun[: shares[c, wl.MERGE_FROM]])
+            end = start + shares[shares[c, wl.MERGE_FROM], wl.LENGTH]
+            assert start <= len(got) - offset < end
+        else:
+            assert shares[c, wl.MERGE_FROM] == -1
+        np.testing.assert_array_equal(shares[c, wl.FACTS :], tiles[u])
+        for _ in range(shares[c, wl.LENGTH]):
+            fact = tiles[u]
+            got.append((fact[wl.ROW], fact[wl.FIRST_TOKEN], head, fact[wl.KEY_TILE] + offset))
+            offset += 1
+            if offset == fact[wl.COUNT]:
+                offset, head = 0, head + 1
+            if head == 2:
+                head, u = 0, fact[wl.NEXT]
+    assert got == want
+    assert {t for t in range(240) if not dead[t]} == tokens
+    lengths = shares[:, wl.LENGTH]
+    assert lengths.max() - lengths.min() <= 1
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _work_list(lens, indptr, geom, window, ctas):
+    return wl.make_work_list(lens, indptr, geom, key_tile=64, ctas=ctas, window=window)
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def _shapes(t=2, n=8, k=2, h=64, size=16, rows=2, dtype=jnp.bfloat16):
+    sds = jax.ShapeDtypeStruct
+    pool, i32 = sds((9, k, size, h), dtype), jnp.int32
+    return (
+        sds((t, n, h), dtype),
+        pool,
+        pool,
+        sds((rows, 4), i32),
+        sds((rows,), i32),
+        sds((rows + 1,), i32),
+    )
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("shapes", "options", "error"),
+    [
+        (_shapes(h=96), {}, NotImplementedError),
+        (_shapes(dtype=jnp.float32), {}, NotImplementedError),
+        (_shapes(size=24), {}, NotImplementedError),
+        (_shapes(n=9), {}, ValueError),
+        (_shapes(), dict(window=0), ValueError),
+        (_shapes(), dict(max_q=0), ValueError),
+        (_shapes(), dict(logits_soft_cap=-1.0), ValueError),
+        (_shapes(), dict(sinks=jnp.zeros(3)), ValueError),
+        ((*_shapes()[:4], *_shapes(rows=3)[4:]), {}, ValueError),
+        (_shapes(), dict(config=pa.SplitConfig(stages=99)), NotImplementedError),
+    ],
+)
+def test_refusals(shapes, options, error):
+    with pytest.raises(error):
+        jax.eval_shape(functools.partial(pa.paged_attention, **{"max_q": 1, **options}), *shapes)
+
+
+# ------------------------------------------------------------------------- lowering for Hopper
+
+
+def lower(shapes, max_q, config=None, **options):
+    f = jax.jit(functools.partial(pa.paged_attention, max_q=max_q, config=config, **options))
+    return f.trace(*shapes).lower(lowering_platforms=("cuda",))
+
+
+LOWERINGS = {
+    "cluster": (_shapes(t=1, n=32, k=8, h=128, rows=1), 1),
+    "split": (_shapes(t=64, n=32, k=8, h=128, rows=64), 1),
+    "verify": (_shapes(t=64, n=32, k=8, h=128, rows=16), 5),
+    "mixed": (_shapes(t=600, n=32, k=8, h=128, rows=65), 512),
+    "h256": (_shapes(t=600, n=16, k=8, h=256, size=64, rows=65), 512),
+}
+
+
+@pytest.mark.parametrize("name", ["cluster", pytest.param("mixed", marks=pytest.mark.smoke)])
+def test_lowers_for_cuda(name):
+    lower(*LOWERINGS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(LOWERINGS))
+def test_lowers_for_cuda_with_options(name):
+    shapes, max_q = LOWERINGS[name]
+    n = shapes[0].shape[1]
+    vectors = dict(alibi_slopes=jnp.ones(n), sinks=jnp.ones(n))
+    lower(shapes, max_q, window=100, logits_soft_cap=9.0, return_lse=True, **vectors)
