@@ -134,6 +134,7 @@ class _Ticket:
     """What the engine keeps of a request: the static side of its samples, and its clock."""
 
     request: Request
+    prompt_ids: tuple[int, ...]
     seed: int
     samples: tuple[SequenceState, ...]  # as they arrived
     stream: bool
@@ -421,6 +422,7 @@ class Engine:
         encode = lambda word: self._tokenizer.encode(word, add_special_tokens=False)
         ticket = _Ticket(
             request=request,
+            prompt_ids=tuple(request.prompt.tolist()),
             seed=seed,
             samples=(),
             stream=stream,
@@ -442,6 +444,7 @@ class Engine:
                 min_tokens=params.min_tokens,
                 include_stop=params.include_stop_str_in_output,
                 detokenizer=self._detokenizer(params) if text else None,
+                text_at_end=text and not stream and not params.stop,
             ),
             bad_words=encode_bad_words(params.bad_words, encode) if params.bad_words else (),
             metrics=RequestMetrics(arrival_time=self._clock()),
@@ -719,8 +722,7 @@ class Engine:
             progress = advance(
                 self._progress[seq.seq_id],
                 ticket.rules,
-                token,
-                count,
+                seq.log[seq.num_prompt : seq.num_prompt + count],
                 last=seq.num_prompt + count >= seq.limit,
                 logprobs=logprobs,
             )
@@ -765,7 +767,10 @@ class Engine:
             self._candidates.pop(seq.seq_id, None)
             progress = self._progress[seq.seq_id]
             if progress.finish_reason is None:
-                self._progress[seq.seq_id] = end(progress, ticket.rules, reason, stop_reason)
+                output = seq.log[seq.num_prompt : seq.num_prompt + self._num_output[seq.seq_id]]
+                self._progress[seq.seq_id] = end(
+                    progress, ticket.rules, output, reason, stop_reason
+                )
         self._batch = scheduling.cancel(self._batch, [seq.seq_id for seq in ticket.samples])
         self._touched[name] = None
 
@@ -809,56 +814,59 @@ class Engine:
         outputs = []
         for name in self._touched:
             ticket = self._tickets[name]
-            output = self._output(ticket)
-            if output.finished or ticket.stream:
-                outputs.append(output)
-            if not output.finished:
-                continue
-            self._meter.finish(output.outputs[0].finish_reason, output.metrics)
-            del self._tickets[name]
-            self._prompt_logprobs.pop(name, None)
-            self._beams.pop(name, None)
-            for seq in ticket.samples:
-                del self._progress[seq.seq_id], self._num_output[seq.seq_id]
+            done = all(self._progress[seq.seq_id].finish_reason for seq in ticket.samples)
+            if ticket.stream or done:
+                outputs.append(self._output(ticket, done))
+            if done:
+                self._forget(ticket, outputs[-1])
         self._touched = {}
         self._tick()
         return outputs
 
-    def _output(self, ticket: _Ticket) -> RequestOutput:
-        request = ticket.request
-        samples = self._beam_outputs(ticket) if ticket.beams else []
-        total = sum(len(sample.token_ids) for sample in samples)
-        for seq in () if ticket.beams else ticket.samples:
-            count = self._num_output[seq.seq_id]
-            total += count
-            tokens = tuple(seq.log[seq.num_prompt : seq.num_prompt + count].tolist())
-            samples.append(
-                completion(
-                    self._progress[seq.seq_id],
-                    seq.index,
-                    tokens,
-                    with_logprobs=request.params.logprobs is not None,
-                )
-            )
-        done = all(sample.finished for sample in samples)
-        metrics = dataclasses.replace(
-            ticket.metrics,
-            num_generation_tokens=total,
-            finished_time=self._clock() if done else None,
-        )
+    def _forget(self, ticket: _Ticket, output: RequestOutput) -> None:
+        """The request has ended and been reported."""
+        name = ticket.request.request_id
+        self._meter.finish(output.outputs[0].finish_reason, output.metrics)
+        del self._tickets[name]
+        self._prompt_logprobs.pop(name, None)
+        self._beams.pop(name, None)
+        for seq in ticket.samples:
+            del self._progress[seq.seq_id], self._num_output[seq.seq_id]
+
+    def _output(self, ticket: _Ticket, done: bool) -> RequestOutput:
+        request, first = ticket.request, ticket.metrics
+        samples = self._beam_outputs(ticket) if ticket.beams else self._sample_outputs(ticket)
         found = self._prompt_logprobs.get(request.request_id)
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt_text,
-            prompt_token_ids=tuple(request.prompt.tolist()),
-            outputs=tuple(samples),
+            prompt_token_ids=ticket.prompt_ids,
+            outputs=samples,
             prompt_logprobs=None if found is None else tuple(found),
-            metrics=metrics,
+            metrics=RequestMetrics(
+                arrival_time=first.arrival_time,
+                first_scheduled_time=first.first_scheduled_time,
+                first_token_time=first.first_token_time,
+                finished_time=self._clock() if done else None,
+                num_generation_tokens=sum(len(sample.token_ids) for sample in samples),
+                num_preemptions=first.num_preemptions,
+            ),
             num_cached_tokens=ticket.num_cached,
             seed=ticket.seed,
         )
 
-    def _beam_outputs(self, ticket: _Ticket) -> list[CompletionOutput]:
+    def _sample_outputs(self, ticket: _Ticket) -> tuple[CompletionOutput, ...]:
+        """The samples as they stand."""
+        with_logprobs = ticket.request.params.logprobs is not None
+        outputs = []
+        for seq in ticket.samples:
+            stop = seq.num_prompt + self._num_output[seq.seq_id]
+            tokens = tuple(seq.log[seq.num_prompt : stop].tolist())
+            progress = self._progress[seq.seq_id]
+            outputs.append(completion(progress, seq.index, tokens, with_logprobs=with_logprobs))
+        return tuple(outputs)
+
+    def _beam_outputs(self, ticket: _Ticket) -> tuple[CompletionOutput, ...]:
         """The finished beams, or the running ones while the search goes on; best first."""
         search = self._beams[ticket.request.request_id]
         if search.running:
@@ -869,7 +877,7 @@ class Engine:
                 (beam, "stop" if beam.ended else "length", None) for _, beam in search.finished
             ]
         decode = self._tokenizer.decode if self._tokenizer is not None else lambda _: ""
-        return [
+        return tuple(
             CompletionOutput(
                 index=index,
                 text=decode(list(beam.tokens)),
@@ -879,7 +887,7 @@ class Engine:
                 stop_reason=stop_reason,
             )
             for index, (beam, reason, stop_reason) in enumerate(reasons)
-        ]
+        )
 
     def _tick(self) -> None:
         """Time counts as busy while some request is unfinished."""

@@ -5,6 +5,9 @@ function from one to the next.
 """
 
 import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
 
 from aidx.engine.detokenizer import Detokenizer, DetokenizerState
 from aidx.engine.outputs import CompletionOutput, FinishReason, Logprobs
@@ -20,6 +23,8 @@ class Rules:
         min_tokens: tokens before which neither counts.
         include_stop: whether a stop token's text is part of the text.
         detokenizer: None gives token ids without text.
+        text_at_end: make the text when the sample ends, in one piece: for who neither streams nor
+            looks for stop strings.
     """
 
     eos_ids: frozenset[int] = frozenset()
@@ -27,6 +32,7 @@ class Rules:
     min_tokens: int = 0
     include_stop: bool = False
     detokenizer: Detokenizer | None = None
+    text_at_end: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,45 +60,45 @@ def start(rules: Rules, prompt) -> Progress:
 def advance(
     progress: Progress,
     rules: Rules,
-    token: int,
-    num_output: int,
+    output: Sequence[int] | np.ndarray,
     *,
     last: bool = False,
     logprobs: Logprobs | None = None,
 ) -> Progress:
-    """One more token, the `num_output`-th; `last` says that there is no room for another.
+    """One more token, the last of `output`; `last` says that there is no room for another.
 
     Example:
         >>> rules = Rules(eos_ids=frozenset({2}), stop_ids=frozenset({5}))
-        >>> advance(Progress(), rules, 5, 1).stop_reason
+        >>> advance(Progress(), rules, [5]).stop_reason
         5
-        >>> advance(Progress(), rules, 7, 1, last=True).finish_reason
+        >>> advance(Progress(), rules, [7], last=True).finish_reason
         'length'
-        >>> advance(Progress(), rules, 7, 1).finish_reason is None
+        >>> advance(Progress(), rules, [7]).finish_reason is None
         True
     """
+    token = int(output[-1])
     reason: FinishReason | None = "length" if last else None
     stop_reason: int | str | None = None
-    if num_output >= rules.min_tokens:
+    if len(output) >= rules.min_tokens:
         if token in rules.eos_ids:
             reason = "stop"
         elif token in rules.stop_ids:
             reason, stop_reason = "stop", token
-    stopped_by_token = reason == "stop"
-    text, state = progress.text, progress.state
-    if rules.detokenizer is not None:
-        if not stopped_by_token or rules.include_stop:
-            state, delta = rules.detokenizer.step(state, token)
+    text, state, detokenizer = progress.text, progress.state, rules.detokenizer
+    shown = reason != "stop" or rules.include_stop
+    if detokenizer is not None and state is not None and not rules.text_at_end:
+        if shown:
+            state, delta = detokenizer.step(state, token)
+            text += delta
+        if reason is not None and state.stop is None:
+            state, delta = detokenizer.finish(state)
             text += delta
         if state.stop is not None:
             reason, stop_reason = "stop", state.stop
-        elif reason is not None:
-            state, delta = rules.detokenizer.finish(state)
-            text += delta
-            if state.stop is not None:
-                reason, stop_reason = "stop", state.stop
-    if logprobs is None and reason is None and text is progress.text and state is progress.state:
+    elif reason is None and logprobs is None:
         return progress
+    elif reason is not None:
+        text = _text(progress, rules, output if shown else output[:-1])
     cumulative = progress.cumulative_logprob
     if logprobs is not None:
         cumulative += logprobs[token].logprob
@@ -107,21 +113,32 @@ def advance(
 
 
 def end(
-    progress: Progress, rules: Rules, reason: FinishReason, stop_reason: int | str | None = None
+    progress: Progress,
+    rules: Rules,
+    output: Sequence[int] | np.ndarray,
+    reason: FinishReason,
+    stop_reason: int | str | None = None,
 ) -> Progress:
     """It ends for a reason of its own: cancelled, failed.  Text that was held back is shown.
 
     Example:
-        >>> end(Progress("abc"), Rules(), "abort").finish_reason
+        >>> end(Progress(), Rules(), [1, 2], "abort").finish_reason
         'abort'
     """
-    text, state = progress.text, progress.state
-    if rules.detokenizer is not None and state is not None and reason != "error":
-        state, delta = rules.detokenizer.finish(state)
-        text += delta
-    return dataclasses.replace(
-        progress, text=text, state=state, finish_reason=reason, stop_reason=stop_reason
-    )
+    text = progress.text
+    if reason != "error":  # it may be the text that failed
+        if rules.text_at_end:
+            text = _text(progress, rules, output)
+        elif rules.detokenizer is not None and progress.state is not None:
+            text += rules.detokenizer.finish(progress.state)[1]
+    return dataclasses.replace(progress, text=text, finish_reason=reason, stop_reason=stop_reason)
+
+
+def _text(progress: Progress, rules: Rules, output: Sequence[int] | np.ndarray) -> str:
+    """The text of all tokens at once."""
+    if rules.detokenizer is None or progress.state is None:
+        return ""
+    return rules.detokenizer.pieces.text([int(t) for t in output], progress.state.started)
 
 
 def completion(

@@ -101,10 +101,12 @@ def test_a_stop_string_ends_across_tokens_and_no_stream_shows_part_of_it():
 def test_a_stream_gives_every_token_once():
     made = engine(tokenizer=Letters())
     name = made.add_request(PROMPTS[1], GREEDY, stream=True)
-    lengths = []
+    seen = []
     while made.has_unfinished:
-        lengths += [len(o.outputs[0].token_ids) for o in made.step() if o.request_id == name]
-    assert lengths == list(range(1, 13))
+        seen += [o.outputs[0] for o in made.step() if o.request_id == name]
+    assert [len(o.token_ids) for o in seen] == list(range(1, 13))
+    [at_end] = generate([PROMPTS[1]], GREEDY, made=made)
+    assert at_end.outputs[0].text == seen[-1].text == Letters().decode(seen[-1].token_ids)
 
 
 def test_the_host_is_one_step_behind():
