@@ -110,6 +110,20 @@ def test_unused_blocks_go_before_cached_ones_and_those_in_the_order_of_their_las
     assert len(pool.match_prefix(first_keys)[1]) == 1
 
 
+def test_the_order_of_eviction_survives_any_number_of_hits():
+    pool, order, rng = BlockPool.create(6, 1), [], np.random.default_rng(0)
+    for token in range(5):
+        pool, _, _ = published(pool, [token])
+        order.append(token)
+    for token in rng.integers(0, 5, 100).tolist():
+        pool, hit = pool.match_prefix(block_keys([token], 1))
+        pool = pool.free(hit)
+        order.remove(token)
+        order.append(token)
+        keys = [pool.keys[np.array([block])][0] for block in pool._idle_in_order()]
+        assert keys == [block_keys([other], 1)[0] for other in order]
+
+
 def test_a_match_holds_its_blocks_and_counts():
     pool, blocks, _ = published(BlockPool.create(8, 2), [1, 2, 3, 4])
     asked = block_keys([1, 2, 3, 4, 5, 6], 2)
@@ -137,6 +151,7 @@ def test_equal_hashes_of_unequal_prefixes_never_match(monkeypatch):
     assert len(pool.match_prefix(block_keys([3, 4], 2))[1]) == 0, "not the same position"
     assert len(pool.match_prefix(block_keys([1, 2, 3, 5], 2))[1]) == 1
     assert pool.match_prefix(block_keys([9, 9, 3, 4], 2))[1].tolist() == other.tolist()
+    assert len(pool.match_prefix(block_keys([9, 9, 3, 4], 2, extra="salt"))[1]) == 0
 
 
 def test_extra_separates_equal_tokens():
