@@ -21,6 +21,7 @@ Plan = tuple[Config] | tuple[SplitConfig, PrefillConfig]
 # a cluster serves one row: a long one beside short ones waits for its own few CTAs, so tables that
 # can hold more keys than this a row go to the kernel of equal shares
 MAX_UNEVEN = 4096
+FIXED_CHUNK = 4096  # keys between the borders of the deterministic mode
 MAX_COLS = 64  # query columns of a tile: beyond, accumulators spill
 
 
@@ -39,6 +40,7 @@ def paged_attention(
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
     config: Config | None = None,
     interpret: Any = None,
 ) -> Any:
@@ -62,6 +64,8 @@ def paged_attention(
       alibi_slopes: f32 `[N]`, subtracts slope * distance.
       sinks: f32 `[N]`, a logit that joins the denominator only.
       return_lse: also the natural log-sum-exp, f32 `[T, N]`, the sink left out, -inf for no key.
+      deterministic: a row's output has the same bits whatever else is in the batch and however
+        its prompt was chunked: one kernel for all rows, keys cut at fixed positions.
       config: which kernel and how; by default chosen from the static shapes.
       interpret: True runs the GPU interpreter (with race detection) on any machine.
 
@@ -104,7 +108,11 @@ def paged_attention(
         scoring=Scoring(scale, window, logits_soft_cap),
         interpret=interpret,
     )
+    if config is not None and deterministic:
+        raise ValueError(f"deterministic=True brings its own configuration, not {config=}")
     plan = default_plan(geom, q.dtype.itemsize) if config is None else (config,)
+    if deterministic:
+        plan = (_deterministic(geom, q.dtype.itemsize),)
     out, lse = _run(call, plan)
     out = out.reshape(geom.num_tokens, geom.num_heads, geom.value_dim)
     return (out, lse()) if return_lse else out
@@ -179,13 +187,14 @@ def _run_cluster(call: _Call, config: ClusterConfig):
 
 def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
     """The rows that own at most `max_tokens` tokens, and zeros for the tokens of no row."""
-    geom = _in_columns(call.geom, max_tokens)
+    geom = _in_columns(call.geom, max_tokens, fixed=config.fixed_chunk is not None)
     work = wl.make_work_list(
         call.context_lens,
         call.q_indptr,
         geom,
         key_tile=config.key_tile,
-        ctas=config.ctas,
+        ctas=split.num_shares(config, geom),
+        chunk=config.fixed_chunk,
         window=call.scoring.window,
         max_tokens=None if max_tokens == call.geom.max_q else max_tokens,
     )
@@ -259,9 +268,12 @@ def _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q) ->
     return Geometry(t, n, k, h, value_dim, p, size, rows, per_row, min(max_q, t))
 
 
-def _in_columns(geom: Geometry, max_tokens: int) -> Geometry:
-    """Query tiles for the kernels of `columns.py`: as many tokens as the columns hold."""
-    tokens = min(max_tokens, MAX_COLS // geom.group)
+def _in_columns(geom: Geometry, max_tokens: int, fixed: bool = False) -> Geometry:
+    """Query tiles for the kernels of `columns.py`: as many tokens as the columns hold.
+
+    `fixed`: the same tile for every `max_tokens`, so that the kernel is one and the same.
+    """
+    tokens = MAX_COLS // geom.group if fixed else min(max_tokens, MAX_COLS // geom.group)
     return dataclasses.replace(geom, max_q=max_tokens, q_tokens=tokens)
 
 
@@ -294,6 +306,12 @@ def default_plan(geom: Geometry, itemsize: int = 2) -> Plan:
     if 2 * (geom.num_tokens // per_tile) * geom.num_kv_heads < HOPPER_SMS:
         return (_split_config(_in_columns(geom, geom.max_q), itemsize),)
     return _split_config(_in_columns(geom, few_tokens(geom)), itemsize), config
+
+
+def _deterministic(geom: Geometry, itemsize: int) -> SplitConfig:
+    """Large query tiles and chunks of fixed size, whatever the call."""
+    config = _split_config(_in_columns(geom, geom.max_q, fixed=True), itemsize)
+    return dataclasses.replace(config, fixed_chunk=FIXED_CHUNK)
 
 
 def _split_config(geom: Geometry, itemsize: int) -> SplitConfig:

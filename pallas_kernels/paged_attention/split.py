@@ -17,7 +17,16 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES, Ops, cdiv, div, interpret_params, swizzled
+from pallas_kernels._mgpu import (
+    HOPPER_SMS,
+    MASKED,
+    SMEM_BYTES,
+    Ops,
+    cdiv,
+    div,
+    interpret_params,
+    swizzled,
+)
 
 from . import worklist as wl
 from .columns import Columns, reduce_scratch, spread
@@ -33,7 +42,8 @@ class SplitConfig:
     """How the split-KV kernel runs.
 
     `stages` key tiles of `key_tile` keys in flight per CTA, `ctas` CTAs; with 2 CTAs an SM one
-    computes while the other waits.
+    computes while the other waits.  With `fixed_chunk` keys are cut at its multiples and `ctas` is
+    not used: a CTA per chunk, and a row's output does not depend on what else is in the batch.
 
     >>> SplitConfig().ctas
     264
@@ -42,6 +52,7 @@ class SplitConfig:
     key_tile: int = 64
     stages: int = 3
     ctas: int = 2 * HOPPER_SMS
+    fixed_chunk: int | None = None
     auto_barriers: bool = True  # let Pallas add the warpgroup barriers that it cannot do without
 
     def __post_init__(self):
@@ -49,6 +60,10 @@ class SplitConfig:
             raise ValueError(f"{self.key_tile=} is not a positive multiple of 64")
         if self.stages < 1 or self.ctas < 1:
             raise ValueError(f"{self.stages=} and {self.ctas=} have to be positive")
+        if self.fixed_chunk is not None and (
+            self.fixed_chunk % self.key_tile or self.fixed_chunk <= 0
+        ):
+            raise ValueError(f"{self.fixed_chunk=} is not a multiple of {self.key_tile=}")
 
 
 def smem_bytes(config: SplitConfig, geom: Geometry, itemsize: int) -> int:
@@ -57,6 +72,14 @@ def smem_bytes(config: SplitConfig, geom: Geometry, itemsize: int) -> int:
     ring = config.stages * config.key_tile * (h + hv) * itemsize
     small = (2 * cols * h + cols * config.key_tile + cols * hv) * itemsize
     return ring + small + 4 * reduce_scratch(cols) + 1024
+
+
+def num_shares(config: SplitConfig, geom: Geometry) -> int:
+    """CTAs of the kernel: `ctas`, or a bound on the chunks of all rows."""
+    if config.fixed_chunk is None:
+        return config.ctas
+    chunks = cdiv(geom.blocks_per_row * geom.block_size, config.fixed_chunk)
+    return geom.num_q_tiles * geom.num_kv_heads * chunks
 
 
 def _check(config: SplitConfig, geom: Geometry, dtype: Any) -> None:
@@ -84,7 +107,7 @@ def split_attention(
     `q` is packed (`pack_queries`), `slopes` and `sinks` are f32 `[blocks, cols]` (`pack_columns`).
     """
     _check(config, geom, q.dtype)
-    cols, hv, ctas = geom.cols, geom.value_dim, config.ctas
+    cols, hv, ctas = geom.cols, geom.value_dim, num_shares(config, geom)
     tile, stages, u = config.key_tile, config.stages, work.tiles.shape[0]
     pages = PageTiles(geom, tile)
     sds, smem, swz = jax.ShapeDtypeStruct, plgpu.SMEM, swizzled(q.dtype)
@@ -338,9 +361,11 @@ class _Split:
         """Zeros for the tokens that attend to nothing, every CTA its part."""
         geom = self.math.geom
 
-        @pl.loop(0, cdiv(geom.num_tokens, self.config.ctas))
+        ctas = num_shares(self.config, geom)
+
+        @pl.loop(0, cdiv(geom.num_tokens, ctas))
         def _(x):
-            token = x * self.config.ctas + cta
+            token = x * ctas + cta
             inside = lax.min(token, jnp.int32(geom.num_tokens - 1))
 
             @pl.when((token < geom.num_tokens) & (dead_ref[inside] > 0))
@@ -390,6 +415,8 @@ class _Split:
                 carry = math.merge(*carry, lse + jnp.where(c < cta, 0.0, -1e31), o)
             return carry
 
-        lse, o = load(cta, ENDED)
+        # in the order of the keys, so that a last part without a visible key changes no bit
+        last = load(cta, ENDED)
         rounds = div(cta - begin + (at_once - 1), at_once)
-        return lax.fori_loop(0, rounds, step, (lse, math.full(1.0), o))
+        nothing = (math.full(MASKED), math.full(0.0), last[1] * 0.0)
+        return math.merge(*lax.fori_loop(0, rounds, step, nothing), *last)

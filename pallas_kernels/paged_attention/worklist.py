@@ -145,6 +145,38 @@ def shares(tiles: jax.Array, kv_heads: int, *, ctas: int) -> jax.Array:
     return jnp.concatenate((own, tiles[tile]), axis=1)  # one read tells a CTA how to begin
 
 
+def fixed_shares(tiles: jax.Array, kv_heads: int, *, chunk: int, ctas: int) -> jax.Array:
+    """One share per chunk of `chunk` key tiles of a segment, cut at multiples of `chunk`.
+
+    What a share holds depends on its own row alone.  `ctas` bounds the number of chunks.
+
+    >>> t = jnp.zeros((2, 8), jnp.int32).at[:, COUNT].set(jnp.array([5, 1]))
+    >>> fixed_shares(t, 1, chunk=2, ctas=5)[:, :5].tolist()
+    [[2, 0, 0, 0, -1], [2, 0, 0, 2, -1], [1, 0, 0, 4, 0], [1, 1, 0, 0, -1], [0, 1, 0, 0, -1]]
+    """
+    count, skipped = tiles[:, COUNT], tiles[:, KEY_TILE] // chunk
+    last = tiles[:, KEY_TILE] + count - 1
+    chunks = jnp.where(count > 0, last // chunk + 1 - skipped, 0)
+    base = _exclusive_cumsum(chunks * kv_heads)
+    end = base + chunks * kv_heads
+    cta = jnp.arange(ctas, dtype=jnp.int32)
+    tile = jnp.sum(end[None, :] <= cta[:, None], axis=1, dtype=jnp.int32)
+    busy = tile < tiles.shape[0]
+    tile = jnp.minimum(tile, tiles.shape[0] - 1)
+    within = jnp.where(busy, cta - base[tile], 0)
+    per_head = jnp.maximum(chunks[tile], 1)
+    head, index = within // per_head, within % per_head
+    first = tiles[tile, KEY_TILE]
+    begin = jnp.maximum((skipped[tile] + index) * chunk, first)
+    stop = jnp.minimum((skipped[tile] + index + 1) * chunk, last[tile] + 1)
+    length = jnp.where(busy, stop - begin, 0)
+    ends_it = busy & (index > 0) & (index == per_head - 1)
+    merge_from = jnp.where(ends_it, cta - index, -1)
+    zero = jnp.zeros_like(cta)
+    own = (length, tile, head, jnp.where(busy, begin - first, 0), merge_from, zero, zero, zero)
+    return jnp.concatenate((jnp.stack(own, axis=1), tiles[tile]), axis=1)
+
+
 def make_work_list(
     context_lens: jax.Array,
     q_indptr: jax.Array,
@@ -154,8 +186,12 @@ def make_work_list(
     ctas: int,
     window: int | None = None,
     max_tokens: int | None = None,
+    chunk: int | None = None,
 ) -> WorkList:
-    """The work list of the split-KV kernel; equal calls in one program are merged by XLA."""
+    """The work list of the split-KV kernel; equal calls in one program are merged by XLA.
+
+    Shares are equal, or with `chunk` (keys) at fixed positions of every row.
+    """
     with jax.named_scope("paged_attention.work_list"):
         tiles = query_tiles(
             context_lens,
@@ -165,8 +201,12 @@ def make_work_list(
             window=window,
             max_tokens=max_tokens,
         )
+        if chunk is None:
+            parts = shares(tiles, geom.num_kv_heads, ctas=ctas)
+        else:
+            parts = fixed_shares(tiles, geom.num_kv_heads, chunk=chunk // key_tile, ctas=ctas)
         return WorkList(
             tiles,
-            shares(tiles, geom.num_kv_heads, ctas=ctas),
+            parts,
             dead_tokens(context_lens, q_indptr, geom.num_tokens),
         )

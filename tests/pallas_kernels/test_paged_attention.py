@@ -178,6 +178,19 @@ def _regroup(k_pool, v_pool, table, factor):
     return regroup(k_pool), regroup(v_pool), new
 
 
+def test_deterministic_rows_do_not_see_their_batch():
+    """The last query of a row: decoded alone, or in a chunk beside other rows, the same bits."""
+    args = make([200, 70, 9], [6, 1, 9], heads=16, kv_heads=1, spare=0)
+    config = pa.SplitConfig(stages=1, fixed_chunk=64)
+    both = run(args, 9, config=config)[0]
+    q, k_pool, v_pool, table, lens, _ = args
+    indptr = jnp.array([0, 1], jnp.int32)
+    alone = run((q[5:6], k_pool, v_pool, table[:1], lens[:1], indptr), 1, config=config)[0]
+    np.testing.assert_array_equal(alone[0], both[5])
+    want, _ = pa.paged_attention_reference(*args)
+    np.testing.assert_allclose(both, want, atol=1.5e-2)
+
+
 rows = st.lists(
     st.tuples(st.integers(0, 700), st.integers(0, 40)).map(lambda x: (max(x[0], x[1]), x[1])),
     min_size=1,
