@@ -199,20 +199,16 @@ class Pieces:
         return self.tokenizer.decode(list(ids), skip_special_tokens=self.skip_special_tokens)
 
 
-def _find_anchor(decode) -> tuple[int, ...]:
-    """A token whose text stays as it is whatever follows, as a tuple of one; () if there is none.
+def _find_anchor(decode: Callable[[Sequence[int]], str]) -> tuple[int, ...]:
+    """A token with a visible ASCII text that keeps its length whatever follows, as a tuple of one.
 
-    A byte token will not do: with byte fallback the bytes around an incomplete character are all
-    shown as U+FFFD.  So the anchor is tried before a byte that is no character.
+    A byte token will do: beside a broken character byte fallback shows it as U+FFFD, which is as
+    long.  () where no token qualifies: then pieces are decoded as if they began a text.
     """
-    texts = [decode([token]) for token in range(_ANCHOR_SCAN)]
-    fragment = next((i for i, text in enumerate(texts) if text == REPLACEMENT), None)
-    for token, text in enumerate(texts):
-        if not text or REPLACEMENT in text or not text.isascii() or text.isspace():
-            continue
-        doubled = decode([token, token])
-        if not (doubled.startswith(text) and doubled.endswith(text)):
-            continue
-        if fragment is None or decode([token, fragment]) == text + REPLACEMENT:
-            return (token,)
+    for token in range(_ANCHOR_SCAN):
+        text = decode([token])
+        if text and text.isascii() and text.isprintable() and not text.isspace():
+            twice = decode([token, token])
+            if twice.startswith(text) and twice.endswith(text):
+                return (token,)
     return ()
