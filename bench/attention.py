@@ -10,9 +10,10 @@ Stages, in this order and each only while `--limit` lasts:
 * `errors`: RMS and maximum errors of aidx and of cuDNN against f32 on the same inputs.
 * `variants`: other tile shapes of aidx.
 
-A JAX figure is the time of one program that chains its calls, divided by their number; a torch
-figure is events around a queue of calls.  Operations: 4*B*N*S^2*H forward, half when causal, 3.5
-times that forward + backward.  Results are written after every row, into
+A JAX figure is device time: programs that chain their calls are queued, and the time of one program
+is taken off that of several, so that dispatch and wake-up do not count; a torch figure is events
+around a queue of calls.  Operations: 4*B*N*S^2*H forward, half when causal, 3.5 times that forward
++ backward.  Results are written after every row, into
 bench/results/<device>/attention.json, or into $OUT where that is set.
 """
 
@@ -52,43 +53,37 @@ ROWS = {
     "gqa S16384": (1, 16384, 32, 8, 128),
 }
 
+PERSISTENT = F(persistent=True)
 FORWARD_VARIANTS = {  # (head_dim, causal): name: config
-    (128, False): {
-        "kv128": F(),
-        "kv192": F(block_kv=192),
-        "pers": F(persistent=True),
-        "kv128+nkv": F(release="named"),
-    },
+    (128, False): {"kv128": F(), "pers": PERSISTENT},
     (128, True): {
         "kv128": F(),
         "kv192": F(block_kv=192),
-        "pers": F(persistent=True),
-        "kv128+nkv": F(release="named"),
+        "pers": PERSISTENT,
+        "nkv": F(release="named"),
+        "pers+nkv": F(persistent=True, release="named"),
     },
     (64, False): {
-        "3wg": F(consumers=3),
-        "3wg+poly2": F(consumers=3, late_sum=True, poly=2),
+        "3wg+pers": F(consumers=3, persistent=True),
         "3wg-pp+poly2": F(consumers=3, pingpong=False, late_sum=True, poly=2),
     },
     (64, True): {
         "3wg": F(consumers=3),
-        "3wg-pp+pers+poly2": F(consumers=3, pingpong=False, persistent=True, late_sum=True, poly=2),
-        "pers+s3+poly3": F(persistent=True, stages=3, late_sum=True, poly=3),
+        "3wg+pers": F(consumers=3, persistent=True),
+        "pers+s3+poly2": F(persistent=True, stages=3, late_sum=True, poly=2),
     },
     (256, False): {
-        "nkv": F(block_kv=64, release="named"),
-        "late": F(block_kv=64, late_sum=True),
+        "late": F(block_kv=64, release="named", late_sum=True),
         "pers": F(block_kv=64, persistent=True),
     },
     (256, True): {
-        "nkv": F(block_kv=64, release="named"),
-        "late": F(block_kv=64, late_sum=True),
+        "late": F(block_kv=64, release="named", late_sum=True),
         "pers": F(block_kv=64, persistent=True),
     },
 }
 BACKWARD_VARIANTS = {
-    128: {"named": B(), "mbar": B(sync="mbar")},
-    64: {"named": B(block_q=128), "mbar": B(block_q=128, sync="mbar")},
+    128: {"mbar": B(sync="mbar")},
+    64: {"mbar": B(block_q=128, sync="mbar")},
     256: {},
 }
 
@@ -136,7 +131,8 @@ def chained(f, calls):
 
     def body(_, state):
         total, *args = state
-        out = f(*args)
+        # without the barrier XLA computes only the element read below, where it can: not all of dQ
+        out = jax.lax.optimization_barrier(f(*args))
         total = total + sum(x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(out))
         return jax.lax.optimization_barrier((total, *args))
 
@@ -158,14 +154,17 @@ def operations(row, causal):
     return 4 * batch * heads * tokens**2 * head_dim / (2 if causal else 1)
 
 
-def seconds(compiled, args, calls, repeats=3):
-    jax.block_until_ready(compiled(*args))
-    times = []
-    for _ in range(repeats):
+def seconds(compiled, args, calls, queue=4, repeats=3):
+    """Device seconds of one call: `queue` programs in flight, less one, over the calls between."""
+
+    def took(count):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2] / calls
+        jax.block_until_ready([compiled(*args) for _ in range(count)])
+        return time.perf_counter() - start
+
+    took(1)
+    middle = lambda count: sorted(took(count) for _ in range(repeats))[repeats // 2]
+    return (middle(queue) - middle(1)) / ((queue - 1) * calls)
 
 
 # --- programs: lowered on one thread, compiled in a pool ----------------------------------------
@@ -187,7 +186,10 @@ def variants(row, causal, metric):
         table, f = FORWARD_VARIANTS[head_dim, causal], aidx_forward
     else:
         table, f = BACKWARD_VARIANTS[head_dim], aidx_both
-    return {f"aidx:{name}": functools.partial(f, config=config) for name, config in table.items()}
+    found = {f"aidx:{name}": functools.partial(f, config=config) for name, config in table.items()}
+    if metric == "fwd+bwd":
+        found["aidx:deterministic"] = functools.partial(aidx_both, deterministic=True)
+    return found
 
 
 def compile_all(entries, workers):
@@ -211,7 +213,7 @@ def compile_all(entries, workers):
     return out
 
 
-CALLS = {"fwd": 12, "fwd+bwd": 6}
+CALLS = {"fwd": 4, "fwd+bwd": 2}
 
 
 def torch_seconds(row, causal):
@@ -499,6 +501,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="two rows, causal only")
     parser.add_argument("--limit", type=float, default=900.0, help="start nothing after this")
     parser.add_argument("--rows", default=".", help="regular expression on the row names")
+    parser.add_argument("--error-rows", default="S4096", help="rows of the stage `errors`")
     parser.add_argument("--stages", default="rows,check,errors,variants")
     parser.add_argument("--repeats", type=int, default=200)
     options = parser.parse_args()
@@ -511,14 +514,14 @@ def main():
     print(jax.__version__, results.meta["device"], f"tokamax {HAVE_TOKAMAX}", flush=True)
     timed = functools.partial(measure_rows, rows, masks)
     rest = dict(results=results, workers=workers, limit=options.limit)
-    short = [row for row in rows if ROWS[row][1] == 4096]
+    inexact = [row for row in rows if re.search(options.error_rows, row)]
     stages = {
         "rows": lambda: timed(lambda row, causal, metric: peers(metric), True, **rest),
         "check": lambda: (
             check_options(results.add, workers),
             check_repeats(rows[0], True, options.repeats, results.add),
         ),
-        "errors": lambda: check_errors(short[:3], True, results.add, workers),
+        "errors": lambda: check_errors(inexact, True, results.add, workers),
         "variants": lambda: timed(variants, False, **rest),
     }
     for name in options.stages.split(","):

@@ -324,7 +324,7 @@ class Consumer:
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
         q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
         # with a soft cap dS takes P times its factor, in a buffer of its own
-        for_ds = slot if p.soft_cap is None else slot + 2
+        for_ds = slot if p.soft_cap is None else 3
         plgpu.barrier_wait(r.q_full.at[q_slot])
         plgpu.barrier_wait(r.do_full.at[do_slot])
 
@@ -333,9 +333,14 @@ class Consumer:
             issue = lambda acc: ops.load(self.scores(acc, r.k_smem, r.q_smem, q_slot))
             s = ops.with_acc(issue, (64, c.block_q))
             prob, slack = self.probabilities(s, q_slot, head, query0, masked)
-            r.p_smem[slot] = prob.astype(p.dtype)
+            high = prob.astype(p.dtype)
+            r.p_smem[slot] = high
             if slack is not None:
-                r.p_smem[for_ds] = (prob * slack).astype(p.dtype)
+                prob = prob * slack
+                high = prob.astype(p.dtype)
+                r.p_smem[for_ds] = high
+            # dS needs P better than rounded: what rounding took away follows it
+            r.p_smem[2] = (prob - high.astype(jnp.float32)).astype(p.dtype)
             self.sync(0)
 
         @pl.when(self.wg == 1)
@@ -344,9 +349,9 @@ class Consumer:
             dp = ops.with_acc(issue, (64, c.block_q))
             self.sync(0)
             layout = plgpu.Layout.WGMMA
-            prob = plgpu.load(r.p_smem.at[for_ds], layout=layout, optimized=False)
-            ds = self.softmax_gradient(dp, prob.astype(jnp.float32), None, q_slot)
-            r.ds_smem[slot] = ds
+            read = lambda at: plgpu.load(r.p_smem.at[at], layout=layout, optimized=False)
+            prob = read(for_ds).astype(jnp.float32) + read(2).astype(jnp.float32)
+            r.ds_smem[0] = self.softmax_gradient(dp, prob, None, q_slot)
             plgpu.commit_smem()
 
     def step(self, i, carry, head_i, dk_acc, dv_acc, masked: bool):
@@ -358,8 +363,10 @@ class Consumer:
         q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
         if c.parts > 1:
             self.half_each(it, head, query0, masked)
-            prob, ds = r.p_smem.at[slot], r.ds_smem.at[slot]
+            ds_slot = 0  # written after sync(0), which follows the last reads of the step before
+            prob, ds = r.p_smem.at[slot], r.ds_smem.at[ds_slot]
         else:
+            ds_slot = slot
             prob, ds = self.own_rows(it, head, query0, masked)
         dv = ops.wgmma(dv, prob, r.do_smem.at[do_slot, self.part])
         if c.parts == 1 and p.dq:
@@ -372,7 +379,7 @@ class Consumer:
 
             def dq_and_dk(dq_acc, chunk=chunk):
                 nonlocal dk
-                dq_acc = ops.wgmma(dq_acc, *self.dq_operands(slot, chunk))
+                dq_acc = ops.wgmma(dq_acc, *self.dq_operands(ds_slot, chunk))
                 if chunk:
                     return ops.load(dq_acc, 0)
                 dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot, self.part])
@@ -491,8 +498,8 @@ def scratch_types(p: Problem) -> list:
         operand(c.stages, n, c.block_q, p.head_dim // n),
         operand(c.do_stages, n, c.block_q, p.head_dim_v // n),
         plgpu.SMEM((c.stages, 2, c.block_q), jnp.float32),
-        operand(2, c.block_kv, c.block_q) if shared else None,
-        operand(2 if p.soft_cap is None else 4, c.block_kv, c.block_q) if n > 1 else None,
+        operand(2 if n == 1 else 1, c.block_kv, c.block_q) if shared else None,
+        operand(3 if p.soft_cap is None else 4, c.block_kv, c.block_q) if n > 1 else None,
         plgpu.SMEM((c.consumers, *c.dq_tile(p.head_dim)), jnp.float32, transforms=full)
         if p.dq
         else None,

@@ -164,9 +164,10 @@ class BackwardConfig:
         """Shared memory of operands and staging, 2-byte elements."""
         kv = self.block_kv * (head_dim + head_dim_v)
         ring = self.block_q * (self.stages * head_dim + self.do_stages * head_dim_v)
-        ds = 2 * self.block_kv * self.block_q
+        buffers = 2  # of dS; split by columns: 1, and P twice, its rounding, its soft-capped form
         if self.split == "columns":
-            ds *= 3 if soft_cap else 2
+            buffers = 5 if soft_cap else 4
+        ds = buffers * self.block_kv * self.block_q
         rows, columns = self.dq_tile(head_dim)
         dq = self.consumers * rows * columns
         return 2 * (kv + ring + ds) + 4 * (dq + self.stages * 2 * self.block_q)
