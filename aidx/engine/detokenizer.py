@@ -91,8 +91,8 @@ class Detokenizer:
         if state.stop is not None:
             return state, ""
         started, pending, text = self._decode(state, token)
-        state = replace(state, started=started, pending=pending, num_tokens=state.num_tokens + 1)
-        return self._show(state, text, last=False)
+        state = DetokenizerState(started, pending, state.held, state.num_tokens + 1)
+        return self._show(state, text, last=False) if self.stop else (state, text)
 
     def finish(self, state: DetokenizerState) -> tuple[DetokenizerState, str]:
         """The text that was still held back, when no token follows."""
@@ -137,6 +137,8 @@ class Detokenizer:
                 return replace(state, held="", pending=(), stop=text[start:end]), shown
         held = 0 if last else _length_that_may_become(text, self.stop)
         cut = len(text) - held
+        if text[cut:] == state.held:
+            return state, text[:cut]
         return replace(state, held=text[cut:]), text[:cut]
 
 
@@ -149,14 +151,19 @@ def _first_stop(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
     return start, end
 
 
-def _length_that_may_become(text: str, stops: Sequence[str]) -> int:
+def _length_that_may_become(text: str, stops: tuple[str, ...]) -> int:
     """The length of the longest end of `text` that is a proper beginning of a stop string."""
-    longest = min(len(text), max(map(len, stops)) - 1)
-    for length in range(longest, 0, -1):
-        end = text[-length:]
-        if any(len(s) > length and s.startswith(end) for s in stops):
+    beginnings, longest = _beginnings(stops)
+    for length in range(min(len(text), longest), 0, -1):
+        if text[-length:] in beginnings:
             return length
     return 0
+
+
+@lru_cache(1024)
+def _beginnings(stops: tuple[str, ...]) -> tuple[frozenset[str], int]:
+    """All proper beginnings of the stop strings, and the longest one's length."""
+    return frozenset(s[:i] for s in stops for i in range(1, len(s))), max(map(len, stops)) - 1
 
 
 @dataclass(frozen=True)

@@ -326,5 +326,5 @@ def test_helpers():
     assert _first_stop("xabc", ["c", "ab", "abc"]) == (1, 3)
     assert _first_stop("xabc", ["c", "bc"]) == (2, 4)
     assert _first_stop("x", ["ab"]) is None
-    assert _length_that_may_become("xaba", ["abab", "b"]) == 3
-    assert _length_that_may_become("b", ["b", "ab"]) == 0
+    assert _length_that_may_become("xaba", ("abab", "b")) == 3
+    assert _length_that_may_become("b", ("b", "ab")) == 0
