@@ -89,7 +89,7 @@ def table(data: dict, metric: str | None = None, prefix: str = "") -> str:
             dict.fromkeys(r["implementation"] for r in chosen), key=lambda m: m != "aidx"
         )
         compare = "aidx" in makers and len(makers) > 1
-        head = [f"{name}, {unit}" if name != unit else unit, *makers]
+        head = [name if unit in name else f"{name}, {unit}", *makers]
         head += ["aidx / best other"] if compare else []
         lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
         for case in dict.fromkeys(r["case"] for r in chosen):
