@@ -603,7 +603,10 @@ def _most_likely(x: Array, n: int) -> tuple[Array, Array]:
             x = x.at[rows, index].set(-jnp.inf)
         return jnp.concatenate(values, axis=-1), jnp.concatenate(indices, axis=-1)
 
-    at_once = lambda x: tuple(jax.lax.top_k(x, n))
+    def at_once(x):
+        values, indices = jax.lax.top_k(x, n)
+        return values, indices
+
     if n > 8 * _TOP_K_KERNEL:
         return at_once(x)
     return jax.lax.platform_dependent(x, cpu=at_once, default=by_sixteen)
