@@ -15,7 +15,7 @@ import pathlib
 import stat
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,7 +104,7 @@ class LLM:
         seqs = max_num_seqs if max_num_seqs is not None else (16 if cpu else 256)
         tokens = max_num_batched_tokens
         tokens = max(256 if cpu else 2048, seqs) if tokens is None else tokens
-        limits = dict(
+        limits: dict[str, Any] = dict(
             num_layers=model.num_layers,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
@@ -323,7 +323,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         user: str = "",
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """The request's output, again and again, each time with all its tokens so far.
 
         A consumer that is slower than the engine sees fewer, larger outputs, never a queue.  To
@@ -588,12 +588,12 @@ def _device(params: Params) -> Any:
     return next(iter(jax.tree.leaves(params)[0].devices()))
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     """A text or a list of ids is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)
-    return [prompts] if prompts and isinstance(prompts[0], (int, np.integer)) else prompts
+    many = list(prompts)
+    return [many] if many and isinstance(many[0], (int, np.integer)) else many
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def select(
     for i in best:
         parent, token = int(i) // k, int(tokens[int(i) // k][int(i) % k])
         ended = token in beams.eos_ids
-        beam = Hypothesis((*beams.running[parent].tokens, token), total[i], ended)
+        beam = Hypothesis((*beams.running[parent].tokens, token), np.float32(total[i]), ended)
         candidates.append((parent, beam, ended or length >= beams.max_tokens))
     norm = np.float32(length**beams.length_penalty)
     done = [(beam.logprob / norm, beam) for _, beam, ends in candidates[: beams.width] if ends]

@@ -23,7 +23,7 @@ import numpy as np
 from aidx.cache import BlockPool, PagedKVCache
 from aidx.engine import scheduler as scheduling
 from aidx.engine import step as stepping
-from aidx.engine.beam import Beams, select
+from aidx.engine.beam import Beams, Hypothesis, select
 from aidx.engine.detokenizer import Detokenizer, Pieces
 from aidx.engine.outputs import (
     CompletionOutput,
@@ -315,6 +315,7 @@ class Engine:
             self._read(flight)
             flight = None
             batch, work = scheduling.schedule(self._batch)
+        assert work is not None  # it is None for a step in flight only
         self._batch = batch
         issued, failure = None, None
         if len(work.seats):
@@ -474,7 +475,7 @@ class Engine:
             self._pieces[skip] = Pieces(self._tokenizer, skip_special_tokens=skip)
         return Detokenizer(
             self._pieces[skip],
-            stop=params.stop,
+            stop=tuple(params.stop),
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
         )
@@ -533,7 +534,8 @@ class Engine:
 
     def _plan_rows(self, work: scheduling.Schedule) -> _Rows:
         """The schedule's rows; a sequence that wants every logit has one for each of its tokens."""
-        running = self._batch.running
+        running = [self._batch.at(seat) for seat in work.seats]
+        running = dict(zip(work.seats.tolist(), running, strict=True))
         seats, starts, counts, samples = work.seats, work.starts, work.counts, work.samples
         targets = np.full(len(seats), -1, np.int64)
         if self._every[seats].any():
@@ -638,9 +640,9 @@ class Engine:
         rows = flight.rows
         if (rows.targets >= 0).any():
             self._read_prompt_logprobs(rows, out)
-        for i in np.flatnonzero(self._alive(rows) & rows.samples & (out[:, 0] < 0)):
+        for seat in rows.seats[self._alive(rows) & rows.samples & (out[:, 0] < 0)].tolist():
             self._end_request(
-                self._batch.running[rows.seats[i]].request.request_id,
+                self._batch.at(seat).request.request_id,
                 "error",
                 "no token has a finite logit: the model gave NaN, or every token is forbidden",
             )
@@ -661,7 +663,7 @@ class Engine:
         """Keep the beams' candidates, advance the searches that have all; the other rows."""
         n, others, searches = self.config.max_logprobs, [], {}
         for i in at.tolist():
-            seq = self._batch.running[rows.seats[i]]
+            seq = self._batch.at(rows.seats[i])
             name = seq.request.request_id
             if name not in self._beams:
                 others.append(i)
@@ -750,7 +752,7 @@ class Engine:
 
     def _read_prompt_logprobs(self, rows: _Rows, out: np.ndarray) -> None:
         for i in np.flatnonzero(self._alive(rows) & (rows.targets >= 0)):
-            request = self._batch.running[rows.seats[i]].request
+            request = self._batch.at(rows.seats[i]).request
             ticket = self._tickets[request.request_id]
             self._prompt_logprobs[request.request_id][rows.starts[i] + 1] = self._logprobs(
                 ticket, int(rows.targets[i]), out[i], request.params.prompt_logprobs
@@ -826,7 +828,7 @@ class Engine:
     def _forget(self, ticket: _Ticket, output: RequestOutput) -> None:
         """The request has ended and been reported."""
         name = ticket.request.request_id
-        self._meter.finish(output.outputs[0].finish_reason, output.metrics)
+        self._meter.finish(output)
         del self._tickets[name]
         self._prompt_logprobs.pop(name, None)
         self._beams.pop(name, None)
@@ -869,6 +871,7 @@ class Engine:
     def _beam_outputs(self, ticket: _Ticket) -> tuple[CompletionOutput, ...]:
         """The finished beams, or the running ones while the search goes on; best first."""
         search = self._beams[ticket.request.request_id]
+        reasons: list[tuple[Hypothesis, FinishReason | None, int | str | None]]
         if search.running:
             ended = self._progress[ticket.samples[0].seq_id]
             reasons = [(beam, ended.finish_reason, ended.stop_reason) for beam in search.running]

@@ -15,6 +15,7 @@ with a counter in place of a model.
 import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from aidx.engine.request import SequenceState, SequenceStatus
 POLICIES = ("fcfs", "priority", "shortest_first", "fair")
 # What a token costs a user under `fair`: VTC's weights of an input and an output token.
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0
+_NO_BLOCKS = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class BatchScheduler:
     pool: BlockPool
     waiting: tuple[SequenceState, ...]  # by arrival
     running: tuple[SequenceState | None, ...]  # [S]
-    tables: tuple[np.ndarray | None, ...]  # [S] of [num_blocks] i32
+    tables: tuple[np.ndarray, ...]  # [S] of [num_blocks] i32
     keys: tuple[BlockKey | None, ...]  # [S] key of the last published block
     num_tokens: np.ndarray  # [S] i64
     num_known: np.ndarray  # [S] i64
@@ -115,11 +117,20 @@ class BatchScheduler:
         """Whether anybody runs or waits."""
         return bool(self.waiting) or any(seq is not None for seq in self.running)
 
-    def sequence(self, seat: int) -> SequenceState:
-        """The running sequence of `seat`, with its columns filled in."""
+    def at(self, seat: int | np.integer) -> SequenceState:
+        """Who sits there, as it was when it sat down.
+
+        Raises:
+            ValueError: nobody does.
+        """
         seq = self.running[seat]
         if seq is None:
             raise ValueError(f"{seat=} is empty")
+        return seq
+
+    def sequence(self, seat: int) -> SequenceState:
+        """The running sequence of `seat`, with its columns filled in."""
+        seq = self.at(seat)
         if self.paused[seat]:
             status = SequenceStatus.PAUSED
         elif self.num_computed[seat] < seq.num_prompt:
@@ -180,7 +191,7 @@ def new_batch(config: SchedulerConfig, pool: BlockPool) -> BatchScheduler:
         pool=pool,
         waiting=(),
         running=(None,) * s,
-        tables=(None,) * s,
+        tables=(_NO_BLOCKS,) * s,
         keys=(None,) * s,
         **dict.fromkeys(_COUNTERS, zeros),
         paused=np.zeros(s, bool),
@@ -266,7 +277,7 @@ def finish(batch: BatchScheduler, seats: Iterable[int]) -> BatchScheduler:
         batch,
         pool=batch.pool.free(np.concatenate(held)),
         running=_replaced(batch.running, empty),
-        tables=_replaced(batch.tables, empty),
+        tables=_replaced(batch.tables, dict.fromkeys(seats, _NO_BLOCKS)),
         keys=_replaced(batch.keys, empty),
         **columns,
     )
@@ -287,7 +298,7 @@ def record(batch: BatchScheduler, seats: np.ndarray, tokens: np.ndarray) -> Batc
     """
     known = batch.num_known.copy()
     for seat, token in zip(seats.tolist(), tokens.tolist(), strict=True):
-        batch.running[seat].log[known[seat]] = token
+        batch.at(seat).log[known[seat]] = token
         known[seat] += 1
     promised, paused = batch.num_tokens, batch.paused
     late = batch.synchronous[seats]
@@ -343,7 +354,7 @@ def branch(
                 child,
                 num_computed=0,
                 seat=-1,
-                blocks=np.zeros(0, np.int32),
+                blocks=_NO_BLOCKS,
                 status=SequenceStatus.PENDING,
             )
             batch = _queued(batch, child)
@@ -425,7 +436,7 @@ def _blocked_by_sibling(batch: BatchScheduler, take: np.ndarray) -> int | None:
     if not batch.paused.any() or (take.any() and None in batch.running):
         return None
     waiting = [s.request for s in batch.waiting if s.status is not SequenceStatus.PAUSED]
-    paused = [i for i in np.flatnonzero(batch.paused) if batch.running[i].request in waiting]
+    paused = [i for i in np.flatnonzero(batch.paused) if batch.at(i).request in waiting]
     return int(paused[-1]) if paused else None
 
 
@@ -441,7 +452,7 @@ def _share_budget(batch: BatchScheduler) -> np.ndarray:
         need = np.clip(config.max_num_batched_tokens - ahead, 0, need)
     rows_left = config.max_num_seqs - np.count_nonzero(need)
     for seat in np.flatnonzero(need > 1):
-        seq = batch.running[seat]
+        seq = batch.at(seat)
         if seq.every_logit and batch.num_computed[seat] < seq.num_prompt:
             extra = min(int(need[seat]) - 1, rows_left)
             need[seat] = 1 + extra
@@ -479,8 +490,8 @@ def _find_blocks(batch: BatchScheduler, take: np.ndarray, drained: bool):
         victim = max(
             seats,
             key=lambda i: (
-                batch.running[i].request.priority if by_priority else 0,
-                batch.running[i].arrival,
+                batch.at(i).request.priority if by_priority else 0,
+                batch.at(i).arrival,
             ),
         )
         batch, seq = _preempt(batch, victim)
@@ -501,7 +512,7 @@ def _preempt(batch: BatchScheduler, seat: int) -> tuple[BatchScheduler, Sequence
         preemptions=seq.preemptions + 1,
         status=SequenceStatus.PAUSED if paused else SequenceStatus.PENDING,
         seat=-1,
-        blocks=np.zeros(0, np.int32),
+        blocks=_NO_BLOCKS,
     )
     return _queued(finish(batch, [seat]), seq), seq
 
@@ -581,7 +592,7 @@ def _num_rows(batch: BatchScheduler, take: np.ndarray) -> int:
     """Rows that `take` makes: one a sequence, one a token where every logit is wanted."""
     rows = np.count_nonzero(take)
     for seat in np.flatnonzero(take > 1):
-        rows += (int(take[seat]) - 1) * batch.running[seat].every_logit
+        rows += (int(take[seat]) - 1) * batch.at(seat).every_logit
     return int(rows)
 
 
@@ -650,7 +661,7 @@ def _place(
     if need > pool.num_free:
         return None
     blocks = shared
-    if cached % size:  # copy on write: the block that the prompt ends in
+    if source is not None and cached % size:  # copy on write: the block that the prompt ends in
         pool, fresh = pool.allocate(1)
         copies = (*copies, (int(batch.tables[source][cached // size]), int(fresh[0])))
         blocks = np.concatenate((shared, fresh))
@@ -670,7 +681,7 @@ def _seated(
     batch: BatchScheduler, seq: SequenceState, blocks: np.ndarray, num_published: int
 ) -> BatchScheduler:
     """Write `seq` into the columns of its seat."""
-    values = dict(
+    values: dict[str, Any] = dict(
         num_tokens=seq.num_known,
         num_known=seq.num_known,
         num_computed=seq.num_computed,
@@ -764,7 +775,7 @@ def _publish(batch: BatchScheduler) -> BatchScheduler:
         return batch
     blocks, keys, last = [], [], {}
     for seat in seats.tolist():
-        seq, key = batch.running[seat], batch.keys[seat]
+        seq, key = batch.at(seat), batch.keys[seat]
         for j in range(int(batch.num_published[seat]), int(full[seat])):
             if j < len(seq.keys):
                 key = seq.keys[j]
@@ -795,7 +806,7 @@ def _queued(batch: BatchScheduler, seq: SequenceState) -> BatchScheduler:
     return dataclasses.replace(batch, waiting=waiting)
 
 
-def _replaced(column: tuple, values: Mapping[int, object]) -> tuple:
+def _replaced(column: tuple[Any, ...], values: Mapping[int, Any]) -> tuple[Any, ...]:
     """`column` with some entries changed."""
     changed = list(column)
     for i, value in values.items():

@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 
-from aidx.engine.outputs import RequestMetrics
+from aidx.engine.outputs import RequestOutput
 
 WINDOW = 1024  # finished requests that latencies are taken over
 
@@ -117,7 +117,7 @@ class Meter:
             pool_utilization=pool_utilization,
         )
 
-    def finish(self, reason: str, metrics: RequestMetrics) -> None:
+    def finish(self, output: RequestOutput) -> None:
         """A request ended."""
-        self.finished[reason] += 1
-        self.recent.append(metrics)
+        self.finished[output.outputs[0].finish_reason] += 1
+        self.recent.append(output.metrics)

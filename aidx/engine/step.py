@@ -95,8 +95,8 @@ class BatchState:
         ((5,), (5, 16))
     """
 
-    last_token: jax.Array  # [S + 1] i32
-    block_tables: jax.Array  # [S + 1, M] i32
+    last_token: jax.Array | np.ndarray  # [S + 1] i32
+    block_tables: jax.Array | np.ndarray  # [S + 1, M] i32
 
 
 @struct.dataclass
@@ -283,9 +283,7 @@ def step(
     """
     with jax.named_scope("plan"):
         plan = unpack_plan(packed, shape)
-        tables = state.block_tables.at[plan.updates[:, 0], plan.updates[:, 1]].set(
-            plan.updates[:, 2], mode="drop"
-        )
+        tables = _updated(state.block_tables, plan.updates)
         q_indptr = jnp.pad(jnp.cumsum(plan.counts, dtype=jnp.int32), (1, 0))
         row, live = _rows_of_tokens(q_indptr, shape)
         seat = plan.seats[row]
@@ -306,8 +304,14 @@ def step(
     logits, cache = forward(params, tokens, positions, attend, cache, logits_at=last)
     with jax.named_scope("sample"):
         drawn, masks, out = _draw(logits, plan, masks, shape.sampler)
-    last_token = state.last_token.at[plan.writes].set(drawn)
+    last_token = jnp.asarray(state.last_token).at[plan.writes].set(drawn)
     return cache, BatchState(last_token, tables), masks, out
+
+
+def _updated(block_tables, updates: jax.Array) -> jax.Array:
+    """Block tables with (seat, index, block) entries written; out of range is padding."""
+    tables = jnp.asarray(block_tables)
+    return tables.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
 
 
 def _rows_of_tokens(q_indptr: jax.Array, shape: Shape) -> tuple[jax.Array, jax.Array]:
@@ -324,13 +328,13 @@ def _draw(logits: jax.Array, plan: Plan, masks: SamplingState | None, sampler: S
     """The tokens `[R]`, the masks that have counted them, and what the host reads."""
     rows = unpack_rows(plan.sampling)
     own = None
-    if sampler.masked:
+    if sampler.masked and masks is not None:
         own = jax.tree.map(lambda leaf: leaf[plan.seats], masks)
     drawn = sample(logits, rows, plan.context_lens, own, variant=sampler.variant).tokens
     # A NaN is the largest of its row: the token it wins is no answer.
     won = jnp.take_along_axis(logits, jnp.maximum(drawn, 0)[:, None], axis=-1)[:, 0]
     drawn = jnp.where(jnp.isnan(won), -1, drawn)
-    if sampler.masked:
+    if sampler.masked and masks is not None:
         nobody = masks.counts.shape[0] - 1
         masks = count_tokens(masks, plan.writes, jnp.where(plan.writes == nobody, -1, drawn))
     out = drawn[:, None]
@@ -362,8 +366,8 @@ run_step = jax.jit(
 @functools.partial(jax.jit, donate_argnums=0)
 def write_tables(state: BatchState, updates: jax.Array) -> BatchState:
     """Entries of block tables that did not fit a plan: `updates` `[U, 3]` (seat, index, block)."""
-    tables = state.block_tables.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
-    return state.replace(block_tables=tables)
+    tables = _updated(state.block_tables, updates)
+    return BatchState(state.last_token, tables)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -498,4 +502,6 @@ def temporary_bytes(forward: Forward, params: Params, config: Any) -> int:
     )
     memory = lowered.compile().memory_analysis()
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(masks))
+    if memory is None:
+        raise NotImplementedError("this backend does not say what memory a program needs")
     return memory.temp_size_in_bytes + state

@@ -1,11 +1,18 @@
 """What must not change an answer: batch, order, chunks, blocks, preemption, cache, asynchrony."""
 
 import functools
+import json
+import os
+import subprocess
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aidx.cache import KVCache, KVCacheConfig, contiguous_attend
 from aidx.engine import SamplingParams
+from aidx.models import save_model
 
 from .tiny import (
     GREEDY,
@@ -15,6 +22,7 @@ from .tiny import (
     dense_tokens,
     engine,
     generate,
+    model,
     run,
     tokens_of,
 )
@@ -36,6 +44,29 @@ def check(outputs):
 @pytest.mark.smoke
 def test_paged_is_dense():
     check(generate(PROMPTS, PARAMS))
+
+
+def test_paged_is_contiguous():
+    """The same model over a `KVCache` with one row, one token at a time."""
+    geometry = KVCacheConfig(
+        num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=64, dtype="float32"
+    )
+
+    @jax.jit
+    def decode(params, cache, token, position):
+        logits, cache = model().forward(
+            params, token[None, None], position[None, None], contiguous_attend(), cache
+        )
+        return jnp.argmax(logits[0, 0]), cache
+
+    outputs = generate(PROMPTS[:3], GREEDY)
+    for prompt, output in zip(PROMPTS[:3], outputs, strict=True):
+        cache, tokens = KVCache.create(geometry), list(prompt)
+        for i in range(len(prompt) + 11):
+            token, cache = decode(model().params, cache, jnp.int32(tokens[i]), jnp.int32(i))
+            if i >= len(prompt) - 1:
+                tokens.append(int(token))
+        assert_same(prompt, output.outputs[0].token_ids, tokens[len(prompt) :])
 
 
 def test_one_by_one_is_all_at_once():
@@ -147,3 +178,29 @@ def test_the_pool_is_empty_at_the_end():
     generate(PROMPTS, PARAMS, made=made)
     assert made.pool.stats().held == 0
     assert np.all(np.asarray(made.pool.refs[np.arange(1, made.pool.num_blocks)]) == 0)
+
+
+LIVE = """
+import json, sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokens = []
+for prompt in json.loads(sys.argv[2]):
+    x = torch.tensor([prompt])
+    out = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=64 - len(prompt),
+                         do_sample=False, eos_token_id=None, pad_token_id=0)
+    tokens.append(out[0, len(prompt):].tolist())
+print("RESULT" + json.dumps(tokens))
+"""
+
+
+@pytest.mark.oracle
+def test_paged_is_transformers(tmp_path):
+    save_model(model(), tmp_path)
+    (tmp_path / "live.py").write_text(LIVE)
+    command = [os.environ["AIDX_TORCH_PYTHON"], "live.py", str(tmp_path), json.dumps(PROMPTS)]
+    text = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    outputs = generate(PROMPTS, SamplingParams(temperature=0, max_tokens=None))
+    for prompt, output, tokens in zip(
+        PROMPTS, outputs, json.loads(text.split("RESULT")[1]), strict=True
+    ):
+        assert_same(prompt, output.outputs[0].token_ids, tokens)
