@@ -1,0 +1,105 @@
+"""Masks as intervals: both directions agree with each other and with the definition."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.flash_attention.mask import (
+    FAR,
+    Band,
+    dynamic_bounds,
+    packed_segments,
+    pad_rows,
+    tile_ranges,
+    visible,
+)
+
+sides = st.none() | st.integers(0, 12)
+bands = st.builds(Band, sides, sides, st.integers(-9, 9))
+sizes = st.integers(1, 17)
+
+
+def seen_by_keys(bounds, queries):
+    t = np.arange(queries)[None, :, None]
+    lo, hi = np.asarray(bounds.query_lo), np.asarray(bounds.query_hi)
+    return (t >= lo[:, None]) & (t < hi[:, None])
+
+
+def by_definition(band, queries, keys, position=None):
+    t = np.arange(queries) + band.offset if position is None else position
+    t, s = t[:, None], np.arange(keys)[None]
+    seen = np.ones((queries, keys), bool)
+    if band.left is not None:
+        seen &= s >= t - band.left
+    if band.right is not None:
+        seen &= s <= t + band.right
+    return seen
+
+
+@pytest.mark.smoke
+@settings(deadline=None, max_examples=30)
+@given(bands, sizes, sizes)
+def test_band_is_its_definition_from_both_sides(band, queries, keys):
+    want = by_definition(band, queries, keys)
+    np.testing.assert_array_equal(np.asarray(visible(band, None, queries, keys))[0], want)
+    lo, hi = band.query_bounds(jnp.arange(keys), queries)
+    t = np.arange(queries)[:, None]
+    np.testing.assert_array_equal((t >= np.asarray(lo)) & (t < np.asarray(hi)), want)
+
+
+@settings(deadline=None, max_examples=20)
+@given(bands, sizes, sizes, st.data())
+def test_lengths_from_both_sides(band, queries, keys, data):
+    q_len = data.draw(st.integers(0, queries))
+    kv_len = data.draw(st.integers(0, keys))
+    bounds = dynamic_bounds(
+        band, queries, keys, q_lens=jnp.array([q_len]), kv_lens=jnp.array([kv_len])
+    )
+    want = by_definition(band, queries, keys)
+    want[q_len:] = False
+    want[:, kv_len:] = False
+    np.testing.assert_array_equal(np.asarray(visible(band, bounds, queries, keys))[0], want)
+    np.testing.assert_array_equal(seen_by_keys(bounds, queries)[0], want)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    sides, sides, st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4)
+)
+def test_packed_sequences_align_bottom_right(left, right, lengths):
+    cu_q = np.cumsum([0, *(q for q, _ in lengths)])
+    cu_kv = np.cumsum([0, *(k for _, k in lengths)])
+    queries, keys = int(cu_q[-1]) + 2, int(cu_kv[-1]) + 3  # tokens of no sequence at the end
+    position = np.zeros(queries, np.int32)
+    want = np.zeros((queries, keys), bool)
+    band = Band(left, right)
+    for i, (q_len, kv_len) in enumerate(lengths):
+        q, kv = slice(cu_q[i], cu_q[i + 1]), slice(cu_kv[i], cu_kv[i + 1])
+        position[q] = np.arange(q_len) + cu_kv[i] + kv_len - q_len
+        want[q, kv] = by_definition(band, queries, keys, position)[q, kv]
+    ids = (
+        packed_segments(jnp.asarray(cu_q), queries),
+        packed_segments(jnp.asarray(cu_kv), keys, outside=-2),
+    )
+    bounds = dynamic_bounds(
+        band, queries, keys, segments=ids, positions=jnp.asarray(position)[None]
+    )
+    np.testing.assert_array_equal(np.asarray(visible(band, bounds, queries, keys))[0], want)
+    np.testing.assert_array_equal(seen_by_keys(bounds, queries)[0], want)
+
+
+def test_tile_ranges_bound_what_rows_see():
+    lo, hi = jnp.array([[0, 3, 5, 9, 2]]), jnp.array([[4, 6, 7, 9, 8]])
+    rows = pad_rows(lo, hi, 4)
+    assert rows.shape == (1, 2, 8)
+    ranges = tile_ranges(rows, 4)[0].tolist()
+    assert ranges[0] == [0, 7, FAR, 0]  # row 3 is empty: no block is seen by every row
+    assert ranges[1][:2] == [2, 8]  # rows past the end are empty and pull nothing down
+
+
+def test_causal_and_window_combine():
+    assert Band.make(causal=True, window=(5, None), offset=2) == Band(5, 0, 2)
+    assert Band.make(causal=True, window=(None, 3), offset=0).right == 0
+    assert Band.make(causal=False, window=(None, None), offset=0).unbounded
