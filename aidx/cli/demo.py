@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     console = rich.console.Console()
     params = [
         SamplingParams(
-            temperature=0.6, max_tokens=args.max_tokens, seed=args.seed + i, ignore_eos=True
+            temperature=0.8, max_tokens=args.max_tokens, seed=args.seed + i, ignore_eos=True
         )
         for i in range(len(PROMPTS))
     ]
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"ready in {time.perf_counter() - begun:.1f} s", style="dim", highlight=False)
     with AsyncLLM(llm) as served:
         rounds = asyncio.run(two_rounds(served, params, console))
+    if not console.is_terminal:
+        show_texts(llm, rounds[-1]["outputs"], console)
     console.print(table(rounds))
     console.print(implementations(llm), style="dim", highlight=False)
     return 0
@@ -91,16 +93,18 @@ async def one_round(
         await watch(streams, texts, latest, console)
     await streams
     seconds = time.perf_counter() - begun
-    if not console.is_terminal:
-        for i, output in enumerate(latest):
-            console.rule(f"prompt {i + 1}")
-            console.print(
-                texts[i] + output.outputs[0].text, markup=False, highlight=False, soft_wrap=True
-            )
     failed = [o.outputs[0] for o in latest if o.outputs[0].finish_reason == "error"]
     if failed:
         raise RuntimeError(f"{len(failed)} requests failed: {failed[0].stop_reason}")
     return {"outputs": latest, "seconds": seconds}
+
+
+def show_texts(llm: Any, outputs: list[Any], console: Any) -> None:
+    """What came of every prompt, where there was nobody to watch it come."""
+    for i, output in enumerate(outputs):
+        console.rule(f"prompt {i + 1}")
+        text = llm.tokenizer.decode([*output.prompt_token_ids, *output.outputs[0].token_ids])
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 async def watch(streams: Any, prompts: list[str], latest: list[Any], console: Any) -> None:
