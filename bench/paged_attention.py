@@ -53,10 +53,9 @@ LARGE = {
     "32k+255x512": [32768] + [512] * 255,
 }
 SMALL = {"1x1k": [1024], "1x4k": [4096], "1x32k": [32768], "8x4k": [4096] * 8}
-LARGE_VARIANTS = {"c264s3nb": S(ctas=264, stages=3, auto_barriers=False)}
+LARGE_VARIANTS = {"c132t128": S(ctas=132, stages=3, key_tile=128)}
 SMALL_VARIANTS = {
-    "k8w2nb": C(8, 2, 3, auto_barriers=False),
-    "k2w2nb": C(2, 2, 3, auto_barriers=False),
+    "k4w2": C(4, 2, 3),
     "split": S(ctas=264, stages=3),
 }
 # rows of (context, new tokens), chunks first
@@ -66,14 +65,13 @@ CHUNKS = {
     "64x4k + 512 over 8k": [(8704, 512)] + [(4096, 1)] * 64,
 }
 # context lengths, new tokens, heads, KV heads, head size, block size, options, configurations
-NB = dict(auto_barriers=False)
 CHECKS = [
-    ([5000, 1, 65, 64, 63, 0, 700, 17], None, 32, 8, 128, 16, {}, [S(), S(**NB)]),
-    ([5000, 0, 65, 640], None, 32, 8, 128, 64, {}, [C(8, 2, 3), C(8, 2, 2, **NB)]),
+    ([5000, 1, 65, 64, 63, 0, 700, 17], None, 32, 8, 128, 16, {}, [S(), S(ctas=132, stages=6)]),
+    ([5000, 0, 65, 640], None, 32, 8, 128, 64, {}, [C(8, 2, 3), C(8, 1, 2)]),
     ([3000, 100], None, 16, 16, 64, 32, dict(window=500), [C(2, 2, 2), S()]),
     ([1500, 2222, 9], None, 8, 1, 256, 256, dict(sinks=True, alibi=True), [S(ctas=132)]),
     ([5000, 1, 65, 640], [5, 1, 4, 0], 32, 8, 128, 16, {}, [S(), C(8, 2, 2)]),
-    ([900, 300, 64], [200, 1, 64], 24, 8, 128, 64, dict(window=333, sinks=True), [S(**NB), P()]),
+    ([900, 300, 64], [200, 1, 64], 24, 8, 128, 64, dict(window=333, sinks=True), [S(), P()]),
     ([3000, 700, 64, 0, 90], [600, 1, 64, 0, 2], 32, 8, 128, 16, {}, [None, P()]),
     ([900, 300], [200, 3], 8, 1, 256, 128, dict(logits_soft_cap=30.0), [P(block_kv=64)]),
     ([900, 300], [200, 64], 4, 4, 64, 32, dict(alibi=True), [P()]),
@@ -177,6 +175,7 @@ def check(rows):
                 ok = False
                 say(name, "FAIL", type(e).__name__, str(e)[:300])
             wrong += not ok
+            write([row("check", "aidx", "wrong results", wrong, "cases")], "paged_attention_check")
     rows.append(row("check", "aidx", "wrong results", wrong, "cases"))
 
 
@@ -282,6 +281,8 @@ def operations(rows):
 def jobs_of(sections, variants, pattern):
     """(section, case, rows, label, call) in the order of running; one layout of pools at a time."""
     decode = lambda lens: [(n, 1) for n in lens]
+    for name, rows in CHUNKS.items() if "chunk" in sections else ():
+        yield "chunk", name, rows, "aidx", aidx_call(None, 512)
     for section, shapes, configs in (
         ("large", LARGE, LARGE_VARIANTS),
         ("small", SMALL, SMALL_VARIANTS),
@@ -290,8 +291,6 @@ def jobs_of(sections, variants, pattern):
             yield section, name, decode(lens), "aidx", aidx_call(None)
             for label, config in configs.items() if variants else ():
                 yield section, name, decode(lens), label, aidx_call(config)
-    for name, rows in CHUNKS.items() if "chunk" in sections else ():
-        yield "chunk", name, rows, "aidx", aidx_call(None, 512)
     for name, lens in LARGE.items() if "peer" in sections else ():
         yield "peer", name, decode(lens), "jax", jax_call
 
@@ -347,6 +346,12 @@ def timed(sections, variants, pattern, limit, sds, dry, rows_out):
 
 
 def one_row(section, case, label, rows, compiled, args, rows_out):
+    """Time one program and write everything measured so far: a cut run keeps its rows."""
+    measure_row(section, case, label, rows, compiled, args, rows_out)
+    write(rows_out, "paged_attention")
+
+
+def measure_row(section, case, label, rows, compiled, args, rows_out):
     us = seconds(compiled, args) / CALLS * 1e6
     if section == "chunk":
         rate = operations(rows) / us / 1e6

@@ -1,6 +1,7 @@
 """`paged_attention`: validation, the choice of a kernel, and the call."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,26 +95,30 @@ def paged_attention(
     if logits_soft_cap is not None and logits_soft_cap <= 0:
         raise ValueError(f"{logits_soft_cap=} has to be positive")
     scale = geom.head_dim**-0.5 if scale is None else scale
-    i32 = lambda x: x.astype(jnp.int32)
-    call = _Call(
-        q,
-        k_pool,
-        v_pool,
-        i32(block_tables),
-        i32(context_lens),
-        i32(q_indptr),
-        alibi_slopes,
-        sinks,
-        geom=geom,
-        scoring=Scoring(scale, window, logits_soft_cap),
-        interpret=interpret,
-    )
     if config is not None and deterministic:
         raise ValueError(f"deterministic=True brings its own configuration, not {config=}")
     plan = default_plan(geom, q.dtype.itemsize) if config is None else (config,)
     if deterministic:
         plan = (_deterministic(geom, q.dtype.itemsize),)
-    out, lse = _run(call, plan)
+    return _jitted(
+        q,
+        k_pool,
+        v_pool,
+        *(x.astype(jnp.int32) for x in (block_tables, context_lens, q_indptr)),
+        alibi_slopes,
+        sinks,
+        geom=geom,
+        scoring=Scoring(scale, window, logits_soft_cap),
+        plan=plan,
+        interpret=interpret,
+        return_lse=return_lse,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("geom", "scoring", "plan", "interpret", "return_lse"))
+def _jitted(*arrays, geom, scoring, plan, interpret, return_lse):
+    """One trace and one lowering for all layers of a model that make the same call."""
+    out, lse = _run(_Call(*arrays, geom=geom, scoring=scoring, interpret=interpret), plan)
     out = out.reshape(geom.num_tokens, geom.num_heads, geom.value_dim)
     return (out, lse()) if return_lse else out
 

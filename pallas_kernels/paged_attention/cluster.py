@@ -47,7 +47,6 @@ class ClusterConfig:
     warpgroups: int = 2
     stages: int = 2
     key_tile: int = 64
-    auto_barriers: bool = True  # let Pallas add the warpgroup barriers that it cannot do without
 
     def __post_init__(self):
         if self.cluster not in (1, 2, 4, 8, 16):
@@ -72,7 +71,7 @@ def pick_config(geom: Geometry, itemsize: int = 2, *, max_cluster: int = 8) -> C
     Clusters of 16 measured slower: an H200 places few of them at a time.
 
     >>> pick_config(Geometry(1, 32, 8, 128, 128, 99, 64, 1, 64, max_q=1))
-    ClusterConfig(cluster=8, warpgroups=2, stages=3, key_tile=64, auto_barriers=True)
+    ClusterConfig(cluster=8, warpgroups=2, stages=3, key_tile=64)
     """
     tiles = cdiv(geom.blocks_per_row * geom.block_size, 64)
     segments = geom.num_rows * tiles_per_row(geom) * geom.num_kv_heads
@@ -182,9 +181,7 @@ def cluster_attention(
             num_threads=w,
             thread_name="wg",
             interpret=interpret_params(interpret),
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, unsafe_no_auto_barriers=not config.auto_barriers
-            ),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
             **mesh,
         )(q, k_pool, v_pool, block_tables, context_lens, q_indptr, *columns)
     return out, lse

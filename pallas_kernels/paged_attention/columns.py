@@ -31,6 +31,16 @@ def reduce_scratch(cols: int) -> int:
     return 4 * 32 * 2 * (cols // 8)
 
 
+def clear_rows(ref, live, interpret: bool):
+    """Zero the rows of a tile in SMEM from `live` on, 64 x 64 at a time for want of registers."""
+    rows = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=ROWS)
+    for r in range(0, ref.shape[0], 64):
+        for c in range(0, ref.shape[1], 64):
+            part = ref.at[pl.ds(r, 64), pl.ds(c, 64)]
+            x = part[...] if interpret else plgpu.load(part, layout=ROWS)
+            part[...] = jnp.where(rows + r < live, x, jnp.zeros_like(x))
+
+
 def row_layout(size: int):
     """One element per thread where there are 128 of them."""
     if size % 128 == 0:
@@ -122,9 +132,7 @@ class Columns:
 
     def clear_dead_rows(self, v_s, live):
         """Zero the rows of V from `live` on: they may hold NaN, and 0 * NaN is NaN."""
-        rows = plgpu.broadcasted_iota(jnp.int32, (self.tile, self.geom.value_dim), 0, layout=ROWS)
-        v = v_s[...] if self.ops.interpret else plgpu.load(v_s, layout=ROWS)
-        v_s[...] = jnp.where(rows < live, v, jnp.zeros_like(v))
+        clear_rows(v_s, live, self.ops.interpret)
 
     def step(self, acc, m, sums, refs, first_key, position, context, slopes):
         """One tile of keys: `(acc, m, sums)` after it.

@@ -26,6 +26,7 @@ from pallas_kernels._mgpu import MASKED, SMEM_BYTES, Ops, div, rem
 from pallas_kernels.flash_attention import tile as tl
 
 from . import worklist as wl
+from .columns import clear_rows
 from .geometry import LOG2E, Geometry, Scoring
 from .pages import PageTiles
 
@@ -384,22 +385,11 @@ class Consumer:
         def _():
             @pl.when(self.wg == 0)
             def _():
-                self.clear_dead(refs.v_s.at[slot], live)
+                clear_rows(refs.v_s.at[slot], live, self.call.interpret)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(refs.clean)
 
             plgpu.barrier_wait(refs.clean)
-
-    def clear_dead(self, v_s, live) -> None:
-        """Zero the rows of V from `live` on, 64 x 64 at a time: registers are full."""
-        rows = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=plgpu.Layout.WGMMA)
-        for r in range(0, self.call.config.block_kv, 64):
-            for c in range(0, self.call.geom.value_dim, 64):
-                part = v_s.at[pl.ds(r, 64), pl.ds(c, 64)]
-                v = part[...]
-                if not self.call.interpret:
-                    v = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-                part[...] = jnp.where(rows + r < live, v, jnp.zeros_like(v))
 
     def first_block(self, oacc):
         """Q K^T and softmax of block 0: nothing to overlap with yet."""

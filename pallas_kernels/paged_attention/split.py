@@ -53,7 +53,6 @@ class SplitConfig:
     stages: int = 3
     ctas: int = 2 * HOPPER_SMS
     fixed_chunk: int | None = None
-    auto_barriers: bool = True  # let Pallas add the warpgroup barriers that it cannot do without
 
     def __post_init__(self):
         if self.key_tile % 64 or self.key_tile <= 0:
@@ -146,9 +145,7 @@ def split_attention(
             num_threads=2,
             thread_name="wg",
             interpret=interpret_params(interpret),
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, unsafe_no_auto_barriers=not config.auto_barriers
-            ),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
         )(q, k_pool, v_pool, block_tables, *work, *columns)
     with jax.named_scope("paged_attention.combine"):
         out, lse = jax.new_ref(out), jax.new_ref(lse)
@@ -400,9 +397,10 @@ class _Split:
             self.put(out, o_s, out_ref, fact, head)
             plgpu.wait_smem_to_gmem(0)
 
-    def fold(self, part_o_ref, part_lse_ref, begin, cta, at_once: int = 8):
-        """Merge the partials of shares `begin .. cta`, loads of `at_once` of them overlapped."""
+    def fold(self, part_o_ref, part_lse_ref, begin, cta):
+        """Merge the partials of shares `begin .. cta`, several loads in flight."""
         math = self.math
+        at_once = max(1, 8 * 1024 // (math.geom.cols * math.geom.value_dim))
         load = lambda c, slot: (
             math.load(part_lse_ref.at[c, slot]),
             math.load(part_o_ref.at[c, slot]),
