@@ -120,6 +120,7 @@ class LLM:
             eos_token_ids=model.eos_token_ids,
             implementation=implementation,
             asynchronous=asynchronous,
+            cpu=cpu,
         )
         wanted = model.max_model_len if max_model_len is None else max_model_len
         if num_blocks is None:

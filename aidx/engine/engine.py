@@ -10,6 +10,7 @@ many by the time the host sees it; that token is dropped.
 
 import dataclasses
 import itertools
+import logging
 import os
 import secrets
 import time
@@ -47,6 +48,7 @@ from aidx.engine.stats import EngineStats, Meter
 from aidx.ops.sampling import VARIANTS, Variant, pack_rows, state_row
 from aidx.typing import Forward, Params
 
+LOG = logging.getLogger(__name__)
 COPY_SIZES = (16, 4, 1)  # pairs of blocks that one copy program takes
 TABLE_UPDATES = 1024  # entries that one `write_tables` takes
 
@@ -72,6 +74,7 @@ class EngineConfig:
         eos_token_ids: tokens that end a sequence unless its request ignores them.
         implementation: of paged attention.
         asynchronous: issue step t before reading step t - 1.
+        cpu: whether the traces come in sizes for a CPU or for a GPU (`row_buckets`).
 
     Raises:
         ValueError: from `SchedulerConfig`, or sizes below 1.
@@ -95,6 +98,7 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...] = ()
     implementation: Any = None
     asynchronous: bool = True
+    cpu: bool = True
 
     def __post_init__(self):
         if self.vocab_size < 1 or self.max_logprobs < 0:
@@ -125,7 +129,7 @@ class EngineConfig:
     def shapes(self) -> tuple[stepping.Shape, ...]:
         """Every trace of the step that these limits can ask for."""
         return stepping.all_shapes(
-            self.max_num_seqs, self.max_num_batched_tokens, self.max_logprobs
+            self.max_num_seqs, self.max_num_batched_tokens, self.max_logprobs, cpu=self.cpu
         )
 
 
@@ -573,6 +577,7 @@ class Engine:
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             max_logprobs=self.config.max_logprobs,
+            cpu=self.config.cpu,
         )
 
     def _take_seat(self, seq: SequenceState) -> None:
@@ -980,6 +985,7 @@ class Engine:
                 pool.submit(stepping.write_masks.lower(masks, np.int32(0), self._neutral).compile)
             ]
             for shape in shapes:
+                began = time.monotonic()
                 lowered = stepping.run_step.lower(
                     self._params,
                     self._cache,
@@ -990,7 +996,7 @@ class Engine:
                     shape=shape,
                     implementation=config.implementation,
                 )
-                jobs.append(pool.submit(lowered.compile))
+                jobs.append(pool.submit(_compile, shape, lowered, time.monotonic() - began))
             for job in as_completed(jobs):
                 job.result()
                 done += 1
@@ -1020,6 +1026,20 @@ class Engine:
             tokens=nothing,
             updates=np.zeros((0, 3), np.int32),
         )
+
+
+def _compile(shape: stepping.Shape, lowered: Any, lowering: float) -> None:
+    """Compile a trace, and log what it took: `logging.getLogger("aidx.engine")`, level INFO."""
+    began = time.monotonic()
+    lowered.compile()
+    LOG.info(
+        "%d tokens, %d rows, %s: lowered in %.1f s, compiled in %.1f s",
+        shape.num_tokens,
+        shape.num_rows,
+        shape.sampler,
+        lowering,
+        time.monotonic() - began,
+    )
 
 
 def _wanted(shape: stepping.Shape, variant: Variant | None) -> bool:

@@ -379,34 +379,41 @@ def write_masks(masks: SamplingState, seat: jax.Array, row: SamplingState) -> Sa
 # Which traces there are.
 
 
-def row_buckets(max_num_seqs: int) -> tuple[int, ...]:
-    """Rows that decode steps come in: powers of two, and the most there can be.
+def row_buckets(max_num_seqs: int, *, cpu: bool = True) -> tuple[int, ...]:
+    """Rows that decode steps come in.
+
+    A CPU pays for every padding row: powers of two.  A GPU reads the parameters whatever the rows
+    are, and a kernel takes a second to lower: few, and halves only where a step is bound by
+    operations.
 
     Example:
-        >>> row_buckets(24)
-        (1, 2, 4, 8, 16, 24)
+        >>> row_buckets(24), row_buckets(256, cpu=False)
+        ((1, 2, 4, 8, 16, 24), (1, 8, 64, 128, 256))
     """
-    powers = [1 << i for i in range(max_num_seqs.bit_length())]
-    return tuple(sorted({*(p for p in powers if p < max_num_seqs), max_num_seqs}))
+    sizes = [1 << i for i in range(max_num_seqs.bit_length())]
+    if not cpu:
+        sizes = [size for size in sizes if size in (1, 8) or size >= 64]
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
 
 
-def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
+def token_buckets(max_num_batched_tokens: int, *, cpu: bool = True) -> tuple[int, ...]:
     """Tokens that other steps come in: halves near the top, where padding is dear, then quarters.
 
     Example:
-        >>> token_buckets(2048)
-        (32, 128, 512, 1024, 2048)
+        >>> token_buckets(2048), token_buckets(2048, cpu=False)
+        ((32, 128, 512, 1024, 2048), (128, 512, 1024, 2048))
     """
+    least = 32 if cpu else 128
     sizes, size = [max_num_batched_tokens], max_num_batched_tokens
-    while size > 32:
+    while size > least:
         size = -(-size // (2 if len(sizes) < 3 else 4))
-        sizes.append(max(size, 16))
+        sizes.append(max(size, least // 2))
     return tuple(sorted(set(sizes)))
 
 
 @functools.lru_cache(maxsize=64)
 def all_shapes(
-    max_num_seqs: int, max_num_batched_tokens: int, max_logprobs: int
+    max_num_seqs: int, max_num_batched_tokens: int, max_logprobs: int, *, cpu: bool = True
 ) -> tuple[Shape, ...]:
     """Every trace that a batch with these limits can ask for, in order of cost within its kind.
 
@@ -420,11 +427,11 @@ def all_shapes(
     everything = Sampler("full", masked=True, num_logprobs=max_logprobs)
     decode = [
         Shape(r, r, 1, sampler)
-        for r in row_buckets(max_num_seqs)
+        for r in row_buckets(max_num_seqs, cpu=cpu)
         for sampler in (Sampler("greedy"), Sampler("plain"), Sampler("full"), everything)
         if sampler is not everything or r == max_num_seqs
     ]
-    sizes = token_buckets(max_num_batched_tokens)
+    sizes = token_buckets(max_num_batched_tokens, cpu=cpu)
     prefill = [
         Shape(t, min(max_num_seqs, t), t, sampler)
         for t in sizes
@@ -443,6 +450,7 @@ def pick_shape(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     max_logprobs: int,
+    cpu: bool = True,
 ) -> Shape:
     """The smallest trace for `rows` rows of `tokens` tokens in all that samples as `needed`.
 
@@ -457,7 +465,7 @@ def pick_shape(
     """
     return next(
         shape
-        for shape in all_shapes(max_num_seqs, max_num_batched_tokens, max_logprobs)
+        for shape in all_shapes(max_num_seqs, max_num_batched_tokens, max_logprobs, cpu=cpu)
         if rows <= shape.num_rows
         and tokens <= shape.num_tokens
         and (tokens == rows or not shape.decode)
