@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
 
 import jax
@@ -61,6 +61,16 @@ def verdict(log):
     return problems, max(map(int, re.findall(r"Used (\d+) registers", log)), default=0)
 
 
+def compiled(f, args):
+    """(problems, registers) of f compiled for an H200 at these abstract arguments."""
+    target = (ROOT / "scripts" / "h200.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    on_gpu = NamedSharding(Mesh(np.array([topology.devices[0]]), ("x",)), PartitionSpec())
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_gpu)
+    lowered = jax.jit(f).lower(*jax.tree.map(place, args))
+    return verdict(captured(lowered.compile)[1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pattern", nargs="?", default=".")
@@ -70,17 +80,10 @@ def main():
     if options.list:
         print("\n".join(name for name, _, _ in chosen))
         return 0
-    target = (ROOT / "scripts" / "h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-    mesh = Mesh(np.array([topology.devices[0]]), ("x",))
-    on_gpu = NamedSharding(mesh, PartitionSpec())
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_gpu)
     failures = 0
     for name, f, args in chosen:
         start = time.time()
-        lowered = jax.jit(f).lower(*jax.tree.map(place, args))
-        _, log = captured(lowered.compile)
-        problems, registers = verdict(log)
+        problems, registers = compiled(f, args)
         failures += bool(problems)
         status = "; ".join(problems) or "ok"
         print(
