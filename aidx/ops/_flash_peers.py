@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _flash_xla
-from ._flash_spec import FlashOperands, FlashSpec
+from ._flash_spec import NO_COTANGENTS, FlashOperands, FlashSpec
 
 Array = jax.Array
 
@@ -134,14 +134,11 @@ def mosaic_backward(
             **_mosaic_options(kernels, spec, ops),
         )
         d_sinks = None if ops.sinks is None else grads.sinks[None]
-        return _NO_GRADIENTS._replace(q=grads.q, k=grads.k, v=grads.v, sinks=d_sinks)
+        return NO_COTANGENTS._replace(q=grads.q, k=grads.k, v=grads.v, sinks=d_sinks)
 
     return _if_ascending(
         spec, ops, kernel, lambda: _flash_xla.backward(spec, ops, outputs, cotangents)
     )
-
-
-_NO_GRADIENTS = FlashOperands(*(None,) * len(FlashOperands._fields))
 
 
 def _refuse_unless_plain(spec: FlashSpec, ops: FlashOperands) -> None:
@@ -221,4 +218,4 @@ def cudnn_backward(
     _refuse_unless_plain(spec, ops)
     _, pull = jax.vjp(lambda q, k, v: _cudnn(spec, ops, q, k, v), ops.q, ops.k, ops.v)
     dq, dk, dv = pull(cotangents[0])
-    return _NO_GRADIENTS._replace(q=dq, k=dk, v=dv)
+    return NO_COTANGENTS._replace(q=dq, k=dk, v=dv)

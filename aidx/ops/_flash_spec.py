@@ -134,6 +134,7 @@ class FlashOperands(NamedTuple):
     block_captured: tuple[Any, ...] = ()
 
 
+NO_COTANGENTS = FlashOperands(None, None, None, score_captured=(), mask_captured=())
 BATCHED_FIELDS = FlashOperands._fields[:14]
 CAPTURED_FIELDS = FlashOperands._fields[14:]
 

@@ -19,12 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._flash_spec import (
+    NO_COTANGENTS,
     FlashOperands,
     FlashSpec,
     dropout_columns,
     dropout_keeps,
     dropout_rows,
 )
+from ._loops import varying_like
 
 Array = jax.Array
 NEG_INF = float("-inf")
@@ -68,7 +70,7 @@ def choose_tiles(spec: FlashSpec, ops: FlashOperands) -> Tiles:
         size = 256 if T >= 1024 and B * N * 256 * 256 <= TILE_SCORES else 128
         if not skips and B * N * T * S <= ONE_TILE:
             q, kv = T, S
-        elif T < size:
+        elif size > T:
             q, kv = T, min(1024, max(size, TILE_SCORES // (B * N * T)))
         else:
             q, kv = size, size
@@ -105,7 +107,7 @@ def _positions(spec: FlashSpec, ops: FlashOperands, tiles: Tiles, i: Array) -> A
     """Positions of the tile's queries on the keys' axis: [b, q]."""
     if ops.q_positions is not None:
         return lax.dynamic_slice_in_dim(ops.q_positions, i * tiles.q, tiles.q, 1)
-    offset = spec.query_offset + i * tiles.q
+    offset = (spec.query_offset or 0) + i * tiles.q
     return (offset + jnp.arange(tiles.q, dtype=jnp.int32))[None]
 
 
@@ -213,8 +215,8 @@ def needed_tiles(spec: FlashSpec, ops: FlashOperands, tiles: Tiles) -> Array:
         rows = ops.q_positions.reshape(-1, tiles.count_q, tiles.q)
         low, high = rows.min(axis=(0, 2)), rows.max(axis=(0, 2))
     else:
-        low = spec.query_offset + i * tiles.q
-        high = spec.query_offset + jnp.minimum((i + 1) * tiles.q, tiles.T) - 1
+        low = (spec.query_offset or 0) + i * tiles.q
+        high = (spec.query_offset or 0) + jnp.minimum((i + 1) * tiles.q, tiles.T) - 1
     needed = jnp.ones((tiles.count_q, tiles.count_kv), bool)
     if spec.left is not None:
         needed &= last[None, :] >= low[:, None] - spec.left
@@ -352,6 +354,7 @@ def forward(spec: FlashSpec, operands: FlashOperands) -> tuple[Array, Array]:
                 jnp.zeros((B, K, G, tiles.q), jnp.float32),
                 jnp.zeros((B, K, G, tiles.q, v.shape[-1]), jnp.float32),
             )
+            start = varying_like(start, (operands, i))
             running = _over_needed(needed[i], _has_gaps(ops), step, start)
         out, lse = _normalised(running, sinks)
         return out.astype(operands.q.dtype), lse
@@ -500,8 +503,9 @@ def backward(
             dq_i = _dot(ds, k_j, "bkgts,bksh->bkgth", spec)
             return dk, dv, _add(sums, d, dq_i, tiles, i, j)
 
-        zeros = (jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32), sums)
-        dk, dv, sums = _over_needed(needed[:, j], _has_gaps(ops), query_tile, zeros)
+        zeros = (jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32))
+        zeros = varying_like(zeros, (operands, cotangents))
+        dk, dv, sums = _over_needed(needed[:, j], _has_gaps(ops), query_tile, (*zeros, sums))
         return sums, (dk.astype(k.dtype), dv.astype(v.dtype))
 
     like = lambda x: None if x is None else jnp.zeros(x.shape, jnp.float32)
@@ -511,6 +515,7 @@ def backward(
         like(ops.alibi_slopes),
         tuple(like(c) for c, f in zip(ops.score_captured, floats, strict=True) if f),
     )
+    start = varying_like(start, (operands, cotangents))
     sums, (dk, dv) = lax.scan(key_tile, start, jnp.arange(tiles.count_kv, dtype=jnp.int32))
     grads = _no_gradients(operands, floats)
     if operands.sinks is not None:
@@ -584,8 +589,7 @@ def _add(sums: Sums, d: Product, dq_i: Array, tiles: Tiles, i: Array, j: Array) 
 def _no_gradients(operands: FlashOperands, floats: tuple[bool, ...]) -> FlashOperands:
     """Zero cotangents of what is differentiable, None of the rest."""
     like = lambda x: None if x is None else jnp.zeros_like(x)
-    nothing = FlashOperands(*(None,) * len(FlashOperands._fields))
-    return nothing._replace(
+    return NO_COTANGENTS._replace(
         q=like(operands.q),
         k=like(operands.k),
         v=like(operands.v),

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._loops import varying_like
 from ._paged_spec import PagedOperands, PagedSpec
 
 Array = jax.Array
@@ -236,12 +237,14 @@ def _dot(x: Array, y: Array, contract: str) -> Array:
 # --- merging parts -------------------------------------------------------------------------------
 
 
-def _empty(lead: tuple[int, ...], Hv: int) -> Partial:
-    return Partial(
+def _empty(ops: PagedOperands, lead: tuple[int, ...]) -> Partial:
+    Hv = ops.v_pool.shape[3]
+    start = Partial(
         jnp.full(lead, NEG_INF, jnp.float32),
         jnp.zeros(lead, jnp.float32),
         jnp.zeros((*lead, Hv), jnp.float32),
     )
+    return varying_like(start, ops)
 
 
 def _merge(a: Partial, b: Partial) -> Partial:
@@ -353,7 +356,7 @@ def _in_step(
     def trip(c: Array, total: Partial) -> Partial:
         return _merge(total, _chunk(spec, ops, rows, row, jnp.full_like(row, c), size, x))
 
-    start = _empty(x.q.shape[:3], ops.v_pool.shape[3])
+    start = _empty(ops, x.q.shape[:3])
     low = jnp.min(jnp.where(past > first, first, jnp.iinfo(jnp.int32).max))
     return lax.fori_loop(low, past.max(), trip, start)
 
@@ -384,7 +387,7 @@ def _work_list(
         picked = picked._replace(real=picked.real & real[:, None])
         return _merge_into(total, row, _chunk(spec, ops, rows, at, chunk, size, picked))
 
-    start = _empty(x.q.shape[:3], ops.v_pool.shape[3])
+    start = _empty(ops, x.q.shape[:3])
     return lax.fori_loop(0, -(-ends[-1] // U), trip, start)
 
 
@@ -417,7 +420,7 @@ def _tiles(
         def trip(c: Array, total: Partial) -> Partial:
             return _merge(total, _chunk(spec, ops, rows, row[None], c[None], size, x, past))
 
-        start = _empty(x.q.shape[:3], Hv)
+        start = _empty(ops, x.q.shape[:3])
         total = lax.fori_loop(begin // size, -(-end // size), trip, start)
         out, lse = _finish(total)
         out = out.reshape(K, Q, N // K, Hv).transpose(1, 0, 2, 3).reshape(Q, N, Hv)
@@ -429,7 +432,7 @@ def _tiles(
         )
 
     outputs = (jnp.zeros((T, N, Hv), jnp.float32), jnp.full((T, N), NEG_INF, jnp.float32))
-    return lax.fori_loop(0, ends[-1], tile, outputs)
+    return lax.fori_loop(0, ends[-1], tile, varying_like(outputs, ops))
 
 
 def _shared(spec: PagedSpec, ops: PagedOperands) -> tuple[Array, Array]:

@@ -107,12 +107,13 @@ def trace_mask_mod(fn: MaskMod) -> tuple[ScalarFn, tuple[jax.Array, ...]]:
 def _trace(fn: Callable[..., Any], scored: bool) -> tuple[ScalarFn, tuple[jax.Array, ...], Any]:
     index = jax.ShapeDtypeStruct((), jnp.int32)
     args = (jax.ShapeDtypeStruct((), jnp.float32),) * scored + (index,) * 4
-    closed = jax.make_jaxpr(fn)(*args)
-    if len(closed.out_avals) != 1 or closed.out_avals[0].shape != ():
-        shapes = [a.shape for a in closed.out_avals]
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+    leaves = jax.tree.leaves(out)
+    if len(leaves) != 1 or leaves[0].shape != ():
+        shapes = [leaf.shape for leaf in leaves]
         raise TypeError(f"score_mod and mask_mod return one scalar; this one returns {shapes}")
     captured = tuple(jnp.asarray(c) for c in closed.consts)
-    return ScalarFn(closed.jaxpr, str(closed.jaxpr)), captured, closed.out_avals[0]
+    return ScalarFn(closed.jaxpr, str(closed.jaxpr)), captured, leaves[0]
 
 
 # --- windows and packed sequences ----------------------------------------------------------------

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 
 from . import _flash_peers, _flash_xla, registry
@@ -26,6 +27,7 @@ from ._flash_spec import (
     FlashOperands,
     FlashSpec,
 )
+from ._loops import varying_like
 from .attention_mask import (
     BlockMask,
     MaskMod,
@@ -135,7 +137,7 @@ def flash_attention(
         results = [form.restore(out), *[form.unfold(lse)] * return_lse]
         results.append(form.unfold(probabilities))
         return tuple(results)
-    out, lse = _attend(names, spec, operands)
+    out, lse = _attend(names, spec, varying_like(operands, operands))
     return (form.restore(out), form.unfold(lse)) if return_lse else form.restore(out)
 
 
@@ -332,7 +334,7 @@ def _packing(
 
 
 def _check_borders(cu: Array, length: int, axis: str) -> None:
-    if isinstance(cu, jax.core.Tracer):
+    if isinstance(cu, Tracer):
         return
     borders = np.asarray(cu)
     if borders[0] != 0 or (np.diff(borders) < 0).any() or borders[-1] > length:

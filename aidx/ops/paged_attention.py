@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from . import _paged_peers, _paged_xla, registry
 from ._paged_spec import PagedAttentionConfig, PagedOperands, PagedSpec
@@ -223,7 +224,7 @@ def _check_rows(
     indptr: Array, lens: Array, tables: Array, block_size: int, T: int, max_q: int
 ) -> None:
     """What a trace cannot know is checked where the values are at hand."""
-    if isinstance(indptr, jax.core.Tracer) or isinstance(lens, jax.core.Tracer):
+    if isinstance(indptr, Tracer) or isinstance(lens, Tracer):
         return
     borders, context = np.asarray(indptr), np.asarray(lens)
     counts = np.diff(borders)

@@ -155,13 +155,11 @@ class Call:
             return _bind(_backward_of(entry), self.spec)
         return _bind(entry.forward, self.spec)
 
-    def shapes(self, entry: Implementation, args: Sequence[Any]) -> Any:
-        """The shapes `entry` returns; raises NotImplementedError where it cannot do the case."""
+    def check(self, entry: Implementation, args: Sequence[Any]) -> None:
+        """Trace what `entry` offers; raises NotImplementedError where it cannot do the case."""
         outputs = jax.eval_shape(_bind(entry.forward, self.spec), args[0])
-        if self.direction == "forward":
-            return outputs
-        gradients = jax.eval_shape(_bind(_backward_of(entry), self.spec), args[0], outputs, outputs)
-        return gradients if self.direction == "backward" else outputs
+        if self.direction != "forward":
+            jax.eval_shape(_bind(_backward_of(entry), self.spec), args[0], outputs, outputs)
 
 
 @functools.lru_cache(maxsize=512)
@@ -178,8 +176,8 @@ def _backward_of(entry: Implementation) -> Callable[..., Any]:
 
 def first_that_can(
     call: Call, candidates: Sequence[Implementation], args: Sequence[Any]
-) -> tuple[Implementation, Any]:
-    """`(implementation, out shapes)` of the first candidate that does not refuse.
+) -> Implementation:
+    """The first candidate that does not refuse.
 
     Raises:
       ExceptionGroup: of the `NotImplementedError` of each candidate.
@@ -187,7 +185,8 @@ def first_that_can(
     refusals = []
     for entry in candidates:
         try:
-            return entry, call.shapes(entry, args)
+            call.check(entry, args)
+            return entry
         except NotImplementedError as refusal:
             refusals.append(NotImplementedError(f"{entry.name}: {refusal}"))
     if not refusals:
@@ -211,15 +210,16 @@ def dispatch(call: Call, *args: Any) -> Any:
     everywhere = call.candidates(None)
     named = sorted({p for entry in resolve(call.op, call.names) for p in entry.platforms})
     if not everywhere:
-        entry, shapes = first_that_can(call, resolve(call.op, call.names), args)
+        entry = first_that_can(call, resolve(call.op, call.names), args)
         branches = {p: call.bound(entry) for p in entry.platforms}
-        return jax.lax.platform_dependent(*args, **branches, default=_deferred(call, shapes))
-    entry, shapes = first_that_can(call, everywhere, args)
+        refuse = _deferred(call, entry, args)
+        return jax.lax.platform_dependent(*args, **branches, default=refuse)
+    entry = first_that_can(call, everywhere, args)
     # A platform whose preferred candidate is the same needs no branch of its own.
     special = [p for p in named if call.candidates(p)[0] is not entry]
     if not special:
         return call.bound(entry)(*args)
-    later = _deferred(call, shapes)
+    later = _deferred(call, entry, args)
     return jax.lax.platform_dependent(
         *args, **{p: later for p in special}, default=call.bound(entry)
     )
@@ -275,13 +275,16 @@ _deferred_p = Primitive("aidx_dispatch")
 _deferred_p.multiple_results = True
 
 
-def _deferred(call: Call, shapes: Any) -> Callable[..., Any]:
-    """A function of the operands that picks and traces its implementation at lowering."""
+def _deferred(call: Call, entry: Implementation, args: Sequence[Any]) -> Callable[..., Any]:
+    """A function of the operands that picks and traces its implementation at lowering.
+
+    It returns what `entry` returns, to the last detail of the types (axes of a shard_map included).
+    """
+    closed, shapes = jax.make_jaxpr(call.bound(entry), return_shape=True)(*args)
+    avals, out_tree = tuple(closed.out_avals), jax.tree.structure(shapes)
 
     def apply(*args: Any) -> Any:
         leaves, in_tree = jax.tree.flatten(args)
-        flat_shapes, out_tree = jax.tree.flatten(shapes)
-        avals = tuple(jax.core.ShapedArray(s.shape, s.dtype) for s in flat_shapes)
         out = _deferred_p.bind(*leaves, call=call, in_tree=in_tree, out_avals=avals)
         return jax.tree.unflatten(out_tree, out)
 
@@ -290,7 +293,7 @@ def _deferred(call: Call, shapes: Any) -> Callable[..., Any]:
 
 def _run(*leaves: Any, call: Call, in_tree: Any, platform: str) -> list[Any]:
     args = jax.tree.unflatten(in_tree, leaves)
-    entry, _ = first_that_can(call, call.candidates(platform), args)
+    entry = first_that_can(call, call.candidates(platform), args)
     return jax.tree.leaves(call.bound(entry)(*args))
 
 
