@@ -6,7 +6,7 @@ maximum is a vector over the columns: a reduction over the four warps of a warpg
 
 That reduction goes through shared memory.  Mosaic reserves one scratch for it per CTA, at the same
 address for every warpgroup, so two warpgroups of a CTA that reduce at the same time read each
-other's values; `column_max` takes the scratch as an argument, and each warpgroup brings its own.
+other's values; `_column_reduce` takes the scratch as an argument, and each warpgroup brings its own.
 """
 
 import dataclasses

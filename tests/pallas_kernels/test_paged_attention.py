@@ -1,8 +1,8 @@
 """Paged attention kernels in the GPU interpreter: every mix of rows equals dense attention.
 
 The interpreter runs TMA, barriers and warpgroups and reports races as text on stdout, which is why
-the tests read what was printed.  Every slot that no row owns holds NaN, and tables are padded with
-block ids far outside the pool: following one, or multiplying by one, would show.
+the tests read what was printed.  Every slot that no row owns holds NaN, tables are padded with the
+id of such a block, and reading outside an array raises: touching what is dead shows.
 """
 
 import functools
@@ -10,6 +10,7 @@ import functools
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ def make(lens, new, *, heads=8, kv_heads=2, dim=64, size=16, spare=1, dtype=jnp.
     need = [-(-n // size) for n in lens]
     num_blocks, width = sum(need) + 2, max(need) + 1
     pools = np.full((2, num_blocks, kv_heads, size, dim), np.nan, np.float32)
-    table = np.full((len(lens), width), 10**6, np.int32)
     order, begin = rng.permutation(num_blocks), 0
+    table = np.full((len(lens), width), order[-1], np.int32)  # a block that nobody owns
     for r, blocks in enumerate(need):
         table[r, :blocks] = order[begin : begin + blocks]
         begin += blocks
@@ -43,21 +44,30 @@ def make(lens, new, *, heads=8, kv_heads=2, dim=64, size=16, spare=1, dtype=jnp.
     return jnp.asarray(q, dtype), k_pool, v_pool, *map(jnp.asarray, arrays)
 
 
+INTERPRET = plgpu.InterpretGPUParams(
+    detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
+)
+
+
 def run(args, max_q, *, config, **options):
-    """(out, lse) in the interpreter."""
+    """(out, lse) in the interpreter, where reading outside an array raises."""
     f = functools.partial(
         pa.paged_attention,
         max_q=max_q,
         config=config,
         return_lse=True,
-        interpret=True,
+        interpret=INTERPRET,
         **options,
     )
     return [np.asarray(x, np.float32) for x in jax.jit(f)(*args)]
 
 
-def check(args, max_q, capfd, *, config, **options):
-    out, lse = run(args, max_q, config=config, **options)
+def check(args, max_q, capfd, *, config, evicted=None, **options):
+    """`evicted`: (row, entry) of the table that lies before the window and has lost its block."""
+    given = list(args)
+    if evicted is not None:
+        given[3] = given[3].at[evicted].set(given[3][0, -1])
+    out, lse = run(given, max_q, config=config, **options)
     want, want_lse = map(np.asarray, pa.paged_attention_reference(*args, **options))
     seen = np.isfinite(want_lse)
     np.testing.assert_allclose(out, want, atol=1.5e-2)
@@ -89,7 +99,7 @@ def test_split_decode_with_options(capfd):
 def test_split_verification(capfd):
     """Rows of several queries are causal among themselves; they fill more than one query tile."""
     args = make([40, 130, 64], [3, 9, 0], heads=32, kv_heads=2, size=32)
-    check(args, 9, capfd, config=SPLIT, window=90)
+    check(args, 9, capfd, config=SPLIT, window=90, evicted=(1, 0))
 
 
 @pytest.mark.smoke
@@ -163,14 +173,12 @@ def test_blocks_do_not_matter():
 
 def _regroup(k_pool, v_pool, table, factor):
     """Pools and table with blocks `factor` times as large."""
-    table = np.pad(table, ((0, 0), (0, -table.shape[1] % factor)), constant_values=10**6)
+    table = np.pad(table, ((0, 0), (0, -table.shape[1] % factor)), mode="edge")
     rows, num = table.shape[0], table.shape[1] // factor
-    ids = np.where(table < k_pool.shape[0], table, 0).reshape(rows * num, factor)
-    dead = (table >= k_pool.shape[0]).reshape(rows * num, factor)
+    ids = table.reshape(rows * num, factor)
 
     def regroup(pool):
-        x = np.array(np.asarray(pool, np.float32)[ids])  # [rows * num, factor, K, size, H]
-        x[dead] = np.nan
+        x = np.asarray(pool, np.float32)[ids]  # [rows * num, factor, K, size, H]
         x = np.moveaxis(x, 1, 2).reshape(rows * num, pool.shape[1], -1, pool.shape[3])
         return jnp.asarray(x, pool.dtype)
 
