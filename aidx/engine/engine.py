@@ -15,7 +15,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -668,7 +668,7 @@ class Engine:
         """Keep the beams' candidates, advance the searches that have all; the other rows."""
         n, others, searches = self.config.max_logprobs, [], {}
         for i in at.tolist():
-            seq = self._batch.at(rows.seats[i])
+            seq = self._batch.at(int(rows.seats[i]))
             name = seq.request.request_id
             if name not in self._beams:
                 others.append(i)
@@ -981,7 +981,7 @@ class Engine:
         )
         done = 0
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            jobs = [
+            jobs: list[Future[Any]] = [
                 pool.submit(stepping.write_masks.lower(masks, np.int32(0), self._neutral).compile)
             ]
             for shape in shapes:
