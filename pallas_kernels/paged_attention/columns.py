@@ -6,7 +6,7 @@ maximum is a vector over the columns: a reduction over the four warps of a warpg
 
 That reduction goes through shared memory.  Mosaic reserves one scratch for it per CTA, at the same
 address for every warpgroup, so two warpgroups of a CTA that reduce at the same time read each
-other's values; `_column_reduce` takes the scratch as an argument, and each warpgroup brings its own.
+other's values.  `_column_reduce` takes the scratch as an argument: each warpgroup brings its own.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def _column_reduce(kind: str, x: jax.Array, scratch: Any) -> jax.Array:
     return reduce(x, scratch)
 
 
-def spread(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A per-column vector over the rows of a tile."""
     return lax.broadcast_in_dim(x, shape, [1])
 

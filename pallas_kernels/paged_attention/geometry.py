@@ -92,7 +92,7 @@ def pack_queries(q: jax.Array, geom: Geometry, first_token: jax.Array | None = N
     k, group, cols = geom.num_kv_heads, geom.group, geom.cols
     if geom.packed:
         return q.reshape(t, n // 8, 8, h)
-    if geom.q_tokens > 1:
+    if geom.q_tokens > 1 and first_token is not None:
         index = first_token[:, None] + jnp.arange(geom.q_tokens, dtype=jnp.int32)[None, :]
         tiles = q[jnp.clip(index, 0, t - 1)]  # [U, q_tokens, N, H]
         tiles = tiles.reshape(-1, geom.q_tokens, k, group, h).transpose(0, 2, 1, 3, 4)

@@ -41,7 +41,7 @@ def paged_attention_reference(
     t, n, h = q.shape
     kv_heads, block_size = k_pool.shape[1:3]
     group = n // kv_heads
-    scale = h**-0.5 if scale is None else scale
+    factor = h**-0.5 if scale is None else scale
     token = jnp.arange(t, dtype=jnp.int32)
     row = jnp.sum(q_indptr[None, 1:] <= token[:, None], axis=1)
     owned = row < context_lens.shape[0]
@@ -61,7 +61,7 @@ def paged_attention_reference(
 
         pick = lambda s: s if s is None or s.ndim == 1 else s[blocks]
         k, v = gather(k_pool, pick(k_scale)), gather(v_pool, pick(v_scale))
-        s = jnp.einsum("nh,nsh->ns", q_t.astype(jnp.float32), k, precision="highest") * scale
+        s = jnp.einsum("nh,nsh->ns", q_t.astype(jnp.float32), k, precision="highest") * factor
         if logits_soft_cap is not None:
             s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
         if alibi_slopes is not None:

@@ -417,4 +417,5 @@ class _Split:
         last = load(cta, ENDED)
         rounds = div(cta - begin + (at_once - 1), at_once)
         nothing = (math.full(MASKED), math.full(0.0), last[1] * 0.0)
-        return math.merge(*lax.fori_loop(0, rounds, step, nothing), *last)
+        m, w, o = lax.fori_loop(0, rounds, step, nothing)
+        return math.merge(m, w, o, *last)
