@@ -193,12 +193,14 @@ def test_half_precision_is_as_good_as_its_inputs(dtype):
 # --- rows without keys, packed sequences ---------------------------------------------------------
 
 
-def test_a_row_that_sees_nothing_gives_zeros_and_no_nan():
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_a_row_that_sees_nothing_gives_zeros_and_no_nan(with_sinks):
     q, k, v = qkv(t=S)
 
     def run(q, k, v, sinks):
+        extra = {"sinks": sinks} if with_sinks else {}
         out, lse = flash_attention(
-            q, k, v, causal=True, query_offset=-3, sinks=sinks, return_lse=True, config=SMALL
+            q, k, v, causal=True, query_offset=-3, return_lse=True, config=SMALL, **extra
         )
         return jnp.sum(out**2) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0)), (out, lse)
 

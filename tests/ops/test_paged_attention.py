@@ -233,7 +233,7 @@ def test_a_slot_gets_its_token_and_minus_one_writes_nothing():
     rng = np.random.default_rng(0)
     pool = rng.normal(size=(5, K, 4, H)).astype(np.float32)
     k, v = rng.normal(size=(2, 4, K, H)).astype(np.float32)
-    slots = np.array([7, -1, 19, 0], np.int32)
+    slots = np.array([7, -1, 19, 2], np.int32)
     wrote = write_kv(jnp.asarray(pool), jnp.asarray(pool), k, v, slots)
     for got, x in zip(wrote, (k, v), strict=True):
         expected = pool.copy()
