@@ -16,6 +16,7 @@ from aidx.cache import contiguous_attend as contiguous_attend
 from aidx.cache import defragment as defragment
 from aidx.cache import no_cache_attend as no_cache_attend
 from aidx.cache import paged_attend as paged_attend
+from aidx.cli.options import embedded_path as embedded_path
 from aidx.engine import BeamSearchParams as BeamSearchParams
 from aidx.engine import CompletionOutput as CompletionOutput
 from aidx.engine import ContinuousBatcher as ContinuousBatcher

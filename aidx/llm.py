@@ -55,8 +55,9 @@ class LLM:
         max_logprobs: the most log-probabilities that a request may ask for at a token.
         implementation: of paged attention, None takes the best there is.
         asynchronous: let the device run one step ahead of what the host has read.
-        warmup: compile every program before the first request; a sampler variant ("greedy",
+        warmup: True compiles every program before the first request; a sampler variant ("greedy",
             "plain", "full") compiles only what it and simpler ones need; False compiles on demand.
+            None: True on a GPU; on a CPU, where compiling everything costs minutes, on demand.
         revision: of a model on the hub.
         mesh: devices to spread the model over.
         progress: show a bar while warming up; None: when stderr is a terminal.
@@ -92,7 +93,7 @@ class LLM:
         max_logprobs: int = 20,
         implementation: Any = None,
         asynchronous: bool = True,
-        warmup: bool | Variant = True,
+        warmup: bool | Variant | None = None,
         revision: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         progress: bool | None = None,
@@ -139,6 +140,8 @@ class LLM:
             )
         config = EngineConfig(**limits, num_blocks=num_blocks, max_model_len=min(wanted, room))
         self.engine = Engine(model.forward, model.params, config, tokenizer=model.tokenizer)
+        if warmup is None:
+            warmup = not cpu
         if warmup is not False:
             with _bar(progress) as on_progress:
                 self.engine.warmup(on_progress, variant=None if warmup is True else warmup)

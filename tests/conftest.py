@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+os.environ.setdefault("NPROC", "16")  # threads of the kernel interpreter: two cores would deadlock
 os.environ.setdefault("JAX_PLATFORMS", "cpu" if not os.environ.get("AIDX_TEST_GPU") else "")
 
 import jax
