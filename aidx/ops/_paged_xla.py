@@ -25,9 +25,9 @@ from ._paged_spec import PagedOperands, PagedSpec
 Array = jax.Array
 NEG_INF = float("-inf")
 FEW = 8  # queries of a row up to which all rows go through the work list
-CHUNK = 256  # keys of a chunk of `_rows`
+CHUNK = 64  # keys of a chunk of `_rows`: what a row's last chunk wastes is half of it
 TILE_Q, TILE_CHUNK = 64, 512  # queries and keys of `_tiles`
-ITEMS = 64  # work items of a trip, at most
+ITEMS = 128  # work items of a trip, at most
 
 
 class Partial(NamedTuple):
