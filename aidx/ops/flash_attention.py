@@ -91,6 +91,7 @@ def flash_attention(
       q_lens: i32 `[*B]`, queries that exist; the others give zeros.
       kv_lens: i32 `[*B]`, keys that exist.
       segment_ids: i32 `[*B, T]`, or a pair with `[*B, S]`: a query sees keys of its own id.
+        Ids that ascend from 0 or more, or cu_seqlens, are the fast form on a GPU.
       cu_seqlens: i32 `[sequences + 1]`, or a (q, kv) pair: borders of sequences packed along T and
         S, ascending from 0; tokens after the last belong to none.  Causality is aligned at the
         end of each sequence.
