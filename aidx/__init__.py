@@ -30,8 +30,15 @@ from aidx.models import Model as Model
 from aidx.models import init_params as init_params
 from aidx.models import load_model as load_model
 from aidx.models import save_model as save_model
+from aidx.ops.attention_mask import BlockMask as BlockMask
+from aidx.ops.attention_mask import block_mask as block_mask
+from aidx.ops.flash_attention import FlashAttentionConfig as FlashAttentionConfig
 from aidx.ops.flash_attention import flash_attention as flash_attention
+from aidx.ops.paged_attention import Cascade as Cascade
+from aidx.ops.paged_attention import PagedAttentionConfig as PagedAttentionConfig
 from aidx.ops.paged_attention import paged_attention as paged_attention
+from aidx.ops.registry import explain as explain
+from aidx.ops.registry import implementations as implementations
 from aidx.ops.sampling import sample as sample
 from aidx.ops.write_kv import write_kv as write_kv
 

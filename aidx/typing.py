@@ -4,14 +4,14 @@ A model is a `Forward`: it mixes features and leaves the mixing of tokens to an 
 given.  A cache is whatever its `Attend` threads through.  Neither knows the other.
 """
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import jax
 
-Array: TypeAlias = jax.Array
-PyTree: TypeAlias = Any
-Params: TypeAlias = Any
-Cache: TypeAlias = Any
+type Array = jax.Array
+type PyTree = Any
+type Params = Any
+type Cache = Any
 
 
 class Attend(Protocol):
@@ -42,8 +42,8 @@ class Attend(Protocol):
 class Forward(Protocol):
     """`forward(params, tokens, positions, attend, cache) -> (logits, cache)`.
 
-    tokens and positions are i32 `[*B, T]`; logits are f32 `[*B, T, V]`.  With `logits_at` (i32 `[R]`,
-    indices into T of a `[T]` call) only those rows are unembedded: `[R, V]`.  With
+    tokens and positions are i32 `[*B, T]`; logits are f32 `[*B, T, V]`.  With `logits_at` (i32
+    `[R]`, indices into T of a `[T]` call) only those rows are unembedded: `[R, V]`.  With
     `hidden=True` the final-normed hidden states `[*B, T, D]` come back in place of logits (a fused
     loss unembeds them itself).
     """

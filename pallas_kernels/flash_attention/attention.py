@@ -209,7 +209,9 @@ def flash_attention_bwd(
             _pad_heads(q, wide), _pad_heads(k, wide), _pad_heads(v, wide_v),
             _pad_heads(d_out.astype(q.dtype), wide_v), total, delta,
         )  # fmt: skip
-        call = dict(band=band, bounds=bounds, scale=scale, soft_cap=soft_cap, interpret=interpret)
+        call: dict[str, Any] = dict(
+            band=band, bounds=bounds, scale=scale, soft_cap=soft_cap, interpret=interpret
+        )
         dq, dk, dv = backward(*operands, config=config, dq=not deterministic, **call)
         if dq is None:
             dq = backward_dq(*operands, config=heuristics.dq_config(wide, wide_v), **call)

@@ -146,7 +146,8 @@ def query_ranges(p: Problem, refs: Refs, b, kv_tile):
             any_lo = lax.max(base - (band.offset + band.right), zero)
             all_lo = lax.max(last - (band.offset + band.right), zero)
         if band.left is not None:
-            clip = lambda x: lax.max(lax.min(x + (band.left - band.offset + 1), queries), zero)
+            reach = band.left - band.offset + 1
+            clip = lambda x: lax.max(lax.min(x + reach, queries), zero)
             any_hi, all_hi = clip(last), clip(base)
         if p.ragged_keys:  # rows past the end are masked in every query tile
             all_hi = jnp.where(base + bk > p.keys, 0, all_hi)
@@ -566,7 +567,7 @@ def backward(
         dq_out = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
 
     def body(q, k, v, do, stats, *rest):
-        extra = dict.fromkeys(("rows", "ranges", "slopes", "dq"))
+        extra: dict[str, Any] = dict.fromkeys(("rows", "ranges", "slopes", "dq"))
         given = (*names, *(() if dq_out is None else ("dq",)), *outs)
         extra.update(zip(given, rest[: len(given)], strict=True))
         scratch = dict(zip(Refs._fields[11:], rest[len(given) :], strict=True))

@@ -212,7 +212,7 @@ def backward_dq(
     names = tuple(optional)
 
     def body(q, k, v, do, stats, *rest):
-        extra = dict.fromkeys(("rows", "ranges", "slopes"))
+        extra: dict[str, Any] = dict.fromkeys(("rows", "ranges", "slopes"))
         extra.update(zip(names, rest[: len(names)], strict=True))
         scratch = dict(zip(Refs._fields[8:], rest[len(names) :], strict=True))
         refs = Refs(q, k, v, do, stats, **extra, **scratch)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
     shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
     batch, tokens, heads, kv_heads = 2, 1032, 8, 2  # a ragged end, and grouped heads
     lse = shape(batch, tokens, heads, dtype=jnp.float32)
-    ints = shape(1, tokens, dtype=jnp.int32)
+    ints: Any = shape(1, tokens, dtype=jnp.int32)
     for head_dim in (64, 128, 256):
         q, k = shape(batch, tokens, heads, head_dim), shape(batch, tokens, kv_heads, head_dim)
         for mask in (*BANDS, "packed"):

@@ -195,7 +195,8 @@ def row_ranges(p: Problem, refs: Any, b, base):
             any_lo = lax.max(base + (band.offset - band.left), zero)
             all_lo = lax.max(last + (band.offset - band.left), zero)
         if band.right is not None:
-            clip = lambda x: lax.max(lax.min(x + (band.offset + band.right + 1), keys), zero)
+            reach = band.offset + band.right + 1
+            clip = lambda x: lax.max(lax.min(x + reach, keys), zero)
             any_hi, all_hi = clip(last), clip(base)
         any_hi = jnp.where(base < p.queries, any_hi, 0)
     some = any_lo < any_hi
@@ -565,10 +566,11 @@ def produce(p: Problem, refs: Refs) -> None:
 
         def load(which, i):
             slot = rem(done + i, c.stages)
-            src, dst, full = (
+            rings: Any = (
                 (refs.k, refs.k_smem, refs.k_full),
                 (refs.v, refs.v_smem, refs.v_full),
-            )[which]
+            )
+            src, dst, full = rings[which]
             rows = pl.ds((end - 1 - i) * c.block_kv, c.block_kv)
             pl.when(done + i >= c.stages)(lambda: await_slot(p, refs, which, slot))
             plgpu.copy_gmem_to_smem(src.at[b, rows, kv_head], dst.at[slot], full.at[slot])
@@ -661,7 +663,7 @@ def forward(
     names = tuple(optional)
 
     def body(q, k, v, *rest):
-        extra = dict.fromkeys(("rows", "ranges", "slopes", "sinks"))
+        extra: dict[str, Any] = dict.fromkeys(("rows", "ranges", "slopes", "sinks"))
         extra.update(zip(names, rest[: len(names)], strict=True))
         o, lse, *scratch = rest[len(names) :]
         refs = Refs(

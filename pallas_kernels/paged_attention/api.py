@@ -94,7 +94,7 @@ def paged_attention(
         raise ValueError(f"{window=} has to be positive")
     if logits_soft_cap is not None and logits_soft_cap <= 0:
         raise ValueError(f"{logits_soft_cap=} has to be positive")
-    scale = geom.head_dim**-0.5 if scale is None else scale
+    scoring = Scoring(geom.head_dim**-0.5 if scale is None else scale, window, logits_soft_cap)
     if config is not None and deterministic:
         raise ValueError(f"deterministic=True brings its own configuration, not {config=}")
     plan = default_plan(geom, q.dtype.itemsize) if config is None else (config,)
@@ -108,7 +108,7 @@ def paged_attention(
         alibi_slopes,
         sinks,
         geom=geom,
-        scoring=Scoring(scale, window, logits_soft_cap),
+        scoring=scoring,
         plan=plan,
         interpret=interpret,
         return_lse=return_lse,

@@ -103,7 +103,7 @@ def _cluster_sync() -> None:
             has_side_effects=True,
         )
 
-    sync()
+    sync()  # pyright: ignore[reportCallIssue]
 
 
 def first_tokens(q_indptr: jax.Array, geom: Geometry) -> jax.Array:

@@ -49,13 +49,13 @@ def row_layout(size: int):
 
 
 def _column_reduce(kind: str, x: jax.Array, scratch: Any) -> jax.Array:
-    result = plgpu.ShapeDtypeStruct((x.shape[1],), jnp.float32, layout=PER_COLUMN)
+    result = plgpu.ShapeDtypeStruct((x.shape[1],), jnp.dtype(jnp.float32), layout=PER_COLUMN)
 
     @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType()), return_type=result)
     def reduce(_, values, ref):
         return values.reduce(kind, 0, ref)
 
-    return reduce(x, scratch)
+    return reduce(x, scratch)  # pyright: ignore[reportCallIssue]
 
 
 def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -84,6 +84,6 @@ class PageTiles:
             for w in range(4):
                 mine = copies[w::4]
                 if mine:
-                    pl.when(warp == w)(lambda mine=mine: [copy(*c) for c in mine] and None)
+                    pl.when(warp == w)(lambda mine=mine: [copy(*c) for c in mine] and None)  # pyright: ignore
 
         plgpu.warp_map(issue)

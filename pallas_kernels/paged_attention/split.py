@@ -337,8 +337,10 @@ class _Split:
             return next_u, next_head, next_offset, seen, next_fact, next_ids
 
         u, head, offset = first
-        carry = (u, head, offset, jnp.int32(0), fact, self.block_ids(table_ref, fact, offset))
-        _, _, offset, seen, *_ = lax.fori_loop(0, length, step, carry)
+        ids = self.block_ids(table_ref, fact, offset)
+        carry = (u, head, offset, jnp.int32(0), fact, ids)
+        carry = lax.fori_loop(0, length, step, carry)
+        offset, seen = carry[2:4]
         seen = jnp.where(offset == 0, seen, seen + 1)  # a segment that the next share goes on with
 
         @pl.loop(lax.max(length - stages, 0), length)
@@ -410,7 +412,8 @@ class _Split:
             index = [begin + r * at_once + x for x in range(at_once)]
             parts = [load(lax.min(c, cta - 1), STARTED) for c in index]
             for c, (lse, o) in zip(index, parts, strict=True):
-                carry = math.merge(*carry, lse + jnp.where(c < cta, 0.0, -1e31), o)
+                m, w, total = carry
+                carry = math.merge(m, w, total, lse + jnp.where(c < cta, 0.0, -1e31), o)
             return carry
 
         # in the order of the keys, so that a last part without a visible key changes no bit
