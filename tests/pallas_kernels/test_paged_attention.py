@@ -312,7 +312,7 @@ LOWERINGS = {
 
 @pytest.mark.parametrize("name", ["cluster", pytest.param("mixed", marks=pytest.mark.smoke)])
 def test_lowers_for_cuda(name):
-    lower(*LOWERINGS[name])
+    assert "mosaic_gpu" in lower(*LOWERINGS[name]).as_text()
 
 
 @pytest.mark.slow
@@ -321,4 +321,5 @@ def test_lowers_for_cuda_with_options(name):
     shapes, max_q = LOWERINGS[name]
     n = shapes[0].shape[1]
     vectors = dict(alibi_slopes=jnp.ones(n), sinks=jnp.ones(n))
-    lower(shapes, max_q, window=100, logits_soft_cap=9.0, return_lse=True, **vectors)
+    options = dict(window=100, logits_soft_cap=9.0, return_lse=True, **vectors)
+    assert "mosaic_gpu" in lower(shapes, max_q, **options).as_text()
