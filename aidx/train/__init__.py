@@ -1,0 +1,12 @@
+"""Training: pure steps, fused losses, data, checkpoints and a loop.
+
+params -> init_state -> make_train_step(loss_fn, optimizer) -> fit -> save_model
+"""
+
+from .remat import remat as remat
+from .state import LossScale as LossScale
+from .state import TrainState as TrainState
+from .state import init_state as init_state
+from .state import loss_scale as loss_scale
+from .step import Metrics as Metrics
+from .step import make_train_step as make_train_step
