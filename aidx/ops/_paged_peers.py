@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ._paged_spec import PagedAttentionConfig, PagedOperands, PagedSpec
 
@@ -19,13 +20,11 @@ def mosaic_forward(spec: PagedSpec, ops: PagedOperands) -> tuple[jax.Array, jax.
     except ImportError as missing:
         raise NotImplementedError(f"this JAX cannot import the kernels: {missing}") from missing
     given = [name for name in REFUSED if getattr(ops, name) is not None]
-    if spec.deterministic:
-        given.append("deterministic")  # shares of the work depend on the whole batch
     if spec.config != PagedAttentionConfig():
         given.append("config")
     if given:
         raise NotImplementedError(f"does not take {', '.join(given)}")
-    return kernels.paged_attention(
+    result = kernels.paged_attention(
         *ops[:6],
         max_q=spec.max_q,
         scale=spec.scale,
@@ -33,5 +32,10 @@ def mosaic_forward(spec: PagedSpec, ops: PagedOperands) -> tuple[jax.Array, jax.
         logits_soft_cap=spec.soft_cap,
         alibi_slopes=ops.alibi_slopes,
         sinks=ops.sinks,
-        return_lse=True,
+        return_lse=spec.return_lse,
+        deterministic=spec.deterministic,
     )
+    if spec.return_lse:
+        return result
+    # Unread: the door drops it, so the kernels need not write it.
+    return result, jnp.full(result.shape[:2], -jnp.inf, jnp.float32)
