@@ -9,6 +9,9 @@ Stages, in this order and each only while `--limit` lasts:
 * `check`: masks and options against f32, and repeats that must be bitwise equal.
 * `errors`: RMS and maximum errors of aidx and of cuDNN against f32 on the same inputs.
 * `variants`: other tile shapes of aidx.
+* `varlen`, `window`, `deterministic`, `dropout`, `mods`: an option beside what it should cost (see
+  `attention_options.py`); aidx through its public door.
+* `memory`: the peak of forward + backward over 131072 tokens.
 
 A JAX figure is device time: programs that chain their calls are queued, and the time of one program
 is taken off that of several, so that dispatch and wake-up do not count; a torch figure is events
@@ -36,6 +39,8 @@ import jax.numpy as jnp
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench import attention_options  # noqa: E402
+from bench.device_time import chained, seconds  # noqa: E402
 from pallas_kernels import flash_attention as fa  # noqa: E402
 
 F, B = fa.ForwardConfig, fa.BackwardConfig
@@ -126,19 +131,6 @@ def tokamax_both(q, k, v, do, causal):
     return out, *pull(do)
 
 
-def chained(f, calls):
-    """One program of `calls` calls, each waiting for the one before; inputs stay what they are."""
-
-    def body(_, state):
-        total, *args = state
-        # without the barrier XLA computes only the element read below, where it can: not all of dQ
-        out = jax.lax.optimization_barrier(f(*args))
-        total = total + sum(x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(out))
-        return jax.lax.optimization_barrier((total, *args))
-
-    return lambda *args: jax.lax.fori_loop(0, calls, body, (jnp.float32(0), *args))[0]
-
-
 def inputs(row, seed=0):
     batch, tokens, heads, kv_heads, head_dim = ROWS[row]
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -152,19 +144,6 @@ def inputs(row, seed=0):
 def operations(row, causal):
     batch, tokens, heads, _, head_dim = ROWS[row]
     return 4 * batch * heads * tokens**2 * head_dim / (2 if causal else 1)
-
-
-def seconds(compiled, args, calls, queue=4, repeats=3):
-    """Device seconds of one call: `queue` programs in flight, less one, over the calls between."""
-
-    def took(count):
-        start = time.perf_counter()
-        jax.block_until_ready([compiled(*args) for _ in range(count)])
-        return time.perf_counter() - start
-
-    took(1)
-    middle = lambda count: sorted(took(count) for _ in range(repeats))[repeats // 2]
-    return (middle(queue) - middle(1)) / ((queue - 1) * calls)
 
 
 # --- programs: lowered on one thread, compiled in a pool ----------------------------------------
@@ -496,6 +475,15 @@ def measure_rows(rows, masks, table, with_torch, results, workers, limit):
             measure(*pair, own, with_torch, results)
 
 
+def measure_options(stage, options, results, workers):
+    """The cases of one stage of `attention_options`, while the time lasts."""
+    for case in attention_options.STAGES[stage]():
+        if time.time() - T0 > options.limit:
+            print(f"limit: no {case.name}", flush=True)
+        elif re.search(options.rows, case.name):
+            attention_options.measure(case, results, workers)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two rows, causal only")
@@ -523,7 +511,10 @@ def main():
         ),
         "errors": lambda: check_errors(inexact, True, results.add, workers),
         "variants": lambda: timed(variants, False, **rest),
+        "memory": lambda: attention_options.check_memory(results),
     }
+    for name in attention_options.STAGES:
+        stages[name] = functools.partial(measure_options, name, options, results, workers)
     for name in options.stages.split(","):
         if time.time() - T0 > options.limit:
             print(f"limit: no {name}", flush=True)

@@ -1,0 +1,305 @@
+"""Stages of `bench/attention.py` for options: each is compared with what it should cost.
+
+A stage is a list of `Case`s: programs that share their inputs, forward and forward + backward, and
+the operations that their visible scores need.  Everything of aidx goes through the public door.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from aidx.ops.attention_mask import block_mask  # noqa: E402
+from aidx.ops.flash_attention import flash_attention  # noqa: E402
+from bench.device_time import chained, seconds  # noqa: E402
+from tests.ops.cases import packed_lengths  # noqa: E402
+
+SHARE = {"fwd": 1.0, "fwd+bwd": 3.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`programs[name](q, k, v) -> out` over one shape; `pairs`: visible scores of a head."""
+
+    name: str
+    shape: tuple[int, int, int, int, int]  # batch, tokens, heads, KV heads, head_dim
+    pairs: float
+    programs: dict[str, Callable[..., jax.Array]]
+    metrics: tuple[str, ...] = ("fwd", "fwd+bwd")
+
+    def operations(self, metric):
+        """Floating-point operations of the visible scores."""
+        batch, _, heads, _, head_dim = self.shape
+        return 4 * batch * heads * self.pairs * head_dim * SHARE[metric]
+
+    def calls(self, metric):
+        """Calls of a program: about 5 ms of them."""
+        return int(np.clip(2.5e12 / self.operations(metric), 2, 40))
+
+
+def inputs(shape):
+    """q, k, v and the cotangent of out, bf16 normal."""
+    batch, tokens, heads, kv_heads, head_dim = shape
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [
+        jax.random.normal(key, (batch, tokens, n, head_dim), jnp.bfloat16)
+        for key, n in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
+    ]
+
+
+def both(f):
+    """(out, dq, dk, dv) of an attention function."""
+
+    def run(q, k, v, d_out):
+        out, pull = jax.vjp(f, q, k, v)
+        return out, *pull(d_out)
+
+    return run
+
+
+def aidx(**options):
+    """Our kernels through the door; what they cannot do is refused, not computed otherwise."""
+    return functools.partial(flash_attention, implementation="mosaic_gpu", **options)
+
+
+def compiled(case, workers):
+    """{(metric, name): program, or the refusal as text}."""
+    shapes, found, lowered = jax.eval_shape(lambda: inputs(case.shape)), {}, {}
+    refusals = (NotImplementedError, ExceptionGroup, ValueError, RuntimeError)
+    for metric in case.metrics:
+        for name, f in case.programs.items():
+            program = f if metric == "fwd" else both(f)
+            try:
+                args = shapes[: 3 if metric == "fwd" else 4]
+                jitted = jax.jit(chained(program, case.calls(metric)))
+                lowered[metric, name] = jitted.lower(*args)
+            except refusals as refusal:
+                found[metric, name] = refusal
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for key, future in {k: pool.submit(x.compile) for k, x in lowered.items()}.items():
+            try:
+                found[key] = future.result()
+            except refusals as refusal:
+                found[key] = refusal
+    return found
+
+
+def measure(case, results, workers):
+    """TFLOP/s of every program of a case, printed and kept."""
+    args = inputs(case.shape)
+    programs = compiled(case, workers)
+    for metric in case.metrics:
+        line = []
+        for name in case.programs:
+            program = programs[metric, name]
+            if isinstance(program, Exception):
+                reason = " ".join(str(program).split())[:120]
+                print(f"  {case.name} {metric} {name}: {type(program).__name__} {reason}")
+                continue
+            given = args[: 3 if metric == "fwd" else 4]
+            took = seconds(program, given, case.calls(metric))
+            rate = case.operations(metric) / took / 1e12
+            results.add(case.name, name, metric, rate, "TFLOP/s")
+            line.append(f"{name} {rate:.0f}")
+        print(f"{case.name:24s} {metric:8s} {'  '.join(line)}", flush=True)
+    results.write()
+
+
+# --- the cases -----------------------------------------------------------------------------------
+
+
+def causal_pairs(tokens, window=None):
+    """Visible pairs of a causal mask, with a window that counts the query's own key."""
+    seen = np.arange(1, tokens + 1, dtype=np.float64)
+    return float((seen if window is None else np.minimum(seen, window)).sum())
+
+
+def cudnn_packed(lengths, tokens):
+    """jax's cuDNN with packed sequences (its internal door: jax.nn has none)."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    sizes, offsets = jnp.asarray(lengths)[None], jnp.asarray(borders)[None]
+
+    def f(q, k, v):
+        return cudnn.dot_product_attention(
+            q, k, v, q_seqlen=sizes, kv_seqlen=sizes, q_offsets=offsets, kv_offsets=offsets,
+            scale=q.shape[-1] ** -0.5, mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        )  # fmt: skip
+
+    return f
+
+
+def varlen_cases():
+    """Packed causal sequences, and dense ones of the length that costs as much a token."""
+    tokens = 16384
+    lengths = packed_lengths(tokens)
+    cu = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
+    mean = round(float((lengths.astype(np.float64) ** 2).sum() / lengths.sum()))
+    for name, heads, kv_heads, head_dim in (
+        ("H128", 16, 16, 128), ("gqa", 32, 8, 128), ("H64", 32, 32, 64),
+    ):  # fmt: skip
+        yield Case(
+            f"varlen {name}",
+            (1, tokens, heads, kv_heads, head_dim),
+            sum(causal_pairs(n) for n in lengths),
+            {
+                "aidx": aidx(causal=True, cu_seqlens=cu),
+                "cudnn_jax": cudnn_packed(lengths, tokens),
+            },
+        )
+        batch = tokens // mean
+        yield Case(
+            f"dense {mean} {name}",
+            (batch, mean, heads, kv_heads, head_dim),
+            causal_pairs(mean),
+            {"aidx": aidx(causal=True), "cudnn_jax": cudnn(is_causal=True)},
+        )
+
+
+def cudnn(**options):
+    """jax.nn's cuDNN."""
+    return functools.partial(jax.nn.dot_product_attention, implementation="cudnn", **options)
+
+
+def window_cases():
+    """A window of 1024 in 16384 tokens, beside the whole causal mask at its own rate."""
+    for name, heads, kv_heads in (("H128", 16, 16), ("gqa", 32, 8)):
+        shape, tokens = (1, 16384, heads, kv_heads, 128), 16384
+        yield Case(
+            f"window 1024 {name}",
+            shape,
+            causal_pairs(tokens, 1024),
+            {
+                "aidx": aidx(causal=True, window=1024),
+                "cudnn_jax": cudnn(is_causal=True, local_window_size=(1023, 0)),
+            },
+        )
+        yield Case(f"no window {name}", shape, causal_pairs(tokens), {"aidx": aidx(causal=True)})
+
+
+SHAPES = {
+    "H128": (4, 4096, 16, 16, 128),
+    "H64": (4, 4096, 32, 32, 64),
+    "H256": (4, 4096, 8, 8, 256),
+    "gqa": (4, 4096, 32, 8, 128),
+}
+
+
+def deterministic_cases():
+    """The backward whose bits repeat, beside the default."""
+    for name, shape in SHAPES.items():
+        programs = {
+            "aidx": aidx(causal=True),
+            "aidx:deterministic": aidx(causal=True, deterministic=True),
+        }
+        pairs = causal_pairs(shape[1])
+        yield Case(f"deterministic {name}", shape, pairs, programs, ("fwd+bwd",))
+
+
+def dropout_cases():
+    """Dropout of 0.1 beside none."""
+    key = jax.random.key(7)
+    for name, shape in SHAPES.items():
+        programs = {
+            "aidx": aidx(causal=True),
+            "aidx:dropout": aidx(causal=True, dropout_rate=0.1, dropout_key=key),
+        }
+        yield Case(f"dropout {name}", shape, causal_pairs(shape[1]), programs)
+
+
+def mod_cases():
+    """What a score_mod or mask_mod costs beside the option that is built in."""
+    for name in ("H128", "H64"):
+        shape = SHAPES[name]
+        tokens, heads = shape[1], shape[2]
+        pairs = causal_pairs(tokens)
+        slopes = 2.0 ** -(jnp.arange(1, heads + 1) * 8.0 / heads)
+        cap = lambda x, b, n, t, s: 30.0 * jnp.tanh(x / 30.0)
+        alibi = lambda x, b, n, t, s: x - slopes[n] * jnp.abs(t - s)
+        yield Case(
+            f"soft cap {name}",
+            shape,
+            pairs,
+            {
+                "aidx": aidx(causal=True),
+                "aidx:option": aidx(causal=True, logits_soft_cap=30.0),
+                "aidx:score_mod": aidx(causal=True, score_mod=cap),
+            },
+        )
+        yield Case(
+            f"alibi {name}",
+            shape,
+            pairs,
+            {
+                "aidx:option": aidx(causal=True, alibi_slopes=slopes),
+                "aidx:score_mod": aidx(causal=True, score_mod=alibi),
+            },
+        )
+        ids = jnp.arange(tokens, dtype=jnp.int32) // 1000
+        document = lambda b, n, t, s: ids[t] == ids[s]
+        both_masks = lambda b, n, t, s: (ids[t] == ids[s]) & (s <= t)
+        sizes = np.bincount(np.asarray(ids))
+        blocks = block_mask(both_masks, tokens, tokens)
+        yield Case(
+            f"documents {name}",
+            shape,
+            sum(causal_pairs(n) for n in sizes),
+            {
+                "aidx:option": aidx(
+                    causal=True, segment_ids=jnp.broadcast_to(ids, (shape[0], tokens))
+                ),
+                "aidx:block_mask": aidx(block_mask=blocks),
+                "aidx:mask_mod": aidx(causal=True, mask_mod=document),
+            },
+        )
+        table = jax.random.normal(jax.random.key(3), (1, heads, tokens, tokens), jnp.bfloat16)
+        yield Case(
+            f"bias {name}",
+            shape,
+            pairs,
+            {"aidx": aidx(causal=True), "aidx:bias": aidx(causal=True, bias=table)},
+        )
+
+
+STAGES = {
+    "varlen": varlen_cases,
+    "window": window_cases,
+    "deterministic": deterministic_cases,
+    "dropout": dropout_cases,
+    "mods": mod_cases,
+}
+
+
+def check_memory(results):
+    """Peak of forward + backward over 131072 tokens of one head group; what XLA would need."""
+    shape = (1, 131072, 4, 1, 128)
+    xla = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
+    for name, f in (("aidx", aidx(causal=True)), ("xla_jax", xla)):
+        try:
+            shapes = jax.eval_shape(lambda: inputs(shape))
+            program = jax.jit(both(f)).lower(*shapes).compile()
+        except (RuntimeError, ValueError) as refusal:
+            print(f"memory 131072 {name}: {' '.join(str(refusal).split())[:160]}", flush=True)
+            continue
+        need: Any = program.memory_analysis()
+        planned = need.temp_size_in_bytes + need.output_size_in_bytes + need.argument_size_in_bytes
+        results.add("memory 131072", name, "planned", planned / 2**30, "GiB")
+        line = f"memory 131072 {name}: planned {planned / 2**30:.2f} GiB"
+        if planned < 100 * 2**30:
+            jax.block_until_ready(program(*inputs(shape)))
+            peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+            results.add("memory 131072", name, "peak", peak / 2**30, "GiB")
+            line += f", peak of the process {peak / 2**30:.2f} GiB"
+        print(line, flush=True)
+    results.write()
