@@ -6,6 +6,7 @@ Calls that move between JAX releases, or that the interpreter lacks, are made in
 * `named_barrier_arrive`, `named_barrier_sync` - PTX `bar`, cheaper than an mbarrier.
 * `kernel` - `plgpu.kernel` with the compiler parameters of a warp-specialised kernel.
 * `swizzled` - the SMEM transforms that TMA and wgmma agree on.
+* `registers` - how warpgroups that compute and one that loads share the registers of a CTA.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from jax import lax
 
 WARPGROUP = 128  # threads
 SMEM_BYTES = 232_448  # what one CTA may use on sm_90
+REGISTERS = 65_536  # of one SM, 32 bits each
 HOPPER_SMS = 132  # H100 SXM and H200; kernels never ask for devices
 
 # A finite "minus infinity": a fully masked block leaves exp2(0) = 1 in the running sums, and the
@@ -38,6 +40,22 @@ def swizzled(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
     tiling = (8, swizzle // jnp.dtype(dtype).itemsize)
     transforms: Any = plgpu  # the type checker takes both for abstract
     return (transforms.TilingTransform(tiling), transforms.SwizzleTransform(swizzle))
+
+
+def registers(consumers: int, producer: int) -> tuple[int, int]:
+    """Registers a thread of (each consumer, the producer), for `plgpu.set_max_registers`.
+
+    A CTA is launched with an equal share for each of its `consumers + 1` warpgroups, in steps of 8
+    and at most 255 a thread.  What the producer gives back is all that there is to take: a consumer
+    that asks for more waits for ever, which neither the interpreter nor ptxas can see.
+
+    >>> registers(2, 24), registers(2, 40), registers(3, 32), registers(1, 40)
+    ((240, 24), (232, 40), (160, 32), (240, 40))
+    """
+    warpgroups = consumers + 1
+    launch = min(REGISTERS // (WARPGROUP * warpgroups), 255) // 8 * 8
+    share = (launch * warpgroups - producer) // consumers // 8 * 8
+    return min(share, 240), producer
 
 
 @dataclasses.dataclass(frozen=True)

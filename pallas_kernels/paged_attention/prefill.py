@@ -232,15 +232,16 @@ class _Prefill:
         head = rem(cta, heads)
         fact = tuple(refs.tiles[u, x] for x in range(8))
         busy = fact[wl.COUNT] > 0
+        computing, loading = _mgpu.registers(consumers, producer=32 if consumers == 3 else 40)
 
         @pl.when(wg < consumers)
         def _():
-            plgpu.set_max_registers({1: 240, 2: 240, 3: 160}[consumers], action="increase")
+            plgpu.set_max_registers(computing, action="increase")
             pl.when(busy)(Consumer(self, refs, wg, u, head, fact).run)
 
         @pl.when(wg == consumers)
         def _():
-            plgpu.set_max_registers(40 if consumers < 3 else 32, action="decrease")
+            plgpu.set_max_registers(loading, action="decrease")
             pl.when(busy)(lambda: self.produce(refs, u, head, fact))
 
     def produce(self, refs: Refs, u, head, fact) -> None:
