@@ -3,6 +3,10 @@
 params -> init_state -> make_train_step(loss_fn, optimizer) -> fit -> save_model
 """
 
+from .loss import cross_entropy as cross_entropy
+from .loss import fused_cross_entropy as fused_cross_entropy
+from .loss import language_model_loss as language_model_loss
+from .loss import next_token_batch as next_token_batch
 from .remat import remat as remat
 from .state import LossScale as LossScale
 from .state import TrainState as TrainState
