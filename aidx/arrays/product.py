@@ -1,0 +1,269 @@
+"""The two bilinear maps behind every sparse product, each the other's gradient.
+
+    spmm:  out[i, :]  = sum_e [row_e = i] data_e x[col_e, :]       a sparse matrix times a dense one
+    sddmm: data_e     = sum_n g[row_e, n] x[col_e, n]              a dense product where a pattern is
+
+Both are linear in each of their two operands, and the transposes are again one of the two on the
+same pattern or its transpose, so derivatives of any order, forward or reverse, keep the pattern and
+never form a dense matrix.  That is written once here, as two primitives; what computes them is
+chosen by the registry: `cusparse` (CUDA), `eigen` (CPU), `xla` (everywhere).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from aidx.ops import registry
+
+from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix
+
+LAYOUTS = {COO: "coo", CSR: "csr", CSC: "csc", BSR: "csr"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What of a pattern is static.
+
+    `shape` is (M, N) of the matrix, `block` the sides of an entry (None: a number); rows ascend in
+    a "csr", columns in a "csc", and the operands end with their offsets.
+    """
+
+    shape: tuple[int, int]
+    block: tuple[int, int] | None
+    layout: str
+
+    @property
+    def T(self) -> Spec:
+        """The spec of the transpose."""
+        turned = {"coo": "coo", "csr": "csc", "csc": "csr"}[self.layout]
+        return Spec(self.shape[::-1], self.block and self.block[::-1], turned)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(M, N) in entries."""
+        bh, bw = self.block or (1, 1)
+        return self.shape[0] // bh, self.shape[1] // bw
+
+
+def pattern_of(a: SparseMatrix) -> tuple[Spec, tuple[Array, ...]]:
+    """(spec, (rows, columns[, offsets])) of one matrix; BSR counts in blocks."""
+    block = a.block_size if isinstance(a, BSR) else None
+    ids = a.block_coordinates() if isinstance(a, BSR) else a.coordinates()
+    spec = Spec(a.shape, block, LAYOUTS[type(a)])
+    return spec, ids if isinstance(a, COO) else (*ids, a.indptr)  # pyright: ignore
+
+
+def spmm(data: Array, x: Array, pattern: Any, spec: Spec, names: tuple[str, ...]) -> Array:
+    """The sparse matrix times x `[N, n]`: `[M, n]`, in the common dtype of data and x."""
+    data, x = _same_dtype(data, x)
+    return _spmm_p.bind(data, x, *pattern, spec=spec, names=names)
+
+
+def sddmm(g: Array, x: Array, pattern: Any, spec: Spec, names: tuple[str, ...]) -> Array:
+    """`g @ x.T` at the pattern's places: g `[M, n]`, x `[N, n]`; zero in padding."""
+    g, x = _same_dtype(g, x)
+    return _sddmm_p.bind(g, x, *pattern, spec=spec, names=names)
+
+
+def _same_dtype(a: Array, b: Array) -> tuple[Array, Array]:
+    dtype = jnp.result_type(a, b)
+    if dtype == jnp.bool_:
+        raise TypeError("products of booleans have no dtype to sum in: cast one side")
+    return a.astype(dtype), b.astype(dtype)
+
+
+def flip(pattern: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The pattern of the transpose."""
+    row, col, *offsets = pattern
+    return (col, row, *offsets)
+
+
+# --- implementations -----------------------------------------------------------------------------
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype that sums are kept in: at least f32 for floats, else the dtype itself."""
+    floats = jnp.issubdtype(dtype, jnp.floating)
+    return jnp.promote_types(dtype, jnp.float32) if floats else dtype
+
+
+def _spmm_xla(spec: Spec, operands: Any) -> Array:
+    """Gather rows of x, multiply, add into rows of the result."""
+    data, x, row, col, *_ = operands
+    acc, n = accumulator(data.dtype), x.shape[1]
+    ordered = spec.layout == "csr"
+    with jax.named_scope("spmm"):
+        if spec.block is None:
+            terms = data.astype(acc)[:, None] * x.at[col].get(mode="clip").astype(acc)
+            out = jnp.zeros((spec.shape[0], n), acc)
+        else:
+            (rows, cols), (bh, bw) = spec.grid, spec.block
+            tiles = x.reshape(cols, bw, n).at[col].get(mode="clip")
+            terms = jnp.einsum("ebc,ecn->ebn", data, tiles, preferred_element_type=acc)
+            out = jnp.zeros((rows, bh, n), acc)
+        # Padding has a row past the end, where nothing is added.
+        out = out.at[row].add(terms, mode="drop", indices_are_sorted=ordered)
+        return out.reshape(spec.shape[0], n).astype(data.dtype)
+
+
+def _sddmm_xla(spec: Spec, operands: Any) -> Array:
+    """Gather both sides and contract."""
+    g, x, row, col, *_ = operands
+    acc, n = accumulator(g.dtype), x.shape[1]
+    (rows, cols), (bh, bw) = spec.grid, spec.block or (1, 1)
+    used = (row < rows) & (col < cols)
+    with jax.named_scope("sddmm"):
+        if spec.block is None:
+            left, right = g.at[row].get(mode="clip"), x.at[col].get(mode="clip")
+            out = jnp.sum(left.astype(acc) * right.astype(acc), axis=-1)
+        else:
+            left = g.reshape(rows, bh, n).at[row].get(mode="clip")
+            right = x.reshape(cols, bw, n).at[col].get(mode="clip")
+            out = jnp.einsum("ebn,ecn->ebc", left, right, preferred_element_type=acc)
+            used = used[:, None, None]
+        return jnp.where(used, out, 0).astype(g.dtype)
+
+
+def _refuse(spec: Spec, operands: Any, layouts: tuple[str, ...], dtypes: tuple[str, ...]) -> None:
+    """NotImplementedError unless a library's product takes this."""
+    data, x = operands[:2]
+    if spec.layout not in layouts or spec.block is not None:
+        raise NotImplementedError(f"{spec.layout} with {spec.block=}; it takes {layouts}")
+    if data.dtype.name not in dtypes:
+        raise NotImplementedError(f"{data.dtype.name}; it takes {', '.join(dtypes)}")
+    if 0 in (*spec.shape, *data.shape, *x.shape):
+        raise NotImplementedError(f"an empty side: {spec.shape=}, nse={data.shape[0]}")
+
+
+def _spmm_eigen(spec: Spec, operands: Any) -> Array:
+    """Eigen's threaded CSR product, which jaxlib ships for the CPU and BCSR calls."""
+    from jax.experimental import sparse
+
+    wide = ("int32", "int64", "float32", "float64", "complex64", "complex128")
+    _refuse(spec, operands, ("csr",), wide)
+    data, x, _, col, offsets = operands
+    n = x.shape[1]
+    if n == 1:
+        raise NotImplementedError("one column: it is no faster than eight")
+    # Its inner loop is scalar below eight columns: filling up is three times faster.
+    x = jnp.pad(x, ((0, 0), (0, max(0, 8 - n))))
+    matrix = sparse.BCSR((data, col, offsets), shape=spec.shape)
+    numbers = (((1,), (0,)), ((), ()))
+    return sparse.bcsr_dot_general(matrix, x, dimension_numbers=numbers)[:, :n]
+
+
+def _spmm_cusparse(spec: Spec, operands: Any) -> Array:
+    """cuSPARSE, through the lowering that `jax.experimental.sparse` gives CSR and CSC always.
+
+    (BCOO and BCSR take it only under the switch `jax_bcoo_cusparse_lowering`, off by default.)
+    """
+    from jax.experimental import sparse
+
+    wide = ("float32", "float64", "complex64", "complex128")
+    _refuse(spec, operands, ("csr", "csc"), wide)
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError("its descriptors are built on the machine that has the GPU")
+    data, x, row, col, offsets = operands
+    cls, minor = (sparse.CSR, col) if spec.layout == "csr" else (sparse.CSC, row)
+    # It reads past the last offset: padding must be zeros at a place that exists.
+    used = jnp.arange(data.shape[0], dtype=jnp.int32) < offsets[-1]
+    parts = (jnp.where(used, data, 0), jnp.where(used, minor, 0), offsets)
+    matrix = cls(parts, shape=spec.shape)
+    return (matrix @ x[:, 0])[:, None] if x.shape[1] == 1 else matrix @ x
+
+
+registry.register("spmm", "cusparse", platforms=("cuda",))(_spmm_cusparse)
+registry.register("spmm", "eigen", platforms=("cpu",))(_spmm_eigen)
+registry.register("spmm", "xla")(_spmm_xla)
+registry.register("sddmm", "xla")(_sddmm_xla)
+
+
+# --- the primitives ------------------------------------------------------------------------------
+
+
+def _spmm_shape(data: Any, x: Any, *_: Any, spec: Spec, names: Any) -> Any:
+    return jax.core.ShapedArray((spec.shape[0], x.shape[1]), data.dtype)
+
+
+def _sddmm_shape(g: Any, x: Any, row: Any, *_: Any, spec: Spec, names: Any) -> Any:
+    return jax.core.ShapedArray((*row.shape, *(spec.block or ())), g.dtype)
+
+
+def _apply(op: str, *operands: Any, spec: Spec, names: tuple[str, ...]) -> Array:
+    """`names` choose among the spmm implementations; sddmm has one."""
+    names = names if op == "spmm" else ("xla",)
+    return registry.dispatch(registry.Call(op, names, spec), operands)
+
+
+@functools.lru_cache(maxsize=256)
+def _applied(op: str, spec: Spec, names: tuple[str, ...]) -> Any:
+    return jax.jit(functools.partial(_apply, op, spec=spec, names=names))
+
+
+def _bilinear(op: str, shape_rule: Any, xla: Any) -> Primitive:
+    """A primitive linear in its first two operands, whose other operands are the pattern."""
+    p = Primitive(op)
+    p.def_abstract_eval(shape_rule)
+    p.def_impl(lambda *args, spec, names: _applied(op, spec, names)(*args))
+    mlir.register_lowering(p, mlir.lower_fun(functools.partial(_apply, op), multiple_results=False))
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+        (a, b, *pattern), (da, db, *_) = primals, tangents
+        terms = []
+        if not isinstance(da, ad.Zero):
+            terms.append(p.bind(da, b, *pattern, **params))
+        if not isinstance(db, ad.Zero):
+            terms.append(p.bind(a, db, *pattern, **params))
+        out = p.bind(a, b, *pattern, **params)
+        return out, sum(terms[1:], terms[0]) if terms else ad.Zero.from_primal_value(out)
+
+    def batch(args: Any, axes: Any, *, spec: Spec, names: Any) -> Any:
+        a, x, *pattern = args
+        if op == "spmm" and all(axis is None for i, axis in enumerate(axes) if i != 1):
+            # A batch of right-hand sides is more columns.
+            x = jnp.moveaxis(x, axes[1], 1)  # [N, batch, n]
+            size, n = x.shape[1:]
+            out = p.bind(a, x.reshape(x.shape[0], size * n), *pattern, spec=spec, names=names)
+            return out.reshape(out.shape[0], size, n), 1
+        # A stack of matrices: no library here takes one.
+        f = lambda *operands: xla(spec, operands)
+        return jax.vmap(f, in_axes=tuple(axes))(*args), 0
+
+    ad.primitive_jvps[p] = jvp
+    batching.primitive_batchers[p] = batch
+    return p
+
+
+_spmm_p = _bilinear("spmm", _spmm_shape, _spmm_xla)
+_sddmm_p = _bilinear("sddmm", _sddmm_shape, _sddmm_xla)
+
+
+def _spmm_transpose(ct: Any, data: Any, x: Any, *pattern: Any, spec: Spec, names: Any) -> Any:
+    rest = (None,) * len(pattern)
+    if isinstance(ct, ad.Zero):
+        return (None, None, *rest)
+    if ad.is_undefined_primal(data):
+        return (_sddmm_p.bind(ct, x, *pattern, spec=spec, names=names), None, *rest)
+    turned = data.swapaxes(-1, -2) if spec.block else data
+    return (None, _spmm_p.bind(turned, ct, *flip(pattern), spec=spec.T, names=names), *rest)
+
+
+def _sddmm_transpose(ct: Any, g: Any, x: Any, *pattern: Any, spec: Spec, names: Any) -> Any:
+    rest = (None,) * len(pattern)
+    if isinstance(ct, ad.Zero):
+        return (None, None, *rest)
+    if ad.is_undefined_primal(g):
+        return (_spmm_p.bind(ct, x, *pattern, spec=spec, names=names), None, *rest)
+    turned = ct.swapaxes(-1, -2) if spec.block else ct
+    return (None, _spmm_p.bind(turned, g, *flip(pattern), spec=spec.T, names=names), *rest)
+
+
+ad.primitive_transposes[_spmm_p] = _spmm_transpose
+ad.primitive_transposes[_sddmm_p] = _sddmm_transpose
