@@ -59,37 +59,40 @@ ROWS = {
 }
 
 PERSISTENT = F(persistent=True)
+KV192 = F(block_kv=192)
 FORWARD_VARIANTS = {  # (head_dim, causal): name: config
-    (128, False): {"kv128": F(), "pers": PERSISTENT},
+    (128, False): {
+        "kv128": F(),
+        "kv192": KV192,
+        "kv192+late": F(block_kv=192, late_sum=True),
+        "pers": PERSISTENT,
+    },
     (128, True): {
         "kv128": F(),
-        "kv192": F(block_kv=192),
+        "kv192": KV192,
+        "kv128+late": F(late_sum=True),
         "pers": PERSISTENT,
-        "nkv": F(release="named"),
-        "pers+nkv": F(persistent=True, release="named"),
+        "pers+late": F(persistent=True, late_sum=True),
     },
-    (64, False): {
-        "3wg+pers": F(consumers=3, persistent=True),
-        "3wg-pp+poly2": F(consumers=3, pingpong=False, late_sum=True, poly=2),
-    },
-    (64, True): {
-        "3wg": F(consumers=3),
-        "3wg+pers": F(consumers=3, persistent=True),
-        "pers+s3+poly2": F(persistent=True, stages=3, late_sum=True, poly=2),
-    },
+    (64, False): {"3wg": F(consumers=3), "3wg+late": F(consumers=3, late_sum=True)},
+    (64, True): {"3wg": F(consumers=3), "3wg+late": F(consumers=3, late_sum=True)},
     (256, False): {
         "late": F(block_kv=64, release="named", late_sum=True),
-        "pers": F(block_kv=64, persistent=True),
+        "late+mbar": F(block_kv=64, late_sum=True),
     },
     (256, True): {
         "late": F(block_kv=64, release="named", late_sum=True),
-        "pers": F(block_kv=64, persistent=True),
+        "late+mbar": F(block_kv=64, late_sum=True),
     },
 }
 BACKWARD_VARIANTS = {
-    128: {"mbar": B(sync="mbar")},
-    64: {"mbar": B(block_q=128, sync="mbar")},
-    256: {},
+    128: {"base": B(), "stages3": B(stages=3), "do1": B(do_stages=1), "chunks2": B(dq_chunks=2)},
+    64: {"base": B(block_q=128), "stages3": B(block_q=128, stages=3)},
+    256: {
+        "base": B(split="columns", do_stages=1, dq_chunks=2),
+        "stages1": B(split="columns", stages=1, do_stages=1, dq_chunks=2),
+        "chunks1": B(split="columns", stages=1, do_stages=1),
+    },
 }
 
 
@@ -159,16 +162,13 @@ def peers(metric):
 
 
 def variants(row, causal, metric):
-    """The same for other tile shapes of aidx."""
+    """The same for tile shapes of aidx, timed in turns so that a drift of the clock hits all."""
     head_dim = ROWS[row][-1]
     if metric == "fwd":
         table, f = FORWARD_VARIANTS[head_dim, causal], aidx_forward
     else:
         table, f = BACKWARD_VARIANTS[head_dim], aidx_both
-    found = {f"aidx:{name}": functools.partial(f, config=config) for name, config in table.items()}
-    if metric == "fwd+bwd":
-        found["aidx:deterministic"] = functools.partial(aidx_both, deterministic=True)
-    return found
+    return {f"aidx:{name}": functools.partial(f, config=config) for name, config in table.items()}
 
 
 def compile_all(entries, workers):
@@ -427,17 +427,23 @@ class Results:
         (self.folder / "attention.json").write_text(text + "\n")
 
 
-def measure(row, causal, programs, with_torch, results):
-    """Time one row's programs, print and keep the figures."""
+def measure(row, causal, programs, with_torch, results, rounds=1):
+    """Time one row's programs, the median of `rounds` turns; print and keep the figures."""
     case = f"{row} {'causal' if causal else 'full'}"
     args, work, figures = inputs(row), operations(row, causal), {}
     share = {"fwd": 1.0, "fwd+bwd": 3.5}
-    for (_, _, metric, name), program in programs.items():
-        if isinstance(program, str):
-            print(f"  {case} {metric} {name}: {program}", flush=True)
-            continue
-        given = args[:3] if metric == "fwd" else args
-        figures[metric, name] = work * share[metric] / seconds(program, given, CALLS[metric])
+    times = {}
+    for turn in range(rounds):
+        for (_, _, metric, name), program in programs.items():
+            if isinstance(program, str):
+                if not turn:
+                    print(f"  {case} {metric} {name}: {program}", flush=True)
+                continue
+            given = args[:3] if metric == "fwd" else args
+            took = seconds(program, given, CALLS[metric])
+            times.setdefault((metric, name), []).append(took)
+    for (metric, name), taken in times.items():
+        figures[metric, name] = work * share[metric] / sorted(taken)[len(taken) // 2]
     del args
     if with_torch:
         try:
@@ -455,7 +461,7 @@ def measure(row, causal, programs, with_torch, results):
     results.write()
 
 
-def measure_rows(rows, masks, table, with_torch, results, workers, limit):
+def measure_rows(rows, masks, table, with_torch, results, workers, limit, rounds=1):
     """Rows of one sequence length at a time: compile them together, then time them."""
     for length in dict.fromkeys(ROWS[row][1] for row in rows):
         if time.time() - T0 > limit:
@@ -472,7 +478,7 @@ def measure_rows(rows, masks, table, with_torch, results, workers, limit):
         print(f"{len(programs)} programs of {length} at {time.time() - T0:.0f} s", flush=True)
         for pair in chosen:
             own = {key: x for key, x in programs.items() if key[:2] == pair}
-            measure(*pair, own, with_torch, results)
+            measure(*pair, own, with_torch, results, rounds)
 
 
 def measure_options(stage, options, results, workers):
@@ -510,7 +516,7 @@ def main():
             check_repeats(rows[0], True, options.repeats, results.add),
         ),
         "errors": lambda: check_errors(inexact, True, results.add, workers),
-        "variants": lambda: timed(variants, False, **rest),
+        "variants": lambda: timed(variants, False, **rest, rounds=5),
         "memory": lambda: attention_options.check_memory(results),
     }
     for name in attention_options.STAGES:

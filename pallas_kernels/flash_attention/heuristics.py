@@ -13,15 +13,13 @@ def forward_config(
     3
     """
     plain = bounds is None and band.unbounded
-    if head_dim <= 64 and plain:
-        return ForwardConfig(consumers=3)
     if head_dim <= 64:
-        return ForwardConfig(consumers=3, pingpong=False, persistent=True, late_sum=True, poly=2)
+        return ForwardConfig(consumers=3)
     if head_dim <= 128 and plain:
         return ForwardConfig(block_kv=192)
     if head_dim <= 128:
         return ForwardConfig()
-    return ForwardConfig(block_kv=64, release="named")
+    return ForwardConfig(block_kv=64, release="named", late_sum=True)
 
 
 def dq_config(head_dim: int, head_dim_v: int) -> ForwardConfig:
