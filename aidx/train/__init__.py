@@ -3,6 +3,13 @@
 params -> init_state -> make_train_step(loss_fn, optimizer) -> fit -> save_model
 """
 
+from .data import PackedTokens as PackedTokens
+from .data import TokenFile as TokenFile
+from .data import device_crops as device_crops
+from .data import open_tokens as open_tokens
+from .data import prefetch as prefetch
+from .data import read_documents as read_documents
+from .data import write_tokens as write_tokens
 from .loss import cross_entropy as cross_entropy
 from .loss import fused_cross_entropy as fused_cross_entropy
 from .loss import language_model_loss as language_model_loss
