@@ -13,7 +13,7 @@ from aidx.distill.divergence import (
     same_shape,
     weighted_mean,
 )
-from aidx.distill.features import feature_loss, per_layer
+from aidx.distill.features import example_weights, feature_loss, per_layer
 from aidx.distill.options import Divergence
 from aidx.distill.outputs import Gaussian
 from aidx.typing import Array
@@ -195,7 +195,7 @@ def elbo_loss(
     Args:
         reconstruction: q(t | s), from the student: mean and log-variance `[*B, D]`.
         teacher: features t, `[*B, D]`.
-        latent: q(z | x), `[*B, Z]`; None leaves the second term out.
+        latent: q(z | x), `[*B, Z]` or one per example, `[B, Z]`; None leaves the second term out.
         prior_weight: of the second term.
         weights: `[*B]`.
 
@@ -204,10 +204,13 @@ def elbo_loss(
         >>> float(elbo_loss(q, jnp.ones((1, 2))))
         0.5
     """
-    per_example = gaussian_nll(reconstruction, teacher)
-    if latent is not None:
-        per_example += prior_weight * gaussian_kl(latent)
-    return weighted_mean(per_example, weights)
+    nll = weighted_mean(gaussian_nll(reconstruction, teacher), weights)
+    if latent is None:
+        return nll
+    prior = gaussian_kl(latent)
+    if weights is not None and weights.shape != prior.shape:
+        weights = example_weights(weights)
+    return nll + prior_weight * weighted_mean(prior, weights)
 
 
 def bottleneck_loss(

@@ -174,7 +174,7 @@ def normal_kl(m0, v0, m1, v1):
 
 def elbo(m, v, t, latent, prior_weight):
     nll = (0.5 * v + (t - m) ** 2 / (2 * np.exp(v))).mean(-1)
-    return (nll + prior_weight * normal_kl(*latent, 0.0, 0.0)).mean()
+    return nll.mean() + prior_weight * normal_kl(*latent, 0.0, 0.0).mean()
 
 
 def bottleneck(s, t, latent, prior_weight, temperature):

@@ -113,7 +113,7 @@ CASES = {
         opt("similarity_preserving"),
         lambda s, t: np.mean(
             [
-                np64.similarity(a.reshape(B, -1), b.reshape(B, -1))
+                np64.similarity(a.reshape(len(a), -1), b.reshape(len(a), -1))
                 for a, b in zip(s["features"], t["features"], strict=True)
             ]
         ),
@@ -144,10 +144,7 @@ CASES = {
     ),
     "elbo": (
         opt("variational_information", prior_weight=0.2),
-        lambda s, t: np64.elbo(
-            flat(s["reconstruction"][0]), flat(s["reconstruction"][1]), flat(t["features"][1]),
-            (np.zeros((B * X, D)), np.zeros((B * X, D))), 0.2,
-        ) + 0.2 * np64.normal_kl(*s["latent"], 0.0, 0.0).mean(),
+        lambda s, t: np64.elbo(*s["reconstruction"], t["features"][1], s["latent"], 0.2),
         False,
     ),
     "bottleneck": (
@@ -249,6 +246,10 @@ def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(name):
         same = same.replace(exits=(same.logits, same.logits))
     value, (grad, _) = program(name)(same, same)
     assert abs(float(value)) < 2e-6
+    if name == "factor factor_matching":
+        return  # |x| has a kink there; with norm_order 2 it has none
+    if name == "attention kl":  # of probabilities: only what keeps the sum of a row counts
+        grad = grad.replace(attention=[g - g.mean(-1, keepdims=True) for g in grad.attention])
     for leaf in jax.tree.leaves(grad):
         np.testing.assert_allclose(leaf, 0, atol=2e-6)
 
@@ -338,26 +339,16 @@ def test_labels_alpha_and_the_soft_part_alone():
     )
 
 
-WEIGHTLESS = {"contrastive nt_xent"}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_an_example_of_weight_zero_is_as_if_it_were_not_there(name):
     cut = lambda fields: jax.tree.map(lambda x: x[:3], fields)
     _, formula, _ = CASES[name]
-    poisoned = []
-    for fields in (STUDENT, TEACHER):
-        out = outputs(fields)
-        poisoned.append(jax.tree.map(lambda x: x.copy(), out))
-        for leaf in jax.tree.leaves(poisoned[-1]):
-            leaf[3:] = np.nan
+    poisoned = [jax.tree.map(np.copy, outputs(fields)) for fields in (STUDENT, TEACHER)]
+    for leaf in jax.tree.leaves(poisoned):
+        leaf[3:] = np.nan
     weights = np.array([1, 1, 1, 0, 0], np.float32)
-    loss = jax.jit(make_loss(CASES[name][0]))
-    value = loss(*poisoned, weights=weights)
-    expected = formula(cut(STUDENT), cut(TEACHER)) if name != "elbo" else None
-    if expected is None:  # the formula above is written for B examples
-        expected = loss(outputs(cut(STUDENT)), outputs(cut(TEACHER)))
-    np.testing.assert_allclose(value, expected, rtol=3e-5)
+    value = jax.jit(make_loss(CASES[name][0]))(*poisoned, weights=weights)
+    np.testing.assert_allclose(value, formula(cut(STUDENT), cut(TEACHER)), rtol=3e-5)
 
 
 def test_every_missing_field_is_named():
