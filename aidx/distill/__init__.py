@@ -3,13 +3,25 @@
 make_loss(KnowledgeDistillationOptions(...)) -> loss(student, teacher, labels)
 """
 
+from aidx.distill.aggregate import ensemble_logits as ensemble_logits
+from aidx.distill.aggregate import is_correct as is_correct
 from aidx.distill.divergence import cross_entropy as cross_entropy
 from aidx.distill.divergence import divergence as divergence
 from aidx.distill.divergence import response_loss as response_loss
+from aidx.distill.draft import acceptance as acceptance
+from aidx.distill.draft import expected_tokens as expected_tokens
+from aidx.distill.draft import measure_acceptance as measure_acceptance
+from aidx.distill.features import init_projection as init_projection
+from aidx.distill.features import matched_layers as matched_layers
+from aidx.distill.features import project as project
 from aidx.distill.fused import linear_divergence as linear_divergence
 from aidx.distill.fused import linear_response_loss as linear_response_loss
 from aidx.distill.losses import distill_loss as distill_loss
 from aidx.distill.losses import make_loss as make_loss
+from aidx.distill.make_teacher import make_teacher as make_teacher
+from aidx.distill.on_policy import OnPolicyBatch as OnPolicyBatch
+from aidx.distill.on_policy import gkd_loss as gkd_loss
+from aidx.distill.on_policy import on_policy_batch as on_policy_batch
 from aidx.distill.options import AdaptiveMetric as AdaptiveMetric
 from aidx.distill.options import AttentionMatching as AttentionMatching
 from aidx.distill.options import ContrastiveMode as ContrastiveMode
@@ -29,3 +41,23 @@ from aidx.distill.options import VariationalMode as VariationalMode
 from aidx.distill.outputs import Gaussian as Gaussian
 from aidx.distill.outputs import Outputs as Outputs
 from aidx.distill.outputs import decoder_outputs as decoder_outputs
+from aidx.distill.progress import adaptive_teacher as adaptive_teacher
+from aidx.distill.progress import curriculum_teacher as curriculum_teacher
+from aidx.distill.progress import online_teacher as online_teacher
+from aidx.distill.step import distill_loss_fn as distill_loss_fn
+from aidx.distill.step import lm_distill_loss_fn as lm_distill_loss_fn
+from aidx.distill.step import make_distill_step as make_distill_step
+from aidx.distill.teachers import decoder_apply as decoder_apply
+from aidx.distill.teachers import distributed_teacher as distributed_teacher
+from aidx.distill.teachers import ensemble_teacher as ensemble_teacher
+from aidx.distill.teachers import multi_modal_teacher as multi_modal_teacher
+from aidx.distill.teachers import network_teacher as network_teacher
+from aidx.distill.teachers import pretrained_teacher as pretrained_teacher
+from aidx.distill.teachers import quantized_teacher as quantized_teacher
+from aidx.distill.teachers import self_teacher as self_teacher
+from aidx.distill.teachers import transformer_teacher as transformer_teacher
+from aidx.distill.top_k import TopK as TopK
+from aidx.distill.top_k import read_top_k as read_top_k
+from aidx.distill.top_k import top_k_loss as top_k_loss
+from aidx.distill.top_k import top_k_of as top_k_of
+from aidx.distill.top_k import write_top_k as write_top_k

@@ -29,10 +29,17 @@ def jsd_terms(log_t: Array, log_s: Array, beta: float = 0.5) -> Array:
     return beta * forward_terms(log_t, log_m) + (1 - beta) * forward_terms(log_s, log_m)
 
 
+def variation_terms(log_t: Array, log_s: Array, beta: float = 0.5) -> Array:
+    """`|t - s| / 2`, elementwise."""
+    del beta
+    return 0.5 * jnp.abs(jnp.exp(log_t) - jnp.exp(log_s))
+
+
 TERMS = {
     Divergence.FORWARD_KL: forward_terms,
     Divergence.REVERSE_KL: reverse_terms,
     Divergence.JSD: jsd_terms,
+    Divergence.TOTAL_VARIATION: variation_terms,
 }
 """The summands over the vocabulary of each divergence: `(log_teacher, log_student, beta)`."""
 
@@ -53,6 +60,10 @@ def divergence(
         reverse_kl  sum_v s (log s - log t)          seeks one (Gu et al., 2024, MiniLLM)
         jsd         beta KL(t || m) + (1 - beta) KL(s || m),  m = beta t + (1 - beta) s
                                                      (Agarwal et al., 2024, GKD, eq. 3)
+        total_variation  1/2 sum_v |t - s| = 1 - sum_v min(t, s)
+                                                     (Zhou et al., 2024, DistillSpec)
+
+    The last is the share of a draft's tokens that speculative decoding rejects.
 
     Args:
         student_logits: `[*B, V]`.
@@ -70,7 +81,7 @@ def divergence(
     Example:
         >>> student, teacher = jnp.array([[0.0, 0.0]]), jnp.array([[jnp.log(3.0), 0.0]])
         >>> [round(float(divergence(student, teacher, kind=k)[0]), 4) for k in Divergence]
-        [0.1308, 0.1438, 0.0338]
+        [0.1308, 0.1438, 0.0338, 0.25]
     """
     kind = Divergence(kind)
     same_shape(student_logits, teacher_logits, "logits")
@@ -164,9 +175,7 @@ def response_loss(
     if not 0 <= alpha <= 1:
         raise ValueError(f"{alpha=} must lie between 0 and 1")
     T = jnp.asarray(temperature, jnp.float32)
-    soft = T**2 * divergence(
-        student_logits, teacher_logits, kind=kind, temperature=T, beta=beta
-    )
+    soft = T**2 * divergence(student_logits, teacher_logits, kind=kind, temperature=T, beta=beta)
     soft = weighted_mean(soft, weights)
     if labels is None:
         return soft

@@ -233,7 +233,7 @@ def factor_loss(
 ) -> Array:
     """Factors of the features, with F the `[n, D]` matrix of all examples.
 
-        factor_matching         mean_b ||t_b/||t_b|| - s_b/||s_b|| ||_p^p    (Kim et al., 2018, eq. 3)
+        factor_matching         mean_b ||t_b/||t_b|| - s_b/||s_b|| ||_p^p   (Kim et al., 2018, eq. 3)
         low_rank_approximation  mean_b 1/D ||(s_b - t_b) V_k||^2, V_k the k first right singular
                                 vectors of F_t: the teacher's best approximation of rank k is
                                 F_t V_k V_k^T (Eckart and Young, 1936; Lee et al., 2018)
@@ -338,7 +338,9 @@ def selectivity(
     if metric is SelectivityMetric.SPARSITY:
         root = jnp.sqrt(n)
         ratio = total(jnp.abs(x)) / safe_sqrt(total(x**2))
-        ratio = jnp.where(ratio > 0, ratio, 1.0)  # a neuron that is never active is as sparse as can be
+        ratio = jnp.where(
+            ratio > 0, ratio, 1.0
+        )  # a neuron that is never active is as sparse as can be
         return jnp.where(n > 1, (root - ratio) / jnp.where(n > 1, root - 1, 1.0), 0.0)
     mean = total(jnp.abs(x)) / n
     return jnp.abs(x).max(0) / jnp.where(mean > 0, mean, 1.0)

@@ -256,9 +256,7 @@ def _flat(student: Outputs, teacher: Outputs, weights: Array | None, who: Any):
 
 def _factor(o: Options, student: Outputs, teacher: Outputs, weights: Array | None) -> Array:
     s, t, w = _flat(student, teacher, weights, o.strategy)
-    return factor_loss(
-        s, t, mode=o.factor_mode, rank=o.rank, norm_order=o.norm_order, weights=w
-    )
+    return factor_loss(s, t, mode=o.factor_mode, rank=o.rank, norm_order=o.norm_order, weights=w)
 
 
 def _selectivity(o: Options, student: Outputs, teacher: Outputs, weights: Array | None) -> Array:

@@ -17,7 +17,7 @@ class Choice(enum.StrEnum):
     Example:
         >>> Divergence("kl")
         Traceback (most recent call last):
-        ValueError: unknown Divergence 'kl'; known: forward_kl, reverse_kl, jsd
+        ValueError: unknown Divergence 'kl'; known: forward_kl, reverse_kl, jsd, total_variation
     """
 
     @classmethod
@@ -66,6 +66,7 @@ class Divergence(Choice):
     FORWARD_KL = "forward_kl"
     REVERSE_KL = "reverse_kl"
     JSD = "jsd"
+    TOTAL_VARIATION = "total_variation"
 
 
 class AttentionMatching(Choice):
@@ -228,8 +229,8 @@ class KnowledgeDistillationOptions:
             option that the strategy does not read.
 
     Example:
-        >>> KnowledgeDistillationOptions("contrastive", contrastive_mode="triplet", margin=0.5).margin
-        0.5
+        >>> KnowledgeDistillationOptions("contrastive", contrastive_temperature=0.5).contrastive_mode
+        <ContrastiveMode.INFO_NCE: 'info_nce'>
         >>> KnowledgeDistillationOptions("feature_based", margin=0.5)
         Traceback (most recent call last):
         ValueError: margin=0.5 is not read by feature_based

@@ -211,5 +211,7 @@ def _examples(student: Array, teacher: Array) -> int:
     if student.ndim != 2 or teacher.ndim != 2:
         raise ValueError(f"embeddings are [n, D], not {student.shape} and {teacher.shape}")
     if student.shape[0] != teacher.shape[0]:
-        raise ValueError(f"{student.shape[0]} examples of the student, {teacher.shape[0]} of the teacher")
+        raise ValueError(
+            f"{student.shape[0]} examples of the student, {teacher.shape[0]} of the teacher"
+        )
     return student.shape[0]

@@ -31,6 +31,7 @@ def response(s, t, *, temperature, divergence="forward_kl", beta=0.5, weights=No
         return {
             "forward_kl": lambda: kl(p, q),
             "reverse_kl": lambda: kl(q, p),
+            "total_variation": lambda: 1 - np.minimum(p, q).sum(),
             "jsd": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
         }[divergence]()
 
