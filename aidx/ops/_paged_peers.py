@@ -10,8 +10,6 @@ import jax.numpy as jnp
 
 from ._paged_spec import PagedAttentionConfig, PagedOperands, PagedSpec
 
-REFUSED = ("positions", "tree_mask", "k_scale", "v_scale", "shared_tables")
-
 
 def mosaic_forward(spec: PagedSpec, ops: PagedOperands) -> tuple[jax.Array, jax.Array]:
     """(out, lse) by the Hopper kernels, imported at their first use: they need Mosaic GPU."""
@@ -19,11 +17,9 @@ def mosaic_forward(spec: PagedSpec, ops: PagedOperands) -> tuple[jax.Array, jax.
         kernels: Any = importlib.import_module("pallas_kernels.paged_attention")
     except ImportError as missing:
         raise NotImplementedError(f"this JAX cannot import the kernels: {missing}") from missing
-    given = [name for name in REFUSED if getattr(ops, name) is not None]
     if spec.config != PagedAttentionConfig():
-        given.append("config")
-    if given:
-        raise NotImplementedError(f"does not take {', '.join(given)}")
+        raise NotImplementedError(f"brings its own tile sizes, not {spec.config}")
+    cascade = (ops.shared_tables, ops.shared_lens, ops.shared_group)
     result = kernels.paged_attention(
         *ops[:6],
         max_q=spec.max_q,
@@ -32,6 +28,11 @@ def mosaic_forward(spec: PagedSpec, ops: PagedOperands) -> tuple[jax.Array, jax.
         logits_soft_cap=spec.soft_cap,
         alibi_slopes=ops.alibi_slopes,
         sinks=ops.sinks,
+        positions=ops.positions,
+        tree_mask=ops.tree_mask,
+        cascade=None if ops.shared_tables is None else cascade,
+        k_scale=ops.k_scale,
+        v_scale=ops.v_scale,
         return_lse=spec.return_lse,
         deterministic=spec.deterministic,
     )

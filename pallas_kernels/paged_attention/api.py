@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES
 
-from . import cluster, prefill, split
+from . import cluster, explicit, prefill, quantised, split
 from . import worklist as wl
 from .cluster import ClusterConfig
 from .geometry import Geometry, Scoring, pack_columns, pack_queries, unpack_lse
+from .pages import PageTiles
 from .prefill import PrefillConfig
 from .split import SplitConfig
 
@@ -40,6 +41,11 @@ def paged_attention(
     logits_soft_cap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    tree_mask: jax.Array | None = None,
+    cascade: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     config: Config | None = None,
@@ -53,7 +59,7 @@ def paged_attention(
 
     Args:
       q: bf16 or f16 `[T, N, H]`; queries of no row give zeros.
-      k_pool: `[P, K, block_size, H]`, q's dtype, N a multiple of K.
+      k_pool: `[P, K, block_size, H]`, q's dtype, N a multiple of K; or int8 or float8_e4m3fn.
       v_pool: `[P, K, block_size, Hv]`.  Slots past a row's context may hold anything, NaN too.
       block_tables: i32 `[R, M]`; entries past a row's context are never followed.
       context_lens: i32 `[R]`, keys of a row, its new tokens' included; 0 is an empty row.
@@ -64,6 +70,15 @@ def paged_attention(
       logits_soft_cap: c in `c * tanh(x / c)`.
       alibi_slopes: f32 `[N]`, subtracts slope * distance.
       sinks: f32 `[N]`, a logit that joins the denominator only.
+      positions: i32 `[T]`, where queries, and the keys of the same new tokens, stand for `window`
+        and ALiBi in place of their index.
+      tree_mask: u32 `[T, words]`: bit j says that a query sees its row's j-th new token, in place
+        of causality among the new ones.
+      cascade: `(shared_tables [C, M'], shared_lens [C], group [R])`: rows of group g >= 0 see their
+        first `shared_lens[g]` keys through `shared_tables[g]`, read once for the group.
+      k_scale: f32 `[P, K, block_size]` or `[K]`, for pools of one byte a value: a key is
+        `k_scale * k`.
+      v_scale: as k_scale.
       return_lse: also the natural log-sum-exp, f32 `[T, N]`, the sink left out, -inf for no key.
       deterministic: a row's output has the same bits whatever else is in the batch and however
         its prompt was chunked: one kernel for all rows, keys cut at fixed positions.
@@ -94,19 +109,39 @@ def paged_attention(
         raise ValueError(f"{window=} has to be positive")
     if logits_soft_cap is not None and logits_soft_cap <= 0:
         raise ValueError(f"{logits_soft_cap=} has to be positive")
+    _check_extras(geom, k_pool, positions, tree_mask, cascade, k_scale, v_scale)
     scoring = Scoring(geom.head_dim**-0.5 if scale is None else scale, window, logits_soft_cap)
     if config is not None and deterministic:
         raise ValueError(f"deterministic=True brings its own configuration, not {config=}")
-    plan = default_plan(geom, q.dtype.itemsize) if config is None else (config,)
-    if deterministic:
-        plan = (_deterministic(geom, q.dtype.itemsize),)
-    return _jitted(
+    if window is None and alibi_slopes is None:
+        positions = None  # nothing asks for a distance
+    i32 = lambda *xs: tuple(None if x is None else x.astype(jnp.int32) for x in xs)
+    arrays = _Arrays(
         q,
         k_pool,
         v_pool,
-        *(x.astype(jnp.int32) for x in (block_tables, context_lens, q_indptr)),
+        *i32(block_tables, context_lens, q_indptr),
         alibi_slopes,
         sinks,
+        *i32(positions),
+        tree_mask,
+        None if cascade is None else i32(*cascade),
+        None if k_scale is None or v_scale is None else (k_scale, v_scale),
+    )
+    special = quantised.is_quantised(k_pool.dtype) or arrays.explicit
+    pool_bytes = k_pool.dtype.itemsize
+    if deterministic:
+        plan = (_deterministic(geom, pool_bytes),)
+    elif config is not None:
+        plan = (config,)
+    elif special:
+        plan = (_split_config(_in_columns(geom, geom.max_q), pool_bytes),)
+    else:
+        plan = default_plan(geom)
+    if special and not isinstance(plan[0], SplitConfig):
+        raise NotImplementedError(f"{config} takes no one-byte pools, positions, trees, cascades")
+    return _jitted(
+        arrays,
         geom=geom,
         scoring=scoring,
         plan=plan,
@@ -115,10 +150,36 @@ def paged_attention(
     )
 
 
+class _Arrays(NamedTuple):
+    """The arrays of one validated call."""
+
+    q: jax.Array
+    k_pool: jax.Array
+    v_pool: jax.Array
+    block_tables: jax.Array
+    context_lens: jax.Array
+    q_indptr: jax.Array
+    slopes: jax.Array | None = None
+    sinks: jax.Array | None = None
+    positions: jax.Array | None = None
+    tree_mask: jax.Array | None = None
+    cascade: tuple[jax.Array, ...] | None = None
+    scales: tuple[jax.Array, jax.Array] | None = None
+
+    @property
+    def explicit(self) -> bool:
+        """Whether queries do not stand at the end of all keys, in order."""
+        return any(x is not None for x in (self.positions, self.tree_mask, self.cascade))
+
+
 @functools.partial(jax.jit, static_argnames=("geom", "scoring", "plan", "interpret", "return_lse"))
-def _jitted(*arrays, geom, scoring, plan, interpret, return_lse):
+def _jitted(arrays, *, geom, scoring, plan, interpret, return_lse):
     """One trace and one lowering for all layers of a model that make the same call."""
-    out, lse = _run(_Call(*arrays, geom=geom, scoring=scoring, interpret=interpret), plan)
+    if arrays.cascade is not None:
+        out, lse = _run_cascade(arrays, geom, scoring, plan[0], interpret)
+        return (out, lse) if return_lse else out
+    call = _Call(*arrays, geom=geom, scoring=scoring, interpret=interpret)
+    out, lse = _run(call, plan)
     out = out.reshape(geom.num_tokens, geom.num_heads, geom.value_dim)
     return (out, lse()) if return_lse else out
 
@@ -135,14 +196,25 @@ class _Call:
     q_indptr: jax.Array
     slopes: jax.Array | None
     sinks: jax.Array | None
+    positions: jax.Array | None
+    tree_mask: jax.Array | None
+    cascade: None
+    scales: tuple[jax.Array, jax.Array] | None
     geom: Geometry
     scoring: Scoring
     interpret: Any
+    first: jax.Array | None = None  # [R] keys before it are read elsewhere
+    shared: bool = False  # a query sees every key of its row, `positions` says where it stands
 
     @property
     def pools(self):
         """What every kernel reads."""
         return self.k_pool, self.v_pool, self.block_tables
+
+    @property
+    def explicit(self) -> bool:
+        """Whether masks are not those of queries at the end of all keys, in order."""
+        return self.positions is not None or self.tree_mask is not None or self.first is not None
 
     def options(self, geom: Geometry, pack: Callable) -> dict[str, Any]:
         """Keyword arguments that every kernel takes."""
@@ -200,19 +272,117 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
         key_tile=config.key_tile,
         ctas=split.num_shares(config, geom),
         chunk=config.fixed_chunk,
-        window=call.scoring.window,
+        window=call.scoring.window if call.positions is None else None,
         max_tokens=None if max_tokens == call.geom.max_q else max_tokens,
+        first=call.first,
+        whole=call.shared or call.tree_mask is not None,
     )
     first = work.tiles[:, wl.FIRST_TOKEN]
     out, lse = split.split_attention(
-        pack_queries(call.q, geom, first),
+        *_scaled_queries(call, geom, first),
         *call.pools,
         work,
         config=config,
+        out_dtype=call.q.dtype,
+        explicit=_explicit(call, geom, work.tiles, config.key_tile),
+        **_scales(call, geom, config.key_tile),
         **call.options(geom, pack_columns),
     )
     count = jnp.where(work.tiles[:, wl.COUNT] > 0, work.tiles[:, wl.NUM_TOKENS], 0)
     return out, lambda: unpack_lse(lse, first, count, geom)
+
+
+def _scaled_queries(call: _Call, geom: Geometry, first: jax.Array):
+    """(packed q in the dtype of the matmuls, packed factor of its scores or None)."""
+    if not quantised.is_quantised(call.k_pool.dtype):
+        return pack_queries(call.q, geom, first), None
+    with jax.named_scope("paged_attention.queries"):
+        dtype = quantised.compute_dtype(call.q.dtype, call.k_pool.dtype)
+        q, factor = quantised.normalised(call.q, dtype)
+        factor = factor * call.scoring.scale
+        if call.scales is not None and call.scales[0].ndim == 1:
+            factor = factor * jnp.repeat(call.scales[0].astype(jnp.float32), geom.group)[None]
+        packed = pack_queries(factor[..., None], geom, first)[..., 0]
+        return pack_queries(q, geom, first), packed
+
+
+def _scales(call: _Call, geom: Geometry, key_tile: int) -> dict[str, Any]:
+    """The scales as the kernel takes them: `scales` of tokens or `gain` of heads."""
+    if call.scales is None:
+        return {}
+    if call.scales[0].ndim == 1:
+        return dict(gain=pack_columns(jnp.repeat(call.scales[1], geom.group), geom))
+    pages = PageTiles(geom, key_tile)
+    return dict(scales=tuple(pages.pack_scales(x.astype(jnp.float32)) for x in call.scales))
+
+
+def _explicit(call: _Call, geom: Geometry, tiles: jax.Array, key_tile: int):
+    if call.shared:
+        return explicit.pack_old_keys(tiles, call.context_lens, geom, key_tile, call.positions)
+    if not call.explicit:
+        return None
+    return explicit.pack_new_keys(
+        tiles,
+        call.context_lens,
+        call.q_indptr,
+        geom,
+        key_tile,
+        positions=call.positions,
+        tree_mask=call.tree_mask,
+        first=call.first,
+    )
+
+
+def _run_cascade(arrays: _Arrays, geom: Geometry, scoring: Scoring, config, interpret):
+    """(out, lse): every row past what it shares, every group over its prefix, merged by lse.
+
+    The queries of a group are the row of a call of their own, over the shared table.
+    """
+    shared_tables, shared_lens, group = arrays.cascade
+    t = geom.num_tokens
+    indptr = arrays.q_indptr
+    first = jnp.where(group >= 0, shared_lens[jnp.maximum(group, 0)], 0)
+    bare = arrays._replace(cascade=None, sinks=None)
+    common = dict(scoring=scoring, interpret=interpret)
+    own, own_lse = _run_split(_Call(*bare, geom=geom, **common, first=first), config, geom.max_q)
+
+    with jax.named_scope("paged_attention.cascade"):
+        token = jnp.arange(t, dtype=jnp.int32)
+        row = jnp.sum(indptr[None, 1:] <= token[:, None], axis=1, dtype=jnp.int32)
+        owned, row = row < geom.num_rows, jnp.minimum(row, geom.num_rows - 1)
+        groups = shared_tables.shape[0]
+        mine = jnp.where(owned & (group[row] >= 0), group[row], groups)
+        order = jnp.argsort(mine, stable=True).astype(jnp.int32)
+        count = jnp.sum(mine[None, :] == jnp.arange(groups, dtype=jnp.int32)[:, None], axis=1)
+        ends = jnp.cumsum(count, dtype=jnp.int32)
+        stands = arrays.positions
+        if stands is None:
+            stands = arrays.context_lens[row] - indptr[row + 1] + token
+        shared = bare._replace(
+            q=arrays.q[order],
+            block_tables=shared_tables,
+            context_lens=shared_lens,
+            q_indptr=jnp.concatenate([jnp.zeros((1,), jnp.int32), ends]),
+            positions=stands[order],
+            tree_mask=None,
+        )
+        wide = dataclasses.replace(
+            geom, num_rows=groups, blocks_per_row=shared_tables.shape[1], max_q=t
+        )
+        config = _fitting(config, _in_columns(wide, t), arrays.k_pool.dtype.itemsize)
+        call = _Call(*shared, geom=wide, **common, shared=True)
+        prefix, prefix_lse = _run_split(call, config, t)
+        back = jnp.zeros_like(order).at[order].set(token)
+        parts = (own, own_lse()), (prefix[back], prefix_lse()[back])
+        lse = jnp.logaddexp(parts[0][1], parts[1][1])
+        total = lse
+        if arrays.sinks is not None:
+            total = jnp.logaddexp(lse, arrays.sinks.astype(jnp.float32)[None])
+        total = jnp.where(jnp.isfinite(total), total, 0.0)
+        shape = (t, geom.num_heads, geom.value_dim)
+        weigh = lambda o, x: o.reshape(shape).astype(jnp.float32) * jnp.exp(x - total)[..., None]
+        out = weigh(*parts[0]) + weigh(*parts[1])
+    return out.astype(arrays.q.dtype), lse
 
 
 def _run_prefill(call: _Call, config: PrefillConfig, min_tokens: int, out: jax.Array):
@@ -259,7 +429,8 @@ def _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q) ->
         )
     if max_q < 1:
         raise ValueError(f"{max_q=} has to be positive")
-    if k_pool.dtype != q.dtype or v_pool.dtype != q.dtype:
+    fits = k_pool.dtype == q.dtype or quantised.is_quantised(k_pool.dtype)
+    if k_pool.dtype != v_pool.dtype or not fits:
         raise NotImplementedError(f"{q.dtype=}, {k_pool.dtype=}, {v_pool.dtype=} differ")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"{q.dtype=} is not bfloat16 or float16")
@@ -271,6 +442,33 @@ def _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q) ->
     if n // k > MAX_COLS:
         raise NotImplementedError(f"{n // k} query heads a KV head are more than {MAX_COLS}")
     return Geometry(t, n, k, h, value_dim, p, size, rows, per_row, min(max_q, t))
+
+
+def _check_extras(geom, k_pool, positions, tree_mask, cascade, k_scale, v_scale) -> None:
+    """Arguments that few calls have, checked."""
+    t, shape = geom.num_tokens, k_pool.shape[:3]
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (x is not None) != quantised.is_quantised(k_pool.dtype):
+            raise ValueError(f"{name} goes with int8 and float8_e4m3fn, not {k_pool.dtype=}")
+        if x is not None and x.shape not in (shape, shape[1:2]):
+            raise ValueError(f"{name} has shape {x.shape}, not {shape} or {shape[1:2]}")
+    if k_scale is not None and k_scale.ndim != v_scale.ndim:
+        raise NotImplementedError(f"scales of two kinds: {k_scale.shape=}, {v_scale.shape=}")
+    if positions is not None and positions.shape != (t,):
+        raise ValueError(f"positions has shape {positions.shape}, not ({t},)")
+    if tree_mask is not None and (
+        tree_mask.ndim != 2 or tree_mask.shape[0] != t or tree_mask.dtype != jnp.uint32
+    ):
+        raise ValueError(f"tree_mask is {tree_mask.dtype}{tree_mask.shape}, not u32 [{t}, words]")
+    if cascade is not None:
+        tables, lens, group = cascade
+        if tables.ndim != 2 or lens.shape != tables.shape[:1] or group.shape != (geom.num_rows,):
+            raise ValueError(
+                f"cascade of {tables.shape}, {lens.shape}, {group.shape} is not [C, M], [C], "
+                f"[{geom.num_rows}]"
+            )
+        if min(tables.shape) == 0:
+            raise NotImplementedError(f"cascade of {tables.shape=}: empty")
 
 
 def _in_columns(geom: Geometry, max_tokens: int, fixed: bool = False) -> Geometry:
@@ -287,7 +485,7 @@ def few_tokens(geom: Geometry) -> int:
     return max(1, 16 // geom.group)
 
 
-def default_plan(geom: Geometry, itemsize: int = 2) -> Plan:
+def default_plan(geom: Geometry) -> Plan:
     """The kernels for these static shapes.
 
     One launch for few segments; equal shares of all keys for many, and for rows of more tokens
@@ -304,25 +502,37 @@ def default_plan(geom: Geometry, itemsize: int = 2) -> Plan:
         segments = geom.num_rows * cluster.tiles_per_row(columns) * geom.num_kv_heads
         even = geom.blocks_per_row * geom.block_size <= MAX_UNEVEN or 8 * segments <= HOPPER_SMS
         if 2 * segments <= HOPPER_SMS and even:
-            return (cluster.pick_config(columns, itemsize),)
-        return (_split_config(columns, itemsize),)
-    config = prefill.pick_prefill(geom, itemsize)
+            return (cluster.pick_config(columns),)
+        return (_split_config(columns),)
+    config = prefill.pick_prefill(geom)
     per_tile = prefill.prefill_geometry(geom, config).q_tokens
     if 2 * (geom.num_tokens // per_tile) * geom.num_kv_heads < HOPPER_SMS:
-        return (_split_config(_in_columns(geom, geom.max_q), itemsize),)
-    return _split_config(_in_columns(geom, few_tokens(geom)), itemsize), config
+        return (_split_config(_in_columns(geom, geom.max_q)),)
+    return _split_config(_in_columns(geom, few_tokens(geom))), config
 
 
-def _deterministic(geom: Geometry, itemsize: int) -> SplitConfig:
+def _deterministic(geom: Geometry, pool_bytes: int = 2) -> SplitConfig:
     """Large query tiles and chunks of fixed size, whatever the call."""
-    config = _split_config(_in_columns(geom, geom.max_q, fixed=True), itemsize)
+    config = _split_config(_in_columns(geom, geom.max_q, fixed=True), pool_bytes)
     return dataclasses.replace(config, fixed_chunk=FIXED_CHUNK)
 
 
-def _split_config(geom: Geometry, itemsize: int) -> SplitConfig:
-    """Two CTAs per SM where their rings fit."""
-    for ctas, stages in ((2 * HOPPER_SMS, 3), (HOPPER_SMS, 3), (HOPPER_SMS, 2), (HOPPER_SMS, 1)):
+def _fitting(config: SplitConfig, geom: Geometry, pool_bytes: int) -> SplitConfig:
+    """`config`, or the default one where its rings do not fit beside these query tiles."""
+    at_once = -(-config.ctas // HOPPER_SMS)
+    if split.smem_bytes(config, geom, pool_bytes) * at_once <= SMEM_BYTES:
+        return config
+    return dataclasses.replace(_split_config(geom, pool_bytes), fixed_chunk=config.fixed_chunk)
+
+
+def _split_config(geom: Geometry, pool_bytes: int = 2) -> SplitConfig:
+    """Two CTAs per SM where their rings fit; tiles of half the bytes, one stage more."""
+    more = 1 if pool_bytes == 1 else 0
+    for ctas, stages in ((2 * HOPPER_SMS, 3 + more), (HOPPER_SMS, 3), (HOPPER_SMS, 2)):
         config = SplitConfig(ctas=ctas, stages=stages)
-        if split.smem_bytes(config, geom, itemsize) * (ctas // HOPPER_SMS) <= SMEM_BYTES:
+        if split.smem_bytes(config, geom, pool_bytes) * (ctas // HOPPER_SMS) <= SMEM_BYTES:
             return config
+    config = SplitConfig(ctas=HOPPER_SMS, stages=1)
+    if split.smem_bytes(config, geom, pool_bytes) <= SMEM_BYTES:
+        return config
     raise NotImplementedError(f"no configuration fits shared memory for {geom}")

@@ -26,7 +26,7 @@ from pallas_kernels._mgpu import (
     swizzled,
 )
 
-from .columns import Columns, reduce_scratch
+from .columns import Columns, Segment, TileRefs, reduce_scratch
 from .geometry import LOG2E, Geometry, Scoring
 from .pages import PageTiles
 
@@ -263,8 +263,10 @@ class _Cluster:
         tile_of = lambda j: first_tile + rank + j * ranks
 
         def ids_of(j):
-            seen = (position, context, math.scoring.window)
-            return pages.block_ids(table_ref, row, tile_of(j), *seen)
+            window, first_key = math.scoring.window, None
+            if window is not None:
+                first_key = lax.max(position - window + 1, 0)
+            return pages.block_ids(table_ref, row, tile_of(j), context, first_key)
 
         def fetch(j, slot, ids):
             pairs = ((k_ref, k_s.at[slot]), (v_ref, v_s.at[slot]))
@@ -287,11 +289,9 @@ class _Cluster:
                 slot = lax.rem(j, jnp.int32(stages))
                 ahead = ids_of(j + stages + 1)
                 plgpu.barrier_wait(kv_full(slot))
-                refs = (q_s, k_s.at[slot], v_s.at[slot], p_s, red_s)
-                key = tile_of(j) * math.tile
-                a, m, sums = math.step(
-                    ops.uncarry(acc, a), m, sums, refs, key, position, context, slopes
-                )
+                refs = TileRefs(q_s, k_s.at[slot], v_s.at[slot], p_s, red_s)
+                key, seg = tile_of(j) * math.tile, Segment(position, context, slopes)
+                a, m, sums = math.step(ops.uncarry(acc, a), m, sums, refs, key, seg)
                 ops.load(a)
 
                 @pl.when(j + stages < n)

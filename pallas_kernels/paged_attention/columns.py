@@ -10,7 +10,7 @@ other's values.  `_column_reduce` takes the scratch as an argument: each warpgro
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,10 +20,12 @@ from jax import lax
 
 from pallas_kernels._mgpu import MASKED, Ops
 
+from . import quantised
 from .geometry import LOG2E, Geometry, Scoring
 
 ROWS = plgpu.Layout.WGMMA
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 def reduce_scratch(cols: int) -> int:
@@ -58,6 +60,37 @@ def _column_reduce(kind: str, x: jax.Array, scratch: Any) -> jax.Array:
     return reduce(x, scratch)  # pyright: ignore[reportCallIssue]
 
 
+class Segment(NamedTuple):
+    """What the queries of a tile, and the row they belong to, say about scores and masks."""
+
+    position: Any  # i32, of the tile's first token
+    context: Any  # i32, keys of the row
+    slopes: Any = None  # f32 [cols], ALiBi
+    factor: Any = None  # f32 [cols] of the scores, in place of `Scoring.scale`
+    first: Any = None  # i32, keys before it belong to another part of the call
+    query_positions: Any = None  # i32 [cols], in place of position + token
+    old: Any = None  # i32, first of the row's new keys, which `new_keys` describes
+    new_keys: Any = None  # i32 [1 + words, L] in GMEM, see `explicit.pack_new_keys`
+
+
+class TileRefs(NamedTuple):
+    """One tile of keys and what works on it, in SMEM."""
+
+    q: Any  # [cols, H]
+    k: Any  # [tile, H]
+    v: Any  # [tile, Hv]
+    p: Any  # [cols, tile]
+    scratch: Any  # of the reductions over the keys
+    wide_v: Any = None  # [tile, Hv] at 16 bits, where v has one byte a value
+    k_scale: Any = None  # f32 [tile], or by copies (`quantised.load_rows`)
+    v_scale: Any = None
+
+
+def spread_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A per-row vector over the columns of a tile."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
 def spread(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A per-column vector over the rows of a tile."""
     return lax.broadcast_in_dim(x, shape, [1])
@@ -71,7 +104,13 @@ class Columns:
     geom: Geometry
     scoring: Scoring
     tile: int  # keys
-    dtype: Any
+    dtype: Any  # of the matmuls
+    out_dtype: Any = None  # of q and the output where that differs
+
+    @property
+    def stored(self) -> Any:
+        """dtype of the output."""
+        return self.dtype if self.out_dtype is None else self.out_dtype
 
     def max(self, x, scratch):
         """Maximum over the keys, `[tile, cols] -> [cols]`."""
@@ -96,7 +135,7 @@ class Columns:
 
     def zero_row(self):
         """Zeros to store as the output of one token and head."""
-        zeros = jnp.zeros((self.geom.value_dim,), self.dtype)
+        zeros = jnp.zeros((self.geom.value_dim,), self.stored)
         return plgpu.layout_cast(zeros, row_layout(self.geom.value_dim))
 
     def full(self, value: float):
@@ -108,52 +147,131 @@ class Columns:
         sums = jnp.zeros((self.tile, self.geom.cols), jnp.float32)
         return self.full(MASKED), plgpu.layout_cast(sums, ROWS)
 
-    def logits(self, s, first_key, position, slopes):
-        """Scores -> masked base-2 logits; `position` is that of the tile's first query token."""
-        geom, scoring, shape = self.geom, self.scoring, (self.tile, self.geom.cols)
+    def logits(self, s, first_key, seg: Segment, k_scale=None, shift=None):
+        """Scores -> masked base-2 logits, `shift` [tile] added to each row of them."""
+        scoring, shape = self.scoring, (self.tile, self.geom.cols)
         key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=ROWS) + first_key
-        if geom.q_tokens == 1:
-            behind = key - position  # <= 0 where visible
-        else:
-            column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=ROWS)
-            behind = key - (position + lax.div(column, jnp.int32(geom.group)))
+        visible, behind = self.visible(key, first_key, seg)
+        scale = scoring.scale
+        if seg.factor is not None:
+            s, scale = s * spread(seg.factor, shape), 1.0
+        if k_scale is not None:
+            s = s * spread_rows(k_scale, shape)
         if scoring.soft_cap is None:
-            s = s * (scoring.scale * LOG2E)
+            s = s * (scale * LOG2E)
         else:
             # tanh x = 1 - 2 / (1 + e^2x), by exp2: tanh.approx errs by 5e-4 of the cap
-            e = jnp.exp2(jnp.minimum(s * (2 * LOG2E * scoring.scale / scoring.soft_cap), 80.0))
+            e = jnp.exp2(jnp.minimum(s * (2 * LOG2E * scale / scoring.soft_cap), 80.0))
             s = (1.0 - 2.0 / (1.0 + e)) * (scoring.soft_cap * LOG2E)
-        if slopes is not None:
-            s = s + spread(slopes * LOG2E, shape) * behind.astype(jnp.float32)
-        visible = behind <= 0
-        if scoring.window is not None:
-            visible = visible & (behind > -scoring.window)
+        if seg.slopes is not None:
+            distance = behind.astype(jnp.float32)
+            if seg.query_positions is not None:
+                distance = -jnp.abs(distance)  # a tree may place a visible key after its query
+            s = s + spread(seg.slopes * LOG2E, shape) * distance
+        if shift is not None:
+            s = s + spread_rows(shift, shape)
         return jnp.where(visible, s, MASKED)
 
-    def clear_dead_rows(self, v_s, live):
-        """Zero the rows of V from `live` on: they may hold NaN, and 0 * NaN is NaN."""
-        clear_rows(v_s, live, self.ops.interpret)
+    def visible(self, key, first_key, seg: Segment):
+        """(which keys are seen, distance key - query) of a tile `[tile, cols]`."""
+        geom, window, shape = self.geom, self.scoring.window, key.shape
+        if seg.query_positions is not None:
+            return self.visible_explicitly(key, first_key, seg)
+        if geom.q_tokens == 1:
+            behind = key - seg.position  # <= 0 where visible
+        else:
+            column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=ROWS)
+            behind = key - (seg.position + lax.div(column, jnp.int32(geom.group)))
+        visible = behind <= 0
+        if window is not None:
+            visible = visible & (behind > -window)
+        return visible, behind
 
-    def step(self, acc, m, sums, refs, first_key, position, context, slopes):
+    def visible_explicitly(self, key, first_key, seg: Segment):
+        """As `visible`, where queries stand anywhere and bits say which new keys they see."""
+        geom, window, shape = self.geom, self.scoring.window, key.shape
+        begin = first_key - seg.old
+        last = jnp.int32(seg.new_keys.shape[1] - self.tile)
+        begin = lax.min(lax.max(begin, -jnp.int32(self.tile)) + self.tile, last)
+        rows = lambda x: spread_rows(self.load_keys(seg.new_keys.at[x], begin), shape)
+        behind = key + rows(0) - spread(seg.query_positions, shape)
+        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=ROWS)
+        token = lax.div(column, jnp.int32(geom.group))
+        bits = rows(1)
+        if geom.q_tokens > 32:
+            bits = jnp.where(token < 32, bits, rows(2))
+            token = jnp.where(token < 32, token, token - 32)
+        visible = ((bits >> token) & 1) == 1
+        if window is not None:
+            visible = visible & (behind > -window)
+        if seg.first is not None:
+            visible = visible & (key >= seg.first)
+        return visible, behind
+
+    def load_keys(self, ref, begin):
+        """`ref[begin : begin + tile]` from GMEM, one value per key."""
+        ref = ref.at[pl.ds(begin, self.tile)]
+        if self.ops.interpret:
+            return ref[...]
+        return plgpu.load(ref, layout=PER_ROW, optimized=False)
+
+    def scores(self, q, k):
+        """`K Q^T [tile, cols]`, issued and awaited; K in SMEM, at 16 bits or one byte a value."""
+        ops, shape = self.ops, (self.tile, self.geom.cols)
+        if not quantised.is_quantised(k.dtype):
+            return ops.with_acc(lambda a: ops.load(ops.wgmma(a, k, q.T)), shape)
+        x = k[...] if ops.interpret else plgpu.load(k, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        x = quantised.convert(x, self.dtype)
+        x = plgpu.layout_cast(x, ROWS)
+        return ops.with_acc(lambda a: ops.load(ops.wgmma(a, x, q.T)), shape)
+
+    def widen(self, v, wide):
+        """V at 16 bits."""
+        layout = plgpu.Layout.WGMMA_UPCAST_4X
+        size = 128 if v.shape[1] % 128 == 0 else 64  # whole swizzled rows
+        for c in range(0, v.shape[1], size):
+            part = v.at[:, pl.ds(c, size)]
+            x = part[...] if self.ops.interpret else plgpu.load(part, layout=layout)
+            wide[:, pl.ds(c, size)] = quantised.convert(x, self.dtype)
+
+    def scales(self, refs: TileRefs, head):
+        """(scale of each key, log2 of that of each value, its inverse), `[tile]` each or None."""
+        if refs.k_scale is None:
+            return None, None, None
+        size = self.geom.block_size
+        offset = lax.rem(head, jnp.int32(max(quantised.SCALES_PER_ROW // size, 1))) * size
+        load = lambda ref: quantised.load_rows(ref, size, offset, self.tile, self.ops.interpret)
+        k, v = load(refs.k_scale), load(refs.v_scale)
+        # also what a slot without a key may hold: NaN
+        v = jnp.where(v > quantised.SMALLEST, v, jnp.full_like(v, quantised.SMALLEST))
+        return k, jnp.log2(v), 1.0 / v
+
+    def step(self, acc, m, sums, refs: TileRefs, first_key, seg: Segment, head=None):
         """One tile of keys: `(acc, m, sums)` after it.
 
-        `refs`: q, k, v, p and the scratch of the reduction, in SMEM.
+        With scales the running maximum is that of s + log2(v_scale), so that
+        P * v_scale = 2^(s + log2(v_scale) - m) stays within 0..1; the sums take 1 / v_scale back.
         """
-        ops, geom = self.ops, self.geom
-        q_s, k_s, v_s, p_s, scratch = refs
-        s = ops.with_acc(lambda a: ops.load(ops.wgmma(a, k_s, q_s.T)), (self.tile, geom.cols))
-        s = self.logits(s, first_key, position, slopes)
-        live = context - first_key
-        pl.when(live < self.tile)(lambda: self.clear_dead_rows(v_s, live))
-        m_new = jnp.maximum(m, self.max(s, scratch))
+        ops = self.ops
+        s = self.scores(refs.q, refs.k)
+        k_scale, shift, inverse = self.scales(refs, head)
+        s = self.logits(s, first_key, seg, k_scale, shift)
+        live, v = seg.context - first_key, refs.v
+        if refs.wide_v is not None:
+            v = refs.wide_v
+            self.widen(refs.v, v)
+        if refs.v.dtype != quantised.INT8:
+            pl.when(live < self.tile)(lambda: clear_rows(v, live, ops.interpret))
+        m_new = jnp.maximum(m, self.max(s, refs.scratch))
         alpha = jnp.exp2(m - m_new)
         p = jnp.exp2(s - spread(m_new, s.shape))
-        sums = sums * spread(alpha, s.shape) + p
-        ops.store_transposed(p_s, p.astype(self.dtype))
+        weight = p if inverse is None else p * spread_rows(inverse, p.shape)
+        sums = sums * spread(alpha, s.shape) + weight
+        ops.store_transposed(refs.p, p.astype(self.dtype))
         plgpu.commit_smem()
         o = ops.load(acc)
         acc = ops.store(acc, o * spread(alpha, o.shape))
-        acc = ops.wgmma(acc, v_s.T, p_s.T)
+        acc = ops.wgmma(acc, v.T, refs.p.T)
         return acc, m_new, sums
 
     def finish(self, m, sums, o, scratch):
@@ -170,8 +288,13 @@ class Columns:
         a, a2 = jnp.exp2(m - m_new), jnp.exp2(lse2 - m_new)
         return m_new, w * a + a2, o * spread(a, o.shape) + o2 * spread(a2, o.shape)
 
-    def with_sinks(self, o, lse, sinks):
-        """The sink takes its share of the probability and gives no value (lse leaves it out)."""
+    def with_sinks(self, o, lse, sinks, gain=None):
+        """The sink takes its share of the probability and gives no value (lse leaves it out).
+
+        `gain` [cols] is the one scale of all values of a head.
+        """
+        if gain is not None:
+            o = o * spread(gain, o.shape)
         if sinks is None:
             return o
         sink = sinks * LOG2E

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from .api import paged_attention
 
 
-def arguments(tokens, rows, *, heads=32, kv_heads=8, dim=128, size=64, width=64):
+def arguments(
+    tokens, rows, *, heads=32, kv_heads=8, dim=128, size=64, width=64, dtype=jnp.bfloat16
+):
     """Abstract arguments of a call with `width` blocks of `size` keys a row."""
     sds, i32 = jax.ShapeDtypeStruct, jnp.int32
-    pool = sds((1024, kv_heads, size, dim), jnp.bfloat16)
+    pool = sds((1024, kv_heads, size, dim), dtype)
     q = sds((tokens, heads, dim), jnp.bfloat16)
     return q, pool, pool, sds((rows, width), i32), sds((rows,), i32), sds((rows + 1,), i32)
 
@@ -42,3 +44,37 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
             ]
         for name, args, options in calls:
             yield f"paged/{name}", functools.partial(paged_attention, **options), args
+        for dtype in (jnp.int8, jnp.float8_e4m3fn):
+            for name, args, options in (
+                ("decode b64", shapes(64, 64, dtype=dtype), {}),
+                ("decode b16", shapes(64, 64, dtype=dtype, size=16, width=256), {}),
+                ("verify", shapes(320, 64, dtype=dtype), dict(max_q=5)),
+            ):
+                f = functools.partial(scaled, **{"max_q": 1, **options})
+                scale = jax.ShapeDtypeStruct(args[1].shape[:3], jnp.float32)
+                yield f"paged/{name} h{dim} {jnp.dtype(dtype).name}", f, (*args, scale, scale)
+    sds, bits = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((320, 1), jnp.uint32)
+    args = arguments(320, 64)
+    yield "paged/tree", functools.partial(tree, max_q=5), (*args, bits)
+    shared = sds((2, 32), jnp.int32), sds((2,), jnp.int32), sds((64,), jnp.int32)
+    yield "paged/cascade", functools.partial(cascade, max_q=5), (*args, *shared)
+
+
+def scaled(*args, **options):
+    """The call with the scales of K and V as its last arguments."""
+    *args, k_scale, v_scale = args
+    return paged_attention(*args, k_scale=k_scale, v_scale=v_scale, **options)
+
+
+def tree(*args, **options):
+    """The call with a tree mask as its last argument, and everything a tree may come with."""
+    *args, mask = args
+    positions = jnp.arange(args[0].shape[0], dtype=jnp.int32)
+    slopes = jnp.ones(args[0].shape[1])
+    extra = dict(tree_mask=mask, positions=positions, alibi_slopes=slopes, window=1000)
+    return paged_attention(*args, **extra, **options)
+
+
+def cascade(*args, **options):
+    """The call with a cascade as its last three arguments."""
+    return paged_attention(*args[:-3], cascade=args[-3:], **options)

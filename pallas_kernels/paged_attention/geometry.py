@@ -119,9 +119,12 @@ def unpack_lse(lse: jax.Array, first: jax.Array, count: jax.Array, geom: Geometr
     heads = jnp.arange(geom.num_heads, dtype=jnp.int32)
     kv = heads // geom.group
     start = jax.vmap(geom.first_column)(kv)
+    i = jnp.arange(geom.q_tokens, dtype=jnp.int32)[None, :, None]
+    column = (start + heads % geom.group)[None, None] + i * geom.group  # [1, q_tokens, N]
+    tile = jnp.arange(lse.shape[0], dtype=jnp.int32)[:, None, None]
+    value = lse[tile, kv[None, None], column]
+    value = jnp.where(value > MASKED / 2, value * LN2, -jnp.inf)
+    i = i[..., 0]
+    token = jnp.where(i < count[:, None], first[:, None] + i, geom.num_tokens)
     out = jnp.full((geom.num_tokens + 1, geom.num_heads), -jnp.inf, jnp.float32)
-    for i in range(geom.q_tokens):
-        value = lse[:, kv, start + heads % geom.group + i * geom.group]  # [U, N]
-        value = jnp.where(value > MASKED / 2, value * LN2, -jnp.inf)
-        out = out.at[jnp.where(i < count, first + i, geom.num_tokens)].set(value)
-    return out[: geom.num_tokens]
+    return out.at[token].set(value)[: geom.num_tokens]

@@ -10,6 +10,7 @@ from jax import lax
 from pallas_kernels._mgpu import div, rem
 
 from .geometry import Geometry
+from .quantised import SCALES_PER_ROW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,20 +35,37 @@ class PageTiles:
         """Copies of K (and of V) in a tile."""
         return self.tile // self.box
 
-    def block_ids(self, table_ref, row, tile, position, context, window):
+    @property
+    def scale_heads(self) -> int:
+        """KV heads whose scales of a block make up one copy."""
+        return max(1, SCALES_PER_ROW // self.geom.block_size)
+
+    def pack_scales(self, scale):
+        """Scales `[P, K, block_size]` as rows of at least 32: `[P, K / heads, heads * block_size]`.
+
+        Raises:
+          NotImplementedError: blocks of so few keys that heads share a copy, and K is no multiple.
+        """
+        p, k, size = scale.shape
+        if k % self.scale_heads:
+            raise NotImplementedError(
+                f"{k} KV heads: a copy of scales holds {self.scale_heads} of them at {size=}"
+            )
+        return scale.reshape(p, k // self.scale_heads, self.scale_heads * size)
+
+    def block_ids(self, table_ref, row, tile, context, first_key=None):
         """The blocks of key tile `tile`, an i32 scalar each.
 
         Entries of the table outside the blocks that the row sees are not followed: the tile's part
         there repeats a block inside (masked later, and never a block that may hold another's NaN).
+        `first_key` is the first key seen, None for 0.
         """
         size = self.geom.block_size
         last = jnp.int32(self.geom.blocks_per_row - 1)
         if size >= self.tile:
             return (table_ref[row, lax.min(div(tile, size // self.tile), last)],)
         last = lax.max(lax.min(div(context - 1, size), last), 0)
-        first = 0
-        if window is not None:
-            first = div(lax.max(position - window + 1, 0), size)
+        first = 0 if first_key is None else div(first_key, size)
         index = [tile * self.per_tile + j for j in range(self.per_tile)]
         return tuple(table_ref[row, lax.max(lax.min(j, last), first)] for j in index)
 
@@ -65,8 +83,11 @@ class PageTiles:
         inside = lambda j: tile * self.per_tile + j <= last
         return (ids[0], *(jnp.where(inside(j), ids[j], ids[0]) for j in range(1, self.per_tile)))
 
-    def fetch(self, tile, ids, head, pairs, barrier):
-        """Start the copies of key tile `tile`, the four warps of the warpgroup side by side."""
+    def fetch(self, tile, ids, head, pairs, barrier, scales=()):
+        """Start the copies of key tile `tile`, the four warps of the warpgroup side by side.
+
+        `pairs` are pools and their tiles in SMEM, `scales` those of packed scales.
+        """
         part = rem(tile, max(self.geom.block_size // self.tile, 1)) * self.tile
 
         def copy(source, target, j, block):
@@ -78,12 +99,23 @@ class PageTiles:
                 target = target.at[pl.ds(j * self.box, self.box)]
             plgpu.copy_gmem_to_smem(source, target, barrier)
 
-        copies = [(s, t, j, block) for j, block in enumerate(ids) for s, t in pairs]
+        def copy_scales(source, target, j, block):
+            source = source.at[block, div(head, self.scale_heads)]
+            if self.geom.block_size > self.tile:
+                source = source.at[pl.ds(part, self.tile)]
+            if self.per_tile > 1:
+                size = max(self.box, SCALES_PER_ROW)
+                target = target.at[pl.ds(j * size, size)]
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+
+        numbered = list(enumerate(ids))
+        copies = [(copy, s, t, j, block) for j, block in numbered for s, t in pairs]
+        copies += [(copy_scales, s, t, j, block) for j, block in numbered for s, t in scales]
 
         def issue(warp):
             for w in range(4):
                 mine = copies[w::4]
                 if mine:
-                    pl.when(warp == w)(lambda mine=mine: [copy(*c) for c in mine] and None)  # pyright: ignore
+                    pl.when(warp == w)(lambda mine=mine: [c(*x) for c, *x in mine] and None)  # pyright: ignore
 
         plgpu.warp_map(issue)

@@ -253,9 +253,12 @@ class _Prefill:
             plgpu.copy_gmem_to_smem(source, refs.q_s.at[w], refs.q_full.at[w])
 
         def ids_of(i):
-            seen = (fact[wl.POSITION], fact[wl.CONTEXT], self.scoring.window)
+            window, first_key = self.scoring.window, None
+            if window is not None:
+                first_key = lax.max(fact[wl.POSITION] - window + 1, 0)
             tile = lax.max(last - i, 0)
-            return self.pages.block_ids(refs.table, fact[wl.ROW], tile, *seen)
+            context = fact[wl.CONTEXT]
+            return self.pages.block_ids(refs.table, fact[wl.ROW], tile, context, first_key)
 
         def step(i, ids):
             slot, ahead = rem(i, stages), ids_of(i + 1)

@@ -26,6 +26,8 @@ def paged_attention_reference(
     logits_soft_cap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    tree_mask: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -46,12 +48,19 @@ def paged_attention_reference(
     row = jnp.sum(q_indptr[None, 1:] <= token[:, None], axis=1)
     owned = row < context_lens.shape[0]
     row = jnp.minimum(row, context_lens.shape[0] - 1)
-    position = context_lens[row] - (q_indptr[row + 1] - token)
+    old = context_lens[row] - (q_indptr[row + 1] - q_indptr[row])
+    index = token - q_indptr[row]
+    position = old + index if positions is None else positions
+    words = jnp.zeros((t, 1), jnp.uint32) if tree_mask is None else tree_mask
     keys = jnp.arange(block_tables.shape[1] * block_size, dtype=jnp.int32)
     head = jnp.arange(n) // group
 
-    def one(q_t, r, pos, ok):
+    def one(q_t, r, pos, ok, old, i, words):
         live = keys < context_lens[r]
+        j, where = keys - old, keys
+        if positions is not None:
+            at = jnp.clip(q_indptr[r] + j, 0, t - 1)
+            where = jnp.where((j >= 0) & live, positions[at], keys)
         blocks = jnp.where(live[::block_size], block_tables[r], 0)
 
         def gather(pool, scale):
@@ -65,14 +74,16 @@ def paged_attention_reference(
         if logits_soft_cap is not None:
             s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
         if alibi_slopes is not None:
-            s = s + alibi_slopes[:, None] * (keys - pos)[None, :].astype(jnp.float32)
-        seen = live & (keys <= pos) & ok
+            s = s - alibi_slopes[:, None] * jnp.abs(where - pos)[None, :].astype(jnp.float32)
+        bit = (words[jnp.clip(j // 32, 0, words.shape[0] - 1)] >> (j % 32).astype(jnp.uint32)) & 1
+        bit = (bit == 1) & (j < 32 * words.shape[0])
+        seen = live & ok & (j < 0) | (live & ok & ((j <= i) if tree_mask is None else bit))
         if window is not None:
-            seen = seen & (keys > pos - window)
+            seen = seen & (where > pos - window)
         s = jnp.where(seen[None, :], s, -jnp.inf)
         lse = jax.nn.logsumexp(s, axis=1)
         total = lse if sinks is None else jnp.logaddexp(lse, sinks.astype(jnp.float32))
         p = jnp.where(seen[None, :], jnp.exp(s - total[:, None]), 0.0)
         return jnp.einsum("ns,nsh->nh", p, v, precision="highest"), lse
 
-    return jax.lax.map(lambda a: one(*a), (q, row, position, owned))
+    return jax.lax.map(lambda a: one(*a), (q, row, position, owned, old, index, words))

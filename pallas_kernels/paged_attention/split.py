@@ -28,8 +28,10 @@ from pallas_kernels._mgpu import (
     swizzled,
 )
 
+from . import quantised
 from . import worklist as wl
-from .columns import Columns, reduce_scratch, spread
+from .columns import Columns, Segment, TileRefs, reduce_scratch, spread
+from .explicit import Explicit
 from .geometry import Geometry, Scoring
 from .pages import PageTiles
 from .worklist import WorkList
@@ -65,12 +67,19 @@ class SplitConfig:
             raise ValueError(f"{self.fixed_chunk=} is not a multiple of {self.key_tile=}")
 
 
-def smem_bytes(config: SplitConfig, geom: Geometry, itemsize: int) -> int:
-    """Shared memory of one CTA."""
-    h, hv, cols = geom.head_dim, geom.value_dim, geom.cols
-    ring = config.stages * config.key_tile * (h + hv) * itemsize
-    small = (2 * cols * h + cols * config.key_tile + cols * hv) * itemsize
+def smem_bytes(config: SplitConfig, geom: Geometry, pool_bytes: int = 2) -> int:
+    """Shared memory of one CTA, for pools of `pool_bytes` a value."""
+    h, hv, cols, tile = geom.head_dim, geom.value_dim, geom.cols, config.key_tile
+    ring = config.stages * tile * (h + hv) * pool_bytes
+    if pool_bytes == 1:
+        ring += tile * hv * 2 + config.stages * 2 * scale_words(geom, tile) * 4
+    small = (2 * cols * h + cols * tile + cols * hv) * 2
     return ring + small + 4 * reduce_scratch(cols) + 1024
+
+
+def scale_words(geom: Geometry, tile: int) -> int:
+    """f32 that the scales of a tile of keys take in shared memory."""
+    return tile * max(1, quantised.SCALES_PER_ROW // geom.block_size)
 
 
 def num_shares(config: SplitConfig, geom: Geometry) -> int:
@@ -81,14 +90,15 @@ def num_shares(config: SplitConfig, geom: Geometry) -> int:
     return geom.num_q_tiles * geom.num_kv_heads * chunks
 
 
-def _check(config: SplitConfig, geom: Geometry, dtype: Any) -> None:
-    need = smem_bytes(config, geom, jnp.dtype(dtype).itemsize)
+def _check(config: SplitConfig, geom: Geometry, pool_dtype: Any) -> None:
+    need = smem_bytes(config, geom, jnp.dtype(pool_dtype).itemsize)
     if need > SMEM_BYTES:
         raise NotImplementedError(f"{config} needs {need} bytes of shared memory, not {SMEM_BYTES}")
 
 
 def split_attention(
     q: jax.Array,
+    factor: jax.Array | None,
     k_pool: jax.Array,
     v_pool: jax.Array,
     block_tables: jax.Array,
@@ -97,73 +107,143 @@ def split_attention(
     geom: Geometry,
     scoring: Scoring,
     config: SplitConfig,
+    out_dtype: Any = None,
     slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    gain: jax.Array | None = None,
+    scales: tuple[jax.Array, jax.Array] | None = None,
+    explicit: Explicit | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Output `[T, K, G, Hv]` and base-2 log-sum-exp by column, f32 `[U, K, cols]`.
 
-    `q` is packed (`pack_queries`), `slopes` and `sinks` are f32 `[blocks, cols]` (`pack_columns`).
+    `q` is packed (`pack_queries`) in the dtype of the matmuls, and so is `factor`, of the scores;
+    `slopes`, `sinks` and `gain`, of the values, are f32 `[blocks, cols]` (`pack_columns`).
+    `scales` are those of K and V, packed by `pages.pack_scales`.
     """
-    _check(config, geom, q.dtype)
+    _check(config, geom, k_pool.dtype)
     cols, hv, ctas = geom.cols, geom.value_dim, num_shares(config, geom)
     tile, stages, u = config.key_tile, config.stages, work.tiles.shape[0]
     pages = PageTiles(geom, tile)
+    out_dtype = q.dtype if out_dtype is None else out_dtype
     sds, smem, swz = jax.ShapeDtypeStruct, plgpu.SMEM, swizzled(q.dtype)
+    ring = lambda dim: smem(
+        (stages, tile, dim), k_pool.dtype, transforms=swizzled(k_pool.dtype, _swizzle(k_pool, dim))
+    )
+    narrow = quantised.is_quantised(k_pool.dtype)
     out_type = (
-        sds((geom.num_tokens, geom.num_kv_heads, geom.group, hv), q.dtype),
+        sds((geom.num_tokens, geom.num_kv_heads, geom.group, hv), out_dtype),
         sds((u, geom.num_kv_heads, cols), jnp.float32),
         sds((ctas, 2, hv, cols), jnp.float32),
         sds((ctas, 2, cols), jnp.float32),
     )
-    scratch = (
-        smem((2, cols, geom.head_dim), q.dtype, transforms=swz),
-        smem((stages, tile, geom.head_dim), q.dtype, transforms=swz),
-        smem((stages, tile, hv), q.dtype, transforms=swz),
-        smem((cols, tile), q.dtype, transforms=swz),
-        smem((cols, hv), q.dtype),
-        smem((reduce_scratch(cols),), jnp.float32),
-        plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(num_arrivals=2 * pages.per_tile, num_barriers=stages),
-        plgpu.Barrier(num_barriers=stages),
+    copies = (2 if scales is None else 4) * pages.per_tile
+    scratch = dict(
+        q=smem((2, cols, geom.head_dim), q.dtype, transforms=swz),
+        k=ring(geom.head_dim),
+        v=ring(hv),
+        p=smem((cols, tile), q.dtype, transforms=swz),
+        o=smem((cols, hv), out_dtype),
+        red=smem((reduce_scratch(cols),), jnp.float32),
+        q_full=plgpu.Barrier(num_barriers=2),
+        q_free=plgpu.Barrier(num_barriers=2),
+        kv_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        kv_free=plgpu.Barrier(num_barriers=stages),
     )
-    columns = [x for x in (slopes, sinks) if x is not None]
+    if narrow:
+        scratch["wide_v"] = smem((tile, hv), q.dtype, transforms=swz)
+    if scales is not None:
+        words = scale_words(geom, tile)
+        scratch["k_scale"] = scratch["v_scale"] = smem((stages, words), jnp.float32)
+    inputs = dict(
+        q=q,
+        k=k_pool,
+        v=v_pool,
+        table=block_tables,
+        tiles=work.tiles,
+        shares=work.shares,
+        dead=work.dead,
+        slopes=slopes,
+        sinks=sinks,
+        gain=gain,
+        factor=factor,
+        k_scale=None if scales is None else scales[0],
+        v_scale=None if scales is None else scales[1],
+        **({} if explicit is None else explicit._asdict()),
+    )
+    inputs = {name: x for name, x in inputs.items() if x is not None}
     call = _Split(
-        math=Columns(Ops(bool(interpret)), geom, scoring, tile, q.dtype),
+        math=Columns(Ops(bool(interpret)), geom, scoring, tile, q.dtype, out_dtype),
         pages=pages,
         config=config,
-        has=(slopes is not None, sinks is not None),
     )
+
+    def body(*refs):
+        given, refs = refs[: len(inputs)], refs[len(inputs) :]
+        outputs, rest = refs[: len(out_type)], refs[len(out_type) :]
+        call.body(
+            Namespace(dict(zip(inputs, given, strict=True))),
+            outputs,
+            Namespace(dict(zip(scratch, rest, strict=True))),
+        )
+
     with jax.named_scope("paged_attention.split"):
         out, lse, part_o, part_lse = plgpu.kernel(
-            call.body,
+            body,
             out_type=out_type,
-            scratch_types=scratch,
+            scratch_types=tuple(scratch.values()),
             grid=(ctas,),
             grid_names=("cta",),
             num_threads=2,
             thread_name="wg",
             interpret=interpret_params(interpret),
             compiler_params=plgpu.CompilerParams(approx_math=True),
-        )(q, k_pool, v_pool, block_tables, *work, *columns)
+        )(*inputs.values())
+    last = {name: inputs[name] for name in ("sinks", "gain") if name in inputs}
+
+    def combine(*refs):
+        given, refs = refs[: 3 + len(last)], refs[3 + len(last) :]
+        call.combine_body(*given[:3], Namespace(dict(zip(last, given[3:], strict=True))), *refs)
+
     with jax.named_scope("paged_attention.combine"):
         out, lse = jax.new_ref(out), jax.new_ref(lse)
         plgpu.kernel(
-            call.combine_body,
+            combine,
             out_type=(),
-            scratch_types=(smem((cols, hv), q.dtype),),
+            scratch_types=(smem((cols, hv), out_dtype),),
             grid=(ctas,),
             grid_names=("cta",),
             interpret=interpret_params(interpret),
             compiler_params=plgpu.CompilerParams(approx_math=True),
-        )(work.shares, part_o, part_lse, *columns[-1:] * call.has[1], out, lse)
+        )(work.shares, part_o, part_lse, *last.values(), out, lse)
         return out[...], lse[...]
+
+
+def _swizzle(pool: jax.Array, dim: int) -> int:
+    """Bytes of a row of SMEM tiles: 128 where they divide a key's."""
+    return 128 if dim * pool.dtype.itemsize % 128 == 0 else 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Namespace:
+    """Refs by name; None for those that this call lacks."""
+
+    refs: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return self.refs.get(name)
 
 
 def _read(ref, row, *columns):
     """Scalars of a row of the work list."""
     return tuple(ref[row, x] for x in columns)
+
+
+def _tile(smem: Namespace, q_slot, slot) -> TileRefs:
+    """Ring slot `slot` against the queries of `q_slot`."""
+    at = lambda ref: None if ref is None else ref.at[slot]
+    own = (smem.q.at[q_slot], at(smem.k), at(smem.v), smem.p, smem.red)
+    return TileRefs(*own, smem.wide_v, at(smem.k_scale), at(smem.v_scale))
 
 
 def _facts_of(tiles_ref, u):
@@ -178,64 +258,47 @@ class _Split:
     math: Columns
     pages: PageTiles
     config: SplitConfig
-    has: tuple[bool, bool]  # slopes, sinks
 
-    def body(self, q_ref, k_ref, v_ref, table_ref, tiles_ref, shares_ref, dead_ref, *refs):
-        columns, refs = refs[: sum(self.has)], refs[sum(self.has) :]
-        slopes_ref = columns[0] if self.has[0] else None
-        sinks_ref = columns[-1] if self.has[1] else None
-        outputs, (q_s, k_s, v_s, p_s, o_s, red_s, q_full, q_free, kv_full, kv_free) = (
-            refs[:4],
-            refs[4:],
-        )
+    def body(self, refs: Namespace, outputs, smem: Namespace):
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
-        share = _read(shares_ref, cta, wl.LENGTH, wl.TILE, wl.HEAD, wl.OFFSET)
-        share = (*share, _read(shares_ref, cta, *range(wl.FACTS, wl.FACTS + 8)))
+        share = _read(refs.shares, cta, wl.LENGTH, wl.TILE, wl.HEAD, wl.OFFSET)
+        share = (*share, _read(refs.shares, cta, *range(wl.FACTS, wl.FACTS + 8)))
 
         @pl.when(wg == 0)
         def _():
-            smem = (q_s, k_s, v_s, p_s, o_s, red_s)
-            bars = (q_full, q_free, kv_full, kv_free)
-            self.consume(cta, share, tiles_ref, slopes_ref, sinks_ref, smem, bars, outputs)
+            self.consume(cta, share, refs, smem, outputs)
 
         @pl.when(wg == 1)
         def _():
-            inputs = (q_ref, k_ref, v_ref, table_ref, tiles_ref)
-            bars = (q_full, q_free, kv_full, kv_free)
-            self.produce(share, inputs, (q_s, k_s, v_s), bars)
-            self.clear(cta, dead_ref, outputs[0])
+            self.produce(share, refs, smem)
+            self.clear(cta, refs.dead, outputs[0])
 
     # ---------------------------------------------------------------- consumer
 
-    def consume(self, cta, share, tiles_ref, slopes_ref, sinks_ref, smem, bars, outputs):
+    def consume(self, cta, share, refs: Namespace, smem: Namespace, outputs):
         math, geom, tile = self.math, self.math.geom, self.math.tile
         ops, stages = math.ops, self.config.stages
-        q_s, k_s, v_s, p_s, o_s, red_s = smem
-        q_full, q_free, kv_full, kv_free = bars
         length, *first, fact = share
 
         def segment(carry):
             done, u, head, offset, seen, fact = carry
             count, first_tile = fact[wl.COUNT], fact[wl.KEY_TILE]
-            position, context = fact[wl.POSITION], fact[wl.CONTEXT]
             n = lax.min(count - offset, length - done)
             q_slot = seen & 1
-            block = geom.column_block(head)
-            slopes = None if slopes_ref is None else math.load(slopes_ref.at[block])
-            plgpu.barrier_wait(q_full.at[q_slot])
+            seg = self.segment(refs, u, head, fact)
+            plgpu.barrier_wait(smem.q_full.at[q_slot])
 
             def attend(acc):
                 def step(j, carry):
                     m, sums, a = carry
                     slot = lax.rem(done + j, jnp.int32(stages))
-                    plgpu.barrier_wait(kv_full.at[slot])
-                    refs = (q_s.at[q_slot], k_s.at[slot], v_s.at[slot], p_s, red_s)
+                    plgpu.barrier_wait(smem.kv_full.at[slot])
                     key = (first_tile + offset + j) * tile
                     a, m, sums = math.step(
-                        ops.uncarry(acc, a), m, sums, refs, key, position, context, slopes
+                        ops.uncarry(acc, a), m, sums, _tile(smem, q_slot, slot), key, seg, head
                     )
                     ops.load(a)
-                    plgpu.barrier_arrive(kv_free.at[slot])
+                    plgpu.barrier_arrive(smem.kv_free.at[slot])
                     return m, sums, ops.carry(a)
 
                 m, sums, a = lax.fori_loop(0, n, step, (*math.start(), ops.carry(acc)))
@@ -243,16 +306,15 @@ class _Split:
 
             m, sums, o = ops.with_acc(attend, (geom.value_dim, geom.cols))
 
-            plgpu.barrier_arrive(q_free.at[q_slot])
-            o, lse = math.finish(m, sums, o, red_s)
+            plgpu.barrier_arrive(smem.q_free.at[q_slot])
+            o, lse = math.finish(m, sums, o, smem.red)
             ended = offset + n == count
-            sinks = None if sinks_ref is None else math.load(sinks_ref.at[block])
             where = (cta, u, head, offset == 0, ended)
-            self.emit(where, o, lse, sinks, fact, o_s, outputs)
+            self.emit(where, o, lse, self.last_factors(refs, head), fact, smem.o, outputs)
             head = jnp.where(ended, head + 1, head)
             wrap = head == geom.num_kv_heads
             u = jnp.where(wrap, fact[wl.NEXT], u)
-            fact = lax.cond(wrap, lambda: _facts_of(tiles_ref, u), lambda: fact)
+            fact = lax.cond(wrap, lambda: _facts_of(refs.tiles, u), lambda: fact)
             head = jnp.where(wrap, 0, head)
             offset = jnp.where(ended, 0, offset + n)
             return done + n, u, head, offset, seen + 1, fact
@@ -261,14 +323,38 @@ class _Split:
         lax.while_loop(lambda c: c[0] < length, segment, (zero, *first, zero, fact))
         plgpu.wait_smem_to_gmem(0)
 
-    def emit(self, where, o, lse, sinks, fact, o_s, outputs):
+    def segment(self, refs: Namespace, u, head, fact) -> Segment:
+        """What scores and masks of query tile u and KV head `head` depend on."""
+        math, geom = self.math, self.math.geom
+        block = geom.column_block(head)
+        seg = Segment(fact[wl.POSITION], fact[wl.CONTEXT])
+        if refs.slopes is not None:
+            seg = seg._replace(slopes=math.load(refs.slopes.at[block]))
+        if refs.factor is not None:
+            index = u if geom.q_tokens > 1 else fact[wl.FIRST_TOKEN]
+            seg = seg._replace(factor=math.load(refs.factor.at[index, block]))
+        if refs.query_positions is None:
+            return seg
+        return seg._replace(
+            first=None if refs.first is None else refs.first[fact[wl.ROW]],
+            query_positions=math.load(refs.query_positions.at[u]),
+            old=refs.old[fact[wl.ROW]],
+            new_keys=refs.new_keys.at[u],
+        )
+
+    def last_factors(self, refs: Namespace, head):
+        """(sinks, gain) of a KV head's columns."""
+        block, load = self.math.geom.column_block(head), self.math.load
+        return tuple(None if x is None else load(x.at[block]) for x in (refs.sinks, refs.gain))
+
+    def emit(self, where, o, lse, factors, fact, o_s, outputs):
         """A whole segment goes to the output, a part of one to this share's partials."""
         cta, u, head, starts, ends = where
         out_ref, lse_ref, part_o_ref, part_lse_ref = outputs
 
         @pl.when(starts & ends)
         def _():
-            out = self.math.with_sinks(o, lse, sinks)
+            out = self.math.with_sinks(o, lse, *factors)
             self.math.ops.store_plain(lse_ref.at[u, head], lse)
             self.put(out, o_s, out_ref, fact, head)
 
@@ -282,7 +368,7 @@ class _Split:
         """The live columns of `o [Hv, cols]` as rows of the output."""
         geom, group = self.math.geom, self.math.geom.group
         token, tokens = fact[wl.FIRST_TOKEN], fact[wl.NUM_TOKENS]
-        self.math.ops.store_plain(o_s, o.astype(self.math.dtype), transpose=True)
+        self.math.ops.store_plain(o_s, o.astype(self.math.stored), transpose=True)
         plgpu.commit_smem()
         for i in range(geom.q_tokens):
             rows = pl.ds(geom.first_column(head) + i * group, group)
@@ -295,11 +381,9 @@ class _Split:
 
     # ---------------------------------------------------------------- producer
 
-    def produce(self, share, inputs, smem, bars):
+    def produce(self, share, refs: Namespace, smem: Namespace):
         pages, geom = self.pages, self.math.geom
-        q_ref, k_ref, v_ref, table_ref, tiles_ref = inputs
-        q_s, k_s, v_s = smem
-        q_full, q_free, kv_full, kv_free = bars
+        q_full, q_free, kv_full, kv_free = smem.q_full, smem.q_free, smem.kv_full, smem.kv_free
         length, *first, fact = share
         stages = self.config.stages
 
@@ -307,8 +391,11 @@ class _Split:
             slot = seen & 1
             pl.when(seen >= 2)(lambda: plgpu.barrier_wait(q_free.at[slot]))
             index = u if geom.q_tokens > 1 else token
-            source = q_ref.at[index, geom.column_block(head)]
-            plgpu.copy_gmem_to_smem(source, q_s.at[slot], q_full.at[slot])
+            source = refs.q.at[index, geom.column_block(head)]
+            plgpu.copy_gmem_to_smem(source, smem.q.at[slot], q_full.at[slot])
+
+        def scales(slot):
+            return tuple((refs.refs[x], smem.refs[x].at[slot]) for x in ("k_scale", "v_scale"))
 
         def step(i, carry):
             u, head, offset, seen, fact, ids = carry
@@ -320,9 +407,9 @@ class _Split:
             wrap = next_head == geom.num_kv_heads
             next_head = jnp.where(wrap, 0, next_head)
             next_u = jnp.where(wrap, following, u)
-            next_fact = lax.cond(wrap, lambda: _facts_of(tiles_ref, next_u), lambda: fact)
+            next_fact = lax.cond(wrap, lambda: _facts_of(refs.tiles, next_u), lambda: fact)
             next_offset = jnp.where(last, 0, offset + 1)
-            next_ids = self.block_ids(table_ref, next_fact, next_offset)  # a tile ahead of its use
+            next_ids = self.block_ids(refs, next_fact, next_offset)  # a tile ahead of its use
             pl.when((offset == 0) | (i == 0))(lambda: load_q(u, head, seen, token))
             slot = lax.rem(i, jnp.int32(stages))
             pl.when(i >= stages)(lambda: plgpu.barrier_wait(kv_free.at[slot]))
@@ -330,14 +417,15 @@ class _Split:
                 first_tile + offset,
                 ids,
                 head,
-                ((k_ref, k_s.at[slot]), (v_ref, v_s.at[slot])),
+                ((refs.k, smem.k.at[slot]), (refs.v, smem.v.at[slot])),
                 kv_full.at[slot],
+                scales=() if refs.k_scale is None else scales(slot),
             )
             seen = jnp.where(last, seen + 1, seen)
             return next_u, next_head, next_offset, seen, next_fact, next_ids
 
         u, head, offset = first
-        ids = self.block_ids(table_ref, fact, offset)
+        ids = self.block_ids(refs, fact, offset)
         carry = (u, head, offset, jnp.int32(0), fact, ids)
         carry = lax.fori_loop(0, length, step, carry)
         offset, seen = carry[2:4]
@@ -351,10 +439,12 @@ class _Split:
         def _(x):
             plgpu.barrier_wait(q_free.at[x & 1])
 
-    def block_ids(self, table_ref, fact, offset):
-        row, tile = fact[wl.ROW], fact[wl.KEY_TILE] + offset
-        seen = (fact[wl.POSITION], fact[wl.CONTEXT], self.math.scoring.window)
-        return self.pages.block_ids(table_ref, row, tile, *seen)
+    def block_ids(self, refs: Namespace, fact, offset):
+        row, tile, window = fact[wl.ROW], fact[wl.KEY_TILE] + offset, self.math.scoring.window
+        first_key = None if refs.first is None else refs.first[row]
+        if window is not None and refs.query_positions is None:
+            first_key = lax.max(fact[wl.POSITION] - window + 1, 0)
+        return self.pages.block_ids(refs.table, row, tile, fact[wl.CONTEXT], first_key)
 
     def clear(self, cta, dead_ref, out_ref):
         """Zeros for the tokens that attend to nothing, every CTA its part."""
@@ -377,9 +467,7 @@ class _Split:
 
     # ---------------------------------------------------------------- combine
 
-    def combine_body(self, shares_ref, part_o_ref, part_lse_ref, *refs):
-        sinks_ref = refs[0] if self.has[1] else None
-        out_ref, lse_ref, o_s = refs[-3:]
+    def combine_body(self, shares_ref, part_o_ref, part_lse_ref, refs, out_ref, lse_ref, o_s):
         math = self.math
         cta = lax.axis_index("cta")
         begin = shares_ref[cta, wl.MERGE_FROM]
@@ -391,10 +479,7 @@ class _Split:
             m, w, o = self.fold(part_o_ref, part_lse_ref, begin, cta)
             out = o * spread(1.0 / w, o.shape)
             lse = m + jnp.log2(w)
-            sinks = None
-            if sinks_ref is not None:
-                sinks = math.load(sinks_ref.at[math.geom.column_block(head)])
-            out = math.with_sinks(out, lse, sinks)
+            out = math.with_sinks(out, lse, *self.last_factors(refs, head))
             math.ops.store_plain(lse_ref.at[u, head], lse)
             self.put(out, o_s, out_ref, fact, head)
             plgpu.wait_smem_to_gmem(0)

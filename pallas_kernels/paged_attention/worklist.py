@@ -55,11 +55,14 @@ def query_tiles(
     window: int | None,
     min_tokens: int = 0,
     max_tokens: int | None = None,
+    first: jax.Array | None = None,
+    whole: bool = False,
 ) -> jax.Array:
     """The query tiles `[U, 8]` of the rows that own `min_tokens < n <= max_tokens` tokens.
 
     Query i of row r stands at position `context_lens[r] - n_r + i` and sees the keys at or before
-    its position, with a window only the last `window` of them.
+    its position, with a window only the last `window` of them.  `whole`: a query may see any key
+    of its row.  `first` `[R]`: keys before it are left out.
     """
     n = jnp.diff(q_indptr.astype(jnp.int32))
     if min_tokens:
@@ -83,17 +86,26 @@ def query_tiles(
     position = context - n[row] + offset
     tokens = jnp.clip(n[row] - offset, 0, step)
     first_key = jnp.maximum(position - window + 1, 0) if window else jnp.zeros_like(position)
-    last_key = position + tokens - 1
+    last_key = context - 1 if whole else position + tokens - 1
+    if first is not None:
+        first_key = jnp.maximum(first_key, first.astype(jnp.int32)[row])
     first_tile = first_key // key_tile
-    count = jnp.where((tokens > 0) & (last_key >= 0), last_key // key_tile + 1 - first_tile, 0)
+    some = (tokens > 0) & (last_key >= (0 if first is None else first_key))
+    count = jnp.where(some, last_key // key_tile + 1 - first_tile, 0)
     first_token = q_indptr.astype(jnp.int32)[row] + offset
     after = _next_nonempty(count)
     columns = (first_token, tokens, position, first_tile, count, context, row, after)
     return jnp.stack(columns, axis=1)
 
 
-def dead_tokens(context_lens: jax.Array, q_indptr: jax.Array, num_tokens: int) -> jax.Array:
-    """`[T]` i32: 1 for the tokens that no row owns and for those that stand before key 0.
+def dead_tokens(
+    context_lens: jax.Array,
+    q_indptr: jax.Array,
+    num_tokens: int,
+    first: jax.Array | None = None,
+    whole: bool = False,
+) -> jax.Array:
+    """`[T]` i32: 1 for the tokens that no row owns and for those whose query tile sees no key.
 
     >>> dead_tokens(jnp.array([3, 0]), jnp.array([0, 1, 2]), 3).tolist()
     [0, 1, 1]
@@ -103,8 +115,10 @@ def dead_tokens(context_lens: jax.Array, q_indptr: jax.Array, num_tokens: int) -
     row = jnp.sum(indptr[None, 1:] <= token[:, None], axis=1, dtype=jnp.int32)
     owned = row < context_lens.shape[0]
     row = jnp.minimum(row, context_lens.shape[0] - 1)
-    position = context_lens.astype(jnp.int32)[row] - (indptr[row + 1] - token)
-    return jnp.logical_not(owned & (position >= 0)).astype(jnp.int32)
+    context = context_lens.astype(jnp.int32)[row]
+    last_key = context - 1 if whole else context - (indptr[row + 1] - token)
+    first_key = jnp.zeros_like(row) if first is None else first.astype(jnp.int32)[row]
+    return jnp.logical_not(owned & (last_key >= first_key)).astype(jnp.int32)
 
 
 def shares(tiles: jax.Array, kv_heads: int, *, ctas: int) -> jax.Array:
@@ -187,6 +201,8 @@ def make_work_list(
     window: int | None = None,
     max_tokens: int | None = None,
     chunk: int | None = None,
+    first: jax.Array | None = None,
+    whole: bool = False,
 ) -> WorkList:
     """The work list of the split-KV kernel; equal calls in one program are merged by XLA.
 
@@ -200,6 +216,8 @@ def make_work_list(
             key_tile=key_tile,
             window=window,
             max_tokens=max_tokens,
+            first=first,
+            whole=whole,
         )
         if chunk is None:
             parts = shares(tiles, geom.num_kv_heads, ctas=ctas)
@@ -208,5 +226,5 @@ def make_work_list(
         return WorkList(
             tiles,
             parts,
-            dead_tokens(context_lens, q_indptr, geom.num_tokens),
+            dead_tokens(context_lens, q_indptr, geom.num_tokens, first, whole),
         )

@@ -116,6 +116,128 @@ def test_cluster_of_two_warpgroups_with_options(capfd):
     check(args, 5, capfd, config=config, window=100, logits_soft_cap=20.0, **vectors)
 
 
+# ------------------------------------------------------------------- pools of one byte a value
+
+
+def quantise(args, dtype, *, fixed=False, seed=0):
+    """`args` with pools and scales as written token by token; what no row owns is NaN or noise."""
+    q, k_pool, v_pool, *rest = args
+    rng = np.random.default_rng(seed)
+    pools, scales = [], []
+    for pool in (k_pool, v_pool):
+        x = np.asarray(pool, np.float32)
+        x = x * np.exp2(rng.integers(-8, 8, x.shape[:3]))[..., None]  # scales far apart
+        top = 127.0 if dtype == jnp.int8 else 448.0
+        dead = np.isnan(x).any(-1)
+        scale = np.where(dead, 1.0, np.abs(np.nan_to_num(x)).max(-1)) / top
+        if fixed:
+            scale = np.full_like(scale, 8.0 / top)
+        x = np.clip(np.nan_to_num(x) / scale[..., None], -top, top)
+        x[dead] = rng.integers(-100, 100) if dtype == jnp.int8 else np.nan
+        pools.append(jnp.asarray(np.rint(x) if dtype == jnp.int8 else x, dtype))
+        scales.append(jnp.asarray(np.where(dead, np.nan, scale), jnp.float32))
+    if fixed:
+        scales = [jnp.full(k_pool.shape[1:2], 8.0 / top) * jnp.array([1.0, 0.5])] * 2
+    return (q, *pools, *rest), dict(k_scale=scales[0], v_scale=scales[1])
+
+
+def check_quantised(args, max_q, dtype, capfd, *, fixed=False, config=SPLIT, **options):
+    args, scales = quantise(args, dtype, fixed=fixed)
+    out, lse = run(args, max_q, config=config, **scales, **options)
+    want, want_lse = map(np.asarray, pa.paged_attention_reference(*args, **scales, **options))
+    seen = np.isfinite(want_lse)
+    np.testing.assert_allclose(out, want, atol=1e-2 * np.abs(want).max())
+    np.testing.assert_array_equal(np.isfinite(lse), seen)
+    np.testing.assert_allclose(lse[seen], want_lse[seen], atol=1e-3, rtol=1e-4)
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.smoke
+def test_fp8_decode_in_small_blocks(capfd):
+    """Scales of blocks of 16 arrive two heads at a time; queries beyond f16 are not lost."""
+    q, *rest = make([130, 0, 1, 70], [1, 1, 0, 1])
+    q = (q * 1e6).at[0, 1].multiply(1e6)
+    check_quantised((q, *rest), 1, jnp.float8_e4m3fn, capfd, scale=1e-6)
+
+
+def test_int8_verification_with_options(capfd):
+    args = make([130, 300, 1], [3, 1, 1], heads=6, kv_heads=2, size=64, dim=128)
+    vectors = dict(alibi_slopes=jnp.linspace(0.1, 1, 6), sinks=jnp.linspace(-1, 2, 6))
+    check_quantised(args, 3, jnp.int8, capfd, window=100, logits_soft_cap=20.0, **vectors)
+
+
+def test_fixed_scales_of_heads(capfd):
+    args = make([130, 40], [1, 1], size=32)
+    sinks = jnp.linspace(-1, 2, 8)
+    check_quantised(args, 1, jnp.float8_e4m3fn, capfd, fixed=True, sinks=sinks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_every_block_and_head_size_of_one_byte(dtype, dim, size, capfd):
+    args = make([150, 33], [1, 1], heads=4, kv_heads=2, dim=dim, size=size, dtype=jnp.float16)
+    check_quantised(args, 1, dtype, capfd, config=pa.SplitConfig(ctas=3, stages=1))
+
+
+# --------------------------------------------------------------- trees, positions, shared prefixes
+
+
+def tree_words(parents):
+    """(u32 words [n, 1], depth [n]) of a tree: a node sees its ancestors and itself."""
+    words, depth = np.zeros((len(parents), 1), np.uint32), np.zeros(len(parents), np.int32)
+    for i, parent in enumerate(parents):
+        words[i] = np.uint32(1 << i) | (words[parent] if parent >= 0 else np.uint32(0))
+        depth[i] = 0 if parent < 0 else depth[parent] + 1
+    return words, depth
+
+
+def test_trees_see_their_ancestors(capfd):
+    """The new tokens of a row straddle two key tiles, of another row they are all keys."""
+    args = make([66, 5, 130], [5, 5, 1], heads=8, kv_heads=2, spare=0)
+    trees = [tree_words(p) for p in ([-1, 0, 0, 1, 2], [-1, 0, 1, 1, -1], [-1])]
+    mask = jnp.asarray(np.concatenate([w for w, _ in trees]))
+    starts = np.repeat([61, 0, 129], [5, 5, 1])
+    positions = jnp.asarray(starts + np.concatenate([d for _, d in trees]), jnp.int32)
+    slopes = jnp.linspace(0.1, 1, 8)
+    options = dict(tree_mask=mask, positions=positions, window=50, alibi_slopes=slopes)
+    check(args, 5, capfd, config=SPLIT, **options)
+
+
+def test_a_tree_beyond_one_word(capfd):
+    """More than 32 query tokens in a tile and more than 32 nodes: two words of both."""
+    args = make([90], [40], heads=1, kv_heads=1)
+    seen = np.tril(np.ones((41, 40), np.uint32)) * (np.arange(40) % 3 != 1)
+    words = np.zeros((41, 2), np.uint32)
+    for j in range(40):
+        words[:, j // 32] |= seen[:, j] << np.uint32(j % 32)
+    check(args, 40, capfd, config=SPLIT, tree_mask=jnp.asarray(words))
+
+
+@pytest.mark.smoke
+def test_a_shared_prefix_is_read_through_its_own_table(capfd):
+    """Whole shared blocks are poisoned in the rows' tables; a prefix may end inside a block."""
+    lens, new = [150, 130, 70, 40], [1, 2, 1, 1]
+    args = list(make(lens, new, heads=4, kv_heads=1, spare=0))
+    table = np.array(args[3])
+    prefix = table[0].copy()
+    table[1, :6] = table[0, :6]
+    want, want_lse = map(
+        np.asarray, pa.paged_attention_reference(*args[:3], jnp.asarray(table), *args[4:])
+    )
+    table[:2, :5] = table[0, -1]
+    args[3] = jnp.asarray(table)
+    shared = jnp.asarray(np.stack([prefix[:6], prefix[:6]]))
+    cascade = (shared, jnp.array([0, 90]), jnp.array([1, 1, -1, -1]))
+    sinks = jnp.linspace(-1, 2, 4)
+    out, lse = run(args, 2, config=SPLIT, cascade=cascade, sinks=sinks)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-4)
+    share = 1 / (1 + np.exp(np.asarray(sinks) - lse))
+    np.testing.assert_allclose(out, want * share[..., None], atol=1.5e-2)
+    assert "RACE" not in capfd.readouterr().out
+
+
 # ------------------------------------------------------------------------------------ prefill
 
 
