@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -79,8 +79,8 @@ def write_tokens(
     borders, masked = [0], False
     with (folder / "tokens.bin").open("wb") as ids_file, (folder / "mask.bin").open("wb") as masks:
         for i, document in enumerate(documents):
-            ids, mask = document if isinstance(document, tuple) else (document, None)
-            ids = np.asarray(ids, np.int64)
+            pair: Any = document if isinstance(document, tuple) else (document, None)
+            ids, mask = np.asarray(pair[0], np.int64), pair[1]
             if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
                 raise ValueError(f"document {i} has ids outside [0, {vocab_size=})")
             if mask is not None and len(mask) != ids.size:
@@ -346,7 +346,7 @@ def prefetch(
     *,
     depth: int = 2,
     sharding: jax.sharding.Sharding | None = None,
-) -> Iterator[tuple[int, PyTree]]:
+) -> Generator[tuple[int, PyTree]]:
     """`(step, batch on the device)` for every step, made by a thread `depth` batches ahead.
 
     What `batch` raises is raised when its turn comes.  Closing the generator ends the thread.
@@ -377,7 +377,7 @@ def prefetch(
             lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), host
         )
 
-    def run() -> Iterator[tuple[int, PyTree]]:
+    def run() -> Generator[tuple[int, PyTree]]:
         coming: collections.deque = collections.deque()
         with concurrent.futures.ThreadPoolExecutor(1, "aidx-prefetch") as pool:
             try:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from ..cache import no_cache_attend
-from ..typing import Array, Forward, Params, PyTree
+from ..typing import Array, Params, PyTree
 from .remat import remat as remat_wrapper
 from .step import LossFn
 
@@ -248,7 +248,7 @@ _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
 def language_model_loss(
-    forward: Forward,
+    forward: Callable[..., Any],
     *,
     remat: str = "none",
     label_smoothing: float = 0.0,

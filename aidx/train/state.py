@@ -33,7 +33,7 @@ class LossScale:
         larger = jnp.where(grown, jnp.minimum(self.scale * 2, MAX_LOSS_SCALE), self.scale)
         scale = jnp.where(finite, larger, jnp.maximum(self.scale / 2, 1.0))
         good = jnp.where(finite & ~grown, self.good_steps + 1, 0)
-        return self.replace(scale=scale, good_steps=good)
+        return LossScale(scale, good, self.growth_interval)
 
 
 def loss_scale(initial: float = 2.0**15, growth_interval: int = 2000) -> LossScale:

@@ -8,8 +8,9 @@ A loss function returns a sum and its weight (usually the number of target token
 mean.  So N microbatches are one batch exactly, whatever their token counts.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -122,13 +123,14 @@ def make_train_step(
             extra = update_args(batch) if update_args else {}
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
             params = optax.apply_updates(state.params, updates)
-        new = state.replace(params=params, opt_state=opt_state)
+        new = dataclasses.replace(state, params=params, opt_state=opt_state)
         if ema_decay is not None:
-            new = new.replace(ema=optax.incremental_update(params, state.ema, 1 - ema_decay))
+            ema: Any = optax.incremental_update(params, cast(Any, state.ema), 1 - ema_decay)
+            new = dataclasses.replace(new, ema=ema)
         if skip_nonfinite or state.loss_scale:
             new = jax.tree.map(lambda a, b: jnp.where(bad < 0, a, b), new, state)
         if state.loss_scale:
-            new = new.replace(loss_scale=state.loss_scale.adjust(bad < 0))
+            new = dataclasses.replace(new, loss_scale=state.loss_scale.adjust(bad < 0))
         safe = jnp.where(weight > 0, weight, 1)
         with jax.named_scope("metrics"):
             metrics = Metrics(
@@ -142,7 +144,7 @@ def make_train_step(
                 loss_scale=scale if state.loss_scale else None,
                 extra=jax.tree.map(lambda s: s / safe, sums),
             )
-        return new.replace(step=state.step + 1), metrics
+        return dataclasses.replace(new, step=state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0) if jit else train_step
 

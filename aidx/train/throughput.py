@@ -1,6 +1,7 @@
 """How fast a run is, against what the hardware could do."""
 
 import math
+from typing import Any
 
 import jax
 
@@ -46,7 +47,7 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
     return 6.0 * matrices + 12.0 * config.num_heads * config.head_dim * seen
 
 
-def peak_flops(device: jax.Device | None = None) -> float | None:
+def peak_flops(device: Any = None) -> float | None:
     """The dense bf16 peak of a device in FLOP/s; None where it is not known (a CPU).
 
     >>> peak_flops(jax.devices("cpu")[0]) is None
