@@ -1,8 +1,8 @@
 """Paged attention on one GPU: aidx beside JAX's own op, device time inside one program.
 
-    python bench/paged_attention.py [--sections large,small,chunk,peer] [--variants] [--limit S]
-        [--rows REGEX] [--dry]
-    python bench/paged_attention.py --sections check
+    python bench/paged_attention.py [--sections large,small,chunk,narrow,cascade,peer] [--variants]
+        [--limit S] [--rows REGEX] [--dry]
+    python bench/paged_attention.py --sections check [--rows REGEX]
 
 check   outputs of ragged mixes against a dense f32 reference; every slot that no sequence owns
         holds NaN, tables are padded with ids outside the pool, five runs have to be bitwise equal
@@ -10,6 +10,8 @@ large   TB/s of K and V over pools of 4.3 GB, tables shuffled, blocks of 16 and 
         through q inside one program, the combine and the work list included
 small   rows that last microseconds: CUPTI sum of kernel durations per call
 chunk   chunked prefill and a mixed call, TFLOP/s, beside dense flash attention
+narrow  rows of `large` over int8 and float8_e4m3fn pools with scales: also tokens of context per us
+cascade decodes that share a prefix of 2k tokens, with and without telling the kernel
 peer    the rows of `large` by JAX's own op (deprecated)
 `--variants` times other configurations too; `--dry` compiles everything for sm_90a without a GPU.
 Writes bench/results/<device>/paged_attention.json, or into $OUT where that is set.
@@ -54,6 +56,16 @@ LARGE = {
 }
 SMALL = {"1x1k": [1024], "1x4k": [4096], "1x32k": [32768], "8x4k": [4096] * 8}
 LARGE_VARIANTS = {"c132t128": S(ctas=132, stages=3, key_tile=128)}
+NARROW = ("int8", "float8_e4m3fn")
+NARROW_ROWS = ("64x4k", "256x4k", "16x32k")
+NARROW_VARIANTS = {
+    "c264s3": S(ctas=264, stages=3),
+    "c132s6": S(ctas=132, stages=6),
+    "c132t128s4": S(ctas=132, stages=4, key_tile=128),
+    "c264t128s2": S(ctas=264, stages=2, key_tile=128),
+}
+SHARED = 2048  # tokens of the prefix that the rows of `cascade` share
+CASCADE = {"64x(2k+512)": [2560] * 64, "256x(2k+256)": [2304] * 256}
 SMALL_VARIANTS = {
     "k4w2": C(4, 2, 3),
     "split": S(ctas=264, stages=3),
@@ -75,6 +87,20 @@ CHECKS = [
     ([3000, 700, 64, 0, 90], [600, 1, 64, 0, 2], 32, 8, 128, 16, {}, [None, P()]),
     ([900, 300], [200, 3], 8, 1, 256, 128, dict(logits_soft_cap=30.0), [P(block_kv=64)]),
     ([900, 300], [200, 64], 4, 4, 64, 32, dict(alibi=True), [P()]),
+    *[
+        ([5000, 1, 65, 0, 700], [1, 1, 1, 0, 1], 32, 8, 128, size, dict(pool=pool), [None])
+        for pool in ("int8", "float8_e4m3fn")
+        for size in (16, 64)
+    ],
+    ([1500, 70], [5, 2], 32, 8, 128, 32, dict(pool="float8_e4m3fn", sinks=True), [None]),
+    ([1500, 70], [1, 1], 16, 2, 64, 128, dict(pool="int8", window=333), [None]),
+    ([1500, 70], [1, 1], 8, 2, 256, 16, dict(pool="float8_e4m3fn"), [None]),
+    ([1500, 70], [3, 1], 16, 4, 256, 64, dict(pool="int8", logits_soft_cap=30.0), [None]),
+    ([1000, 70], [1, 1], 32, 8, 128, 16, dict(pool="int8", fixed=True), [None]),
+    ([5000, 66, 40, 900], [5, 5, 33, 1], 32, 8, 128, 16, dict(tree=True, window=500), [None]),
+    ([5000, 66, 40, 900], [5, 5, 7, 1], 24, 8, 64, 64, dict(tree=True, alibi=True), [None]),
+    ([3000, 2500, 2100, 900], [1, 5, 1, 1], 32, 8, 128, 64, dict(cascade=2001), [None]),
+    ([3000, 2500, 2100, 900], [1, 1, 1, 1], 8, 1, 64, 16, dict(cascade=2001, sinks=True), [None]),
 ]
 
 
@@ -122,12 +148,36 @@ def check_case(lens, new, n, k, h, size, options):
             pools[:, table[r, j], :, :live] = rng.standard_normal((2, k, live, h))
     indptr = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
     q = jnp.asarray(rng.standard_normal((int(indptr[-1]) + 2, n, h)), jnp.bfloat16)
-    kw = {x: y for x, y in options.items() if x not in ("sinks", "alibi")}
+    special = ("sinks", "alibi", "pool", "fixed", "tree", "cascade")
+    kw = {x: y for x, y in options.items() if x not in special}
     if options.get("sinks"):
         kw["sinks"] = jnp.linspace(-1.0, 2.0, n)
     if options.get("alibi"):
         kw["alibi_slopes"] = jnp.linspace(0.01, 0.3, n)
-    k_pool, v_pool = jnp.asarray(pools, jnp.bfloat16)
+    if options.get("tree"):
+        t = q.shape[0]
+        words = rng.integers(0, 2**32, (t, -(-max(new) // 32)), dtype=np.uint64)
+        kw["tree_mask"] = jnp.asarray(words.astype(np.uint32))
+        kw["positions"] = jnp.asarray(rng.integers(0, max(lens), t), jnp.int32)
+    if "cascade" in options:  # the first three rows share, their own whole blocks are poison
+        shared = table[0, : -(-options["cascade"] // size)].copy()
+        whole = options["cascade"] // size
+        for r in (1, 2):
+            for j in range(whole):
+                pools[:, table[r, j]] = np.nan
+            pools[:, table[r, whole], :, : options["cascade"] % size] = np.nan
+            if options["cascade"] % size:
+                left = options["cascade"] % size
+                pools[:, table[r, whole], :, :left] = pools[:, shared[-1], :, :left]
+        lens_ = jnp.array([options["cascade"]], jnp.int32)
+        groups = jnp.array([0, 0, 0] + [-1] * (len(lens) - 3), jnp.int32)
+        kw["cascade"] = (jnp.asarray(shared)[None], lens_, groups)
+    if "pool" in options:
+        pools, scales = narrow(pools, jnp.dtype(options["pool"]), options.get("fixed"))
+        kw["k_scale"], kw["v_scale"] = scales
+    else:
+        pools = jnp.asarray(pools, jnp.bfloat16)
+    k_pool, v_pool = pools
     args = (
         q,
         k_pool,
@@ -139,13 +189,45 @@ def check_case(lens, new, n, k, h, size, options):
     return args, kw, max(new)
 
 
-def check(rows):
+def narrow(pools, dtype, fixed):
+    """K and V pools at one byte a value with scales by token, or by head; dead slots are poison."""
+    top = 127.0 if dtype == jnp.int8 else 448.0
+    out, scales = [], []
+    for x in pools:
+        dead = np.isnan(x).any(-1)
+        scale = np.abs(np.nan_to_num(x)).max(-1) / top
+        scale = np.where(scale > 0, scale, 1.0)
+        if fixed:
+            scale = np.full_like(scale, 6.0 / top)
+        x = np.clip(np.nan_to_num(x) / scale[..., None], -top, top)
+        x[dead] = 77 if dtype == jnp.int8 else np.nan
+        out.append(jnp.asarray(np.rint(x) if dtype == jnp.int8 else x, dtype))
+        scales.append(jnp.asarray(np.where(dead, np.nan, scale), jnp.float32))
+    if fixed:
+        scales = [jnp.full(pools.shape[2:3], 6.0 / top, jnp.float32)] * 2
+    return out, scales
+
+
+def expected(args, kw):
+    """The reference; rows that share a prefix get tables that hold it."""
+    kw = dict(kw)
+    if "cascade" in kw:
+        shared, lens, groups = (np.asarray(x) for x in kw.pop("cascade"))
+        table, size = np.array(args[3]), args[1].shape[2]
+        for r in np.flatnonzero(groups >= 0):
+            whole = lens[0] // size
+            table[r, :whole] = shared[0, :whole]
+        args = (*args[:3], jnp.asarray(table), *args[4:])
+    return jax.jit(functools.partial(pa.paged_attention_reference, **kw))(*args)
+
+
+def check(rows, pattern):
     wrong = 0
     for lens, new, n, k, h, size, options, configs in CHECKS:
         args, kw, max_q = check_case(lens, new, n, k, h, size, options)
-        ref, ref_lse = map(
-            np.asarray, jax.jit(functools.partial(pa.paged_attention_reference, **kw))(*args)
-        )
+        if not re.search(pattern, f"{n}/{k} h{h} b{size} q{max_q} {options}"):
+            continue
+        ref, ref_lse = map(np.asarray, expected(args, kw))
         seen = np.isfinite(ref_lse)
         for config in configs:
             name = f"check {n}/{k} h{h} b{size} q{max_q} {options} {config}"
@@ -188,6 +270,31 @@ def row(case, implementation, metric, value, unit):
 
 def aidx_call(config, max_q=1):
     return functools.partial(pa.paged_attention, max_q=max_q, config=config)
+
+
+def narrow_call(config):
+    """Pools with scales of tokens and heads."""
+
+    def call(q, k, v, table, lens, indptr):
+        rows = (table, lens, indptr)
+        options = dict(max_q=1, config=config, k_scale=k[1], v_scale=v[1])
+        return pa.paged_attention(q, k[0], v[0], *rows, **options)
+
+    return call
+
+
+def shared_call(cascade):
+    """All rows begin with the blocks of the first row's prefix; read it once, or by every row."""
+
+    def call(q, k, v, table, lens, indptr):
+        blocks = SHARED // k.shape[2]
+        prefix = table[:1, :blocks]
+        table = table.at[:, :blocks].set(prefix)
+        group = jnp.zeros(lens.shape, jnp.int32)
+        given = (prefix, jnp.full((1,), SHARED, jnp.int32), group) if cascade else None
+        return pa.paged_attention(q, k, v, table, lens, indptr, max_q=1, cascade=given)
+
+    return call
 
 
 def jax_call(q, k, v, table, lens, indptr):
@@ -241,12 +348,31 @@ def copy_rate(x):
     return 2 * x.nbytes / seconds(f, (x,)) / 1e12
 
 
-def lower(call, rows, size, sds, heads_first=False):
+def pool_shape(size, kind):
+    """Of a pool of about POOL_TOKENS; JAX's own op wants the heads first."""
+    blocks = POOL_TOKENS // size // 8 * 8
+    return (K, blocks, size, H) if kind == "jax" else (blocks, K, size, H)
+
+
+def fresh_pools(size, kind):
+    """K and V of normals; pairs of (pool, scales) where a value takes one byte."""
+    shape = pool_shape(size, kind)
+    make = jax.jit(functools.partial(normal_pool, shape=shape))
+    pools = [make(jax.random.key(i)) for i in (0, 1)]
+    if kind not in NARROW:
+        return pools
+    times, scale = (40.0, 1 / 40) if kind == "int8" else (1.0, 1.0)
+    cast = jax.jit(lambda x: (x * times).astype(kind), donate_argnums=0)
+    return [(cast(x), jnp.full(shape[:3], scale, jnp.float32)) for x in pools]
+
+
+def lower(call, rows, size, sds, kind):
     """`program(call)` for rows of (context, new tokens), lowered."""
-    num_blocks = POOL_TOKENS // size // 8 * 8
     r, m = len(rows), -(-max(n for n, _ in rows) // size)
-    shape = (K, num_blocks, size, H) if heads_first else (num_blocks, K, size, H)
+    shape = pool_shape(size, kind)
     pool = sds(shape, jnp.bfloat16)
+    if kind in NARROW:
+        pool = sds(shape, jnp.dtype(kind)), sds(shape[:3], jnp.float32)
     i32 = lambda *s: sds(s, jnp.int32)
     q = sds((sum(n for _, n in rows), N, H), jnp.bfloat16)
     return program(call).lower(q, pool, pool, [i32(r, m)] * SETS, i32(r), i32(r + 1))
@@ -279,20 +405,29 @@ def operations(rows):
 
 
 def jobs_of(sections, variants, pattern):
-    """(section, case, rows, label, call) in the order of running; one layout of pools at a time."""
+    """(section, case, rows, label, call, kind of pools) in the order of running."""
     decode = lambda lens: [(n, 1) for n in lens]
     for name, rows in CHUNKS.items() if "chunk" in sections else ():
-        yield "chunk", name, rows, "aidx", aidx_call(None, 512)
+        yield "chunk", name, rows, "aidx", aidx_call(None, 512), "bf16"
     for section, shapes, configs in (
         ("large", LARGE, LARGE_VARIANTS),
         ("small", SMALL, SMALL_VARIANTS),
     ):
         for name, lens in shapes.items() if section in sections else ():
-            yield section, name, decode(lens), "aidx", aidx_call(None)
+            yield section, name, decode(lens), "aidx", aidx_call(None), "bf16"
             for label, config in configs.items() if variants else ():
-                yield section, name, decode(lens), label, aidx_call(config)
+                yield section, name, decode(lens), label, aidx_call(config), "bf16"
+    for name, lens in CASCADE.items() if "cascade" in sections else ():
+        yield "cascade", name, decode(lens), "aidx", shared_call(True), "bf16"
+        yield "cascade", name, decode(lens), "aidx, alone", shared_call(False), "bf16"
+    for kind in NARROW if "narrow" in sections else ():
+        for name in NARROW_ROWS:
+            case, rows = f"{name} {kind}", decode(LARGE[name])
+            yield "narrow", case, rows, "aidx", narrow_call(None), kind
+            for label, config in NARROW_VARIANTS.items() if variants else ():
+                yield "narrow", case, rows, label, narrow_call(config), kind
     for name, lens in LARGE.items() if "peer" in sections else ():
-        yield "peer", name, decode(lens), "jax", jax_call
+        yield "peer", name, decode(lens), "jax", jax_call, "jax"
 
 
 def lower_all(sections, variants, pattern, limit, sds):
@@ -300,14 +435,14 @@ def lower_all(sections, variants, pattern, limit, sds):
     threads, out = concurrent.futures.ThreadPoolExecutor(8), []
     for size in (64, 16):
         for job in jobs_of(sections, variants, pattern):
-            _, name, rows, label, call = job
+            _, name, rows, label, call, kind = job
             if not re.search(pattern, name) or (size == 16 and label not in ("aidx", "jax")):
                 continue
             if time.time() - T0 > limit:
                 say("lowering cut short at", size, name, label)
                 return out
             try:
-                lowered = lower(call, rows, size, sds, label == "jax")
+                lowered = lower(call, rows, size, sds, kind)
                 out.append((size, job, threads.submit(lowered.compile)))
             except Exception as e:
                 say(size, name, label, "LOWER FAIL", type(e).__name__, str(e)[:300])
@@ -318,7 +453,7 @@ def timed(sections, variants, pattern, limit, sds, dry, rows_out):
     jobs = lower_all(sections, variants, pattern, limit - 20, sds)
     say(f"{len(jobs)} programs lowered")
     pools = last = layout = None
-    for size, (section, name, rows, label, _), future in jobs:
+    for size, (section, name, rows, label, _, kind), future in jobs:
         if time.time() - T0 > limit:
             say("out of time")
             return
@@ -326,13 +461,10 @@ def timed(sections, variants, pattern, limit, sds, dry, rows_out):
             compiled = future.result()
             if dry:
                 continue
-            if layout != (size, label == "jax"):
-                layout, pools, last = (size, label == "jax"), None, None
-                blocks = POOL_TOKENS // size // 8 * 8
-                shape = (K, blocks, size, H) if label == "jax" else (blocks, K, size, H)
-                fresh = jax.jit(functools.partial(normal_pool, shape=shape))
-                pools = [fresh(jax.random.key(i)) for i in (0, 1)]
-                if label != "jax":
+            if layout != (size, kind):
+                layout, pools, last = (size, kind), None, None
+                pools = fresh_pools(size, kind)
+                if kind == "bf16":
                     rate = copy_rate(pools[0])
                     say(f"copy {rate:.2f} TB/s")
                     rows_out.append(row(f"copy block {size}", "device", "bandwidth", rate, "TB/s"))
@@ -359,13 +491,17 @@ def measure_row(section, case, label, rows, compiled, args, rows_out):
         rows_out.append(row(case, label, "time", us, "us"))
         rows_out.append(row(case, label, "rate", rate, "TFLOP/s"))
         return
-    text, rate = "", sum(n for n, _ in rows) * K * H * 4 / us / 1e6
+    tokens = sum(n for n, _ in rows)
+    bytes_ = (H + 4) * 2 if section == "narrow" else H * 4  # a scale takes 4
+    text, rate = "", tokens * K * bytes_ / us / 1e6
+    rows_out.append(row(case, label, "context", tokens / us, "tokens/us"))
     if label != "jax":
         kernels, parts = cupti(compiled, args)
         text = f"cupti {kernels:.2f} us " + " ".join(f"{a}={b:.2f}" for a, b in parts.items())
         rows_out.append(row(case, label, "kernel time", kernels, "us"))
-    say(f"{case:22s} {label:9s} {us:8.2f} us {rate:5.2f} TB/s {text}")
-    rows_out.append(row(case, label, "bandwidth", rate, "TB/s"))
+    say(f"{case:26s} {label:11s} {us:8.2f} us {rate:5.2f} TB/s {tokens / us:7.1f} tok/us {text}")
+    if section != "cascade":  # bytes that are read once for all rows are no bandwidth
+        rows_out.append(row(case, label, "bandwidth", rate, "TB/s"))
 
 
 def dense(rows_out):
@@ -426,7 +562,7 @@ def main():
     if not args.dry:
         say("jax", jax.__version__, jax.devices()[0].device_kind)
     if sections == ["check"]:
-        check(rows)
+        check(rows, args.rows)
         write(rows, "paged_attention_check")
     else:
         sds = dry_shapes() if args.dry else jax.ShapeDtypeStruct
