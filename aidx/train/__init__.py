@@ -17,10 +17,13 @@ from .loop import NonFiniteError as NonFiniteError
 from .loop import ProgressBar as ProgressBar
 from .loop import fit as fit
 from .loop import make_evaluate as make_evaluate
+from .lora import Lora as Lora
 from .loss import cross_entropy as cross_entropy
 from .loss import fused_cross_entropy as fused_cross_entropy
 from .loss import language_model_loss as language_model_loss
 from .loss import next_token_batch as next_token_batch
+from .recipe import Recipe as Recipe
+from .recipe import run_recipe as run_recipe
 from .remat import remat as remat
 from .state import LossScale as LossScale
 from .state import TrainState as TrainState
