@@ -9,37 +9,38 @@ from pallas_kernels._mgpu import cdiv
 from pallas_kernels.flash_attention import heuristics
 from pallas_kernels.flash_attention.backward import backward
 from pallas_kernels.flash_attention.backward_dq import backward_dq
+from pallas_kernels.flash_attention.backward_scores import backward_scores
 from pallas_kernels.flash_attention.config import BackwardConfig, ForwardConfig
 from pallas_kernels.flash_attention.forward import forward
-from pallas_kernels.flash_attention.mask import Band, Bounds
+from pallas_kernels.flash_attention.mask import Band, BlockKinds, Bounds
+from pallas_kernels.flash_attention.problem import Dropout, Modifier, Options
 
 MAX_HEAD_DIM = 256
 
 
 class Gradients(NamedTuple):
-    """What `flash_attention_bwd` returns; `sinks` is None without sinks."""
+    """What `flash_attention_bwd` returns; `sinks` is None without sinks.
+
+    `score` holds the gradients of the score_mod's arrays that were asked for, f32, in their shapes.
+    """
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     sinks: jax.Array | None
+    score: tuple[jax.Array, ...] = ()
 
 
 def validate(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    *,
-    scale: float,
-    soft_cap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
-    bounds: Bounds | None = None,
+    options: Options,
 ) -> None:
     """Raises ValueError for what is wrong and NotImplementedError for what the kernels cannot do.
 
     >>> x = jnp.zeros((1, 8, 2, 64))
-    >>> validate(x, x, x, scale=0.125)
+    >>> validate(x, x, x, Options(Band(), 0.125))
     Traceback (most recent call last):
         ...
     NotImplementedError: q.dtype=dtype('float32') is neither bfloat16 nor float16
@@ -55,7 +56,9 @@ def validate(
         raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} KV heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{q.dtype=}, {k.dtype=} and {v.dtype=} differ")
-    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+    scale, soft_cap = options.scale, options.soft_cap
+    alibi_slopes, bounds = options.alibi_slopes, options.bounds
+    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", options.sinks)):
         if x is not None and x.shape != (q.shape[2],):
             raise ValueError(f"{name}.shape={x.shape} is not ({q.shape[2]},)")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -68,8 +71,29 @@ def validate(
         raise NotImplementedError(f"{scale=} is not positive")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"{soft_cap=} is not positive")
-    if alibi_slopes is not None and bounds is not None:
-        raise NotImplementedError("alibi_slopes with lengths or packed sequences")
+    if alibi_slopes is not None and (bounds is not None or options.score is not None):
+        raise NotImplementedError("alibi_slopes with bounds or a score_mod: put them into that")
+    if options.dropout is not None:
+        rate, words = options.dropout
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"dropout rate {rate} is not in [0, 1)")
+        if words.shape != (q.shape[0], q.shape[2], q.shape[1]) or words.dtype != jnp.uint32:
+            raise ValueError(f"dropout words {words.dtype}{words.shape} do not fit {q.shape=}")
+    for name, modifier in (("score", options.score), ("mask", options.mask)):
+        if modifier is not None:
+            _check_arrays(name, modifier, q.shape, k.shape[1])
+
+
+def _check_arrays(name: str, modifier: Modifier, q_shape: tuple[int, ...], keys: int) -> None:
+    batch, queries, heads, _ = q_shape
+    rest = {"scalar": (), "query": (queries,), "key": (keys,), "tile": (queries, keys)}
+    kinds = modifier.program.kinds
+    if len(kinds) != len(modifier.arrays):
+        raise ValueError(f"{name}: {len(modifier.arrays)} arrays for {kinds}")
+    for x, kind in zip(modifier.arrays, kinds, strict=True):
+        fits = x.shape[2:] == rest[kind] and x.shape[0] in (1, batch) and x.shape[1] in (1, heads)
+        if x.ndim < 2 or not fits:
+            raise ValueError(f"{name}: an array of {x.shape} is no {kind!r} value of {q_shape}")
 
 
 def _pad_heads(x: jax.Array, width: int) -> jax.Array:
@@ -94,6 +118,10 @@ def flash_attention_fwd(
     soft_cap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    dropout: Dropout | None = None,
+    score: Modifier | None = None,
+    mask: Modifier | None = None,
+    blocks: BlockKinds | None = None,
     config: ForwardConfig | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -112,6 +140,10 @@ def flash_attention_fwd(
       soft_cap: `c * tanh(x / c)` of the scaled scores.
       alibi_slopes: `[N]`, adds `-slope * |t + offset - s|`.
       sinks: `[N]`, a logit that takes part in the denominator only.
+      dropout: rate and words (`pallas_kernels.dropout`); lse stays that of the softmax.
+      score: a score_mod, applied after the soft cap (`program.split`).
+      mask: a mask_mod, True where the key is seen, in addition to band and bounds.
+      blocks: kinds of the tiles of `mask`; empty ones are not visited, full ones not masked.
       config: tiles; None takes `heuristics.forward_config`.
       interpret: True runs the GPU interpreter with race detection.
 
@@ -128,17 +160,18 @@ def flash_attention_fwd(
     >>> [x.shape for x in jax.eval_shape(call, q)]
     [(1, 9, 2, 64), (1, 9, 2)]
     """
-    validate(q, k, v, scale=scale, soft_cap=soft_cap, alibi_slopes=alibi_slopes, sinks=sinks,
-             bounds=bounds)  # fmt: skip
+    options = Options(
+        band, scale, bounds, soft_cap, alibi_slopes, sinks, dropout, score, mask, blocks
+    )
+    validate(q, k, v, options)
     head_dim_v = v.shape[-1]
     wide, wide_v = _widths(q.shape[-1], head_dim_v)
     if config is None:
-        config = heuristics.forward_config(wide, wide_v, band, bounds)
+        config = heuristics.forward_config(wide, wide_v, options)
     with jax.named_scope("flash_attention_fwd"):
         out, lse = forward(
             _pad_heads(q, wide), _pad_heads(k, wide), _pad_heads(v, wide_v),
-            band=band, bounds=bounds, scale=scale, soft_cap=soft_cap, alibi_slopes=alibi_slopes,
-            sinks=sinks, config=config, interpret=interpret,
+            options=options, config=config, interpret=interpret,
         )  # fmt: skip
     return out[..., :head_dim_v], lse.transpose(0, 2, 1)
 
@@ -158,6 +191,11 @@ def flash_attention_bwd(
     soft_cap: float | None = None,
     alibi_slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    dropout: Dropout | None = None,
+    score: Modifier | None = None,
+    mask: Modifier | None = None,
+    blocks: BlockKinds | None = None,
+    wanted: tuple[int, ...] = (),
     deterministic: bool = False,
     config: BackwardConfig | None = None,
     interpret: Any = None,
@@ -165,11 +203,12 @@ def flash_attention_bwd(
     """Gradients of `flash_attention_fwd`; out and lse are what it returned.
 
     `d_lse` may be None.  dQ is summed in f32 in an order that is not fixed, unless `deterministic`:
-    then a second kernel computes it, and every bit repeats.
+    then a second kernel computes it, and every bit repeats.  `wanted` are the places of the arrays
+    of `score` that get gradients; `alibi_slopes` get theirs as a score_mod only.
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: what this kernel cannot do; among it the gradient of ALiBi slopes.
+      NotImplementedError: what this kernel cannot do.
 
     >>> q = jnp.zeros((1, 9, 2, 64), jnp.bfloat16)
     >>> lse = jnp.zeros((1, 9, 2))
@@ -177,8 +216,10 @@ def flash_attention_bwd(
     >>> jax.eval_shape(grad, q).k.shape
     (1, 9, 2, 64)
     """
-    validate(q, k, v, scale=scale, soft_cap=soft_cap, alibi_slopes=alibi_slopes, sinks=sinks,
-             bounds=bounds)  # fmt: skip
+    options = Options(
+        band, scale, bounds, soft_cap, alibi_slopes, sinks, dropout, score, mask, blocks
+    )
+    validate(q, k, v, options)
     if d_out.shape != out.shape or lse.shape != out.shape[:3]:
         raise ValueError(f"{d_out.shape=}, {out.shape=} and {lse.shape=} do not fit together")
     if alibi_slopes is not None:
@@ -188,7 +229,7 @@ def flash_attention_bwd(
     if wide > 128:  # split by columns, which come in halves of 128
         wide, wide_v = 256, cdiv(wide_v, 128) * 128
     if config is None:
-        config = heuristics.backward_config(wide, wide_v, soft_cap is not None)
+        config = heuristics.backward_config(wide, wide_v, options)
     rows = lambda x: x.transpose(0, 2, 1)  # [B, T, N] -> [B, N, T]
     with jax.named_scope("flash_attention_bwd"):
         product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
@@ -205,17 +246,17 @@ def flash_attention_bwd(
             # d lse / d score is the softmax without the sink, exp(total - lse) times P
             growth = 1.0 if sinks is None else jnp.where(jnp.isneginf(lse), 0, jnp.exp(total - lse))
             delta = delta - rows(d_lse) * growth
+        kept = 1.0 if dropout is None else 1.0 - dropout.rate
         operands = (
             _pad_heads(q, wide), _pad_heads(k, wide), _pad_heads(v, wide_v),
-            _pad_heads(d_out.astype(q.dtype), wide_v), total, delta,
+            _pad_heads(d_out.astype(q.dtype), wide_v), total, delta * kept,
         )  # fmt: skip
-        call: dict[str, Any] = dict(
-            band=band, bounds=bounds, scale=scale, soft_cap=soft_cap, interpret=interpret
-        )
+        call: dict[str, Any] = dict(options=options, interpret=interpret)
         dq, dk, dv = backward(*operands, config=config, dq=not deterministic, **call)
         if dq is None:
             dq = backward_dq(*operands, config=heuristics.dq_config(wide, wide_v), **call)
         else:
-            dq = (dq * scale).astype(q.dtype)
+            dq = (dq * (scale / kept)).astype(q.dtype)
+        d_score = backward_scores(*operands, wanted=wanted, **call) if wanted else ()
         dq = dq[..., :head_dim]
-    return Gradients(dq, dk[..., :head_dim], dv[..., :head_dim_v], d_sinks)
+    return Gradients(dq, dk[..., :head_dim], dv[..., :head_dim_v], d_sinks, d_score)

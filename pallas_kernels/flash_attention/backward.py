@@ -24,40 +24,34 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _mgpu
-from pallas_kernels._mgpu import Ops, cdiv, div, rem
+from pallas_kernels._mgpu import MASKED, Ops, cdiv, div, rem
+from pallas_kernels.flash_attention import problem as common
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.config import BackwardConfig
-from pallas_kernels.flash_attention.forward import LOG2E, pad_tokens
-from pallas_kernels.flash_attention.mask import FAR, Band, Bounds, pad_rows, tile_ranges
+from pallas_kernels.flash_attention.mask import FAR
+from pallas_kernels.flash_attention.problem import (
+    LOG2E,
+    Extra,
+    Options,
+    at_index,
+    extra_operands,
+    load_values,
+    pad_tokens,
+    run_program,
+    statistics,
+)
+from pallas_kernels.flash_attention.program import Program
 
 DS_BARRIER = 5  # and 6: named barriers between the consumers (0..4 are Mosaic's)
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The static side of one call."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem(common.Problem):
+    """The static side of one call, in KV tiles."""
 
-    batch: int
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    head_dim_v: int
-    dtype: Any
-    band: Band
-    dynamic: bool
-    scale: float
-    soft_cap: float | None
-    alibi: bool
     dq: bool  # whether this kernel computes dQ
-    config: BackwardConfig
-    interpret: bool
-
-    @property
-    def group(self) -> int:
-        """Query heads of one KV head."""
-        return self.heads // self.kv_heads
+    apart: bool  # whether dS takes another P than dV (`Options.apart`)
+    slope: Program | None  # of the score_mod: (value, d value / d score)
 
     @property
     def kv_tiles(self) -> int:
@@ -72,12 +66,13 @@ class Problem:
     @property
     def masked_low(self) -> bool:
         """Whether query tiles at the low end of a range may need a mask."""
-        return self.dynamic or self.ragged_keys or self.band.right is not None
+        always = self.dynamic or self.lists or self.mask is not None
+        return always or self.ragged_keys or self.band.right is not None
 
     @property
     def masked_high(self) -> bool:
         """Whether query tiles at the high end of a range may need a mask."""
-        return self.dynamic or self.band.left is not None
+        return not self.lists and (self.dynamic or self.band.left is not None)
 
 
 class Refs(NamedTuple):
@@ -87,10 +82,8 @@ class Refs(NamedTuple):
     k: Any
     v: Any
     do: Any
-    stats: Any  # [B, N, 2, T'] f32: lse (base 2) and delta
-    rows: Any  # [B, 2, S'] i32 or None
-    ranges: Any  # [B, S' / block_kv, 4] i32 or None
-    slopes: Any  # [N] f32 or None
+    stats: Any  # [B, N, 2 or 3, T'] f32, see `statistics`
+    extra: Extra
     dq: Any  # f32, added to; None without
     dk: Any
     dv: Any
@@ -135,7 +128,7 @@ def query_ranges(p: Problem, refs: Refs, b, kv_tile):
     """Query tiles that a KV tile meets: `(first, end, full_first, full_end)`, as in the forward."""
     bq, bk = p.config.block_q, p.config.block_kv
     if p.dynamic:
-        any_lo, any_hi, all_lo, all_hi = (refs.ranges[b, kv_tile, i] for i in range(4))
+        any_lo, any_hi, all_lo, all_hi = (refs.extra.ranges[b, kv_tile, i] for i in range(4))
     else:
         base = kv_tile * bk
         last = lax.min(base + (bk - 1), jnp.int32(p.keys - 1))
@@ -162,7 +155,34 @@ def query_ranges(p: Problem, refs: Refs, b, kv_tile):
         # nothing but the low loop masks, so it takes the tiles that have no unmasked part at all
         full_first = jnp.where(full_end <= full_first, end, full_first)
         full_end = end
+    if p.mask is not None:  # every tile takes the mask_mod
+        full_first = full_end = end
     return first, end, full_first, lax.max(full_end, full_first)
+
+
+def walk(p: Problem, refs: Refs, b, head, kv_tile):
+    """The query tiles of one head, as `query_ranges`, or as positions in its list."""
+    if not p.lists:
+        return query_ranges(p, refs, b, kv_tile)
+    counts = refs.extra.counts
+    at = (*at_index(counts, b, head), kv_tile)
+    partial, total = counts[(*at, 0)], counts[(*at, 1)]
+    return jnp.int32(0), total, partial, total
+
+
+def query_tile(p: Problem, refs: Refs, b, head, kv_tile, i):
+    """The number of the query tile that step i of a walk visits."""
+    if not p.lists:
+        return i
+    order = refs.extra.order
+    return order[(*at_index(order, b, head), kv_tile, i)]
+
+
+class Loaded(NamedTuple):
+    """Loaded values of one tile: of the score_mod and of the mask_mod; None without."""
+
+    score: Any
+    mask: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +195,6 @@ class Consumer:
     b: Any
     kv_head: Any
     kv_tile: Any
-    first: Any  # first query tile
-    count: Any  # query tiles of one head
 
     @property
     def ops(self) -> Ops:
@@ -206,7 +224,7 @@ class Consumer:
         if p.dynamic:
             at = pl.ds(self.key0, 64)
             load = lambda x: plgpu.load(
-                self.refs.rows.at[self.b, x, at],
+                self.refs.extra.rows.at[self.b, x, at],
                 layout=plgpu.Layout.WGMMA.reduce(1),
                 optimized=False,
             )
@@ -221,8 +239,23 @@ class Consumer:
             hi = inside if hi is None else jnp.minimum(hi, inside)
         return lo, hi
 
+    def load(self, head, query0, masked: bool) -> Loaded:
+        """What the modifiers need of a query tile, loaded before the matmuls are awaited."""
+        p, extra = self.p, self.refs.extra
+        at = (self.b, head, query0, self.key0, p.config.block_q)
+        load = lambda program, refs: load_values(program, refs, *at, by_query=False)
+        return Loaded(
+            load(p.score, extra.score) if p.score is not None else None,
+            load(p.mask, extra.mask) if p.mask is not None and masked else None,
+        )
+
+    def kept(self, slot):
+        """Which scores dropout keeps, in groups of 8 queries."""
+        words = lax.bitcast_convert_type(self.statistic(slot, 2), jnp.uint32)
+        return tile.keeps_by_key(words, self.key0, 64, self.p.rate)
+
     def statistic(self, slot, which: int):
-        """lse (0) or delta (1) of a query tile."""
+        """lse (0), delta (1) or the dropout words (2) of a query tile."""
         return plgpu.load(
             self.refs.stats_smem.at[slot, which],
             layout=plgpu.Layout.WGMMA.reduce(0),
@@ -239,21 +272,29 @@ class Consumer:
             acc = self.ops.wgmma(acc, rows, ring.at[slot, part].T)
         return acc
 
-    def probabilities(self, s, slot, head, query0, masked: bool):
-        """P^T, and the factor that the soft cap puts on dS (None without one)."""
+    def probabilities(self, s, slot, head, query0, masked: bool, loaded: Loaded):
+        """P^T, and the factor that soft cap and score_mod put on dS (None without)."""
         p = self.p
         lse = self.statistic(slot, 0)
         multiplier, slack = p.scale * LOG2E, None
         if p.soft_cap is not None:
             s = jnp.tanh(s * (p.scale / p.soft_cap))
             multiplier, slack = p.soft_cap * LOG2E, 1.0 - s * s
-        if p.alibi:
+        modified = lambda f, x, v: run_program(f, x, v, query0, self.key0, by_query=False)
+        if p.slope is not None:
+            natural = s * (multiplier * (1 / LOG2E))
+            s, slope = modified(p.slope, natural, loaded.score)
+            slack = slope if slack is None else slack * slope
+            s, multiplier = jnp.maximum(s, MASKED), LOG2E
+        elif p.alibi:
             shift = query0 + p.band.offset - self.key0
             distance = (tile.iota(64, 1) - tile.iota(64, 0) + shift).astype(jnp.float32)
-            slope = self.refs.slopes[head] * LOG2E
+            slope = self.refs.extra.slopes[head] * LOG2E
             s = tile.add_distance(s * multiplier, -distance, slope)
             multiplier = 1.0
         if masked:
+            if p.mask is not None:
+                s = tile.masked_by(s, modified(p.mask, s, loaded.mask)[0])
             s = tile.mask(s, *self.row_bounds(query0))
         return jnp.exp2(s * multiplier - tile.by_column(lse, 64)), slack
 
@@ -299,7 +340,7 @@ class Consumer:
             plgpu.copy_smem_to_gmem(staging, r.dq.at[dst], reduction_op="add")
 
     def softmax_gradient(self, dp, prob, slack, q_slot):
-        """dS = P * (dP - delta), times the factor of the soft cap."""
+        """dS = P * (dP - delta), times the factor of soft cap and score_mod."""
         ds = prob * (dp - tile.by_column(self.statistic(q_slot, 1), 64))
         return (ds if slack is None else ds * slack).astype(self.p.dtype)
 
@@ -307,37 +348,49 @@ class Consumer:
         """`split="keys"`: P^T and dS^T of this warpgroup's keys, in registers."""
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
         q_slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
+        late = p.score is not None and "tile" in p.score.kinds  # no room for it beside S and dP
+        early = None if late else self.load(head, query0, masked)
 
         def scores(s_acc, dp_acc):
             plgpu.barrier_wait(r.q_full.at[q_slot])
             s_acc = self.scores(s_acc, r.k_smem, r.q_smem, q_slot)
             plgpu.barrier_wait(r.do_full.at[do_slot])
             dp_acc = self.scores(dp_acc, r.v_smem, r.do_smem, do_slot)
-            prob, slack = self.probabilities(ops.load(s_acc, 1), q_slot, head, query0, masked)
+            s = ops.load(s_acc, 1)
+            loaded = early or self.load(head, query0, masked)
+            prob, slack = self.probabilities(s, q_slot, head, query0, masked, loaded)
+            if p.rate:  # a dropped score carries its mark in the sign of P until dP is there
+                prob = tile.where(self.kept(q_slot), prob, lambda x: -x)
             return prob, slack, ops.load(dp_acc, 0)
 
         shape = (64, c.block_q)
         prob, slack, dp = ops.with_acc(scores, shape, shape)
-        return prob.astype(p.dtype), self.softmax_gradient(dp, prob, slack, q_slot)
+        if not p.rate:
+            return prob.astype(p.dtype), self.softmax_gradient(dp, prob, slack, q_slot)
+        dp = jnp.where(prob < 0.0, 0.0, dp)
+        ds = self.softmax_gradient(dp, jnp.abs(prob), slack, q_slot)
+        return jnp.maximum(prob, 0.0).astype(p.dtype), ds
 
     def half_each(self, it, head, query0, masked: bool) -> None:
         """`split="columns"`: warpgroup 0 computes P^T, 1 takes it from memory and computes dS^T."""
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
         q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
-        # with a soft cap dS takes P times its factor, in a buffer of its own
-        for_ds = slot if p.soft_cap is None else 3
+        # dS takes P times its factor and before dropout, in a buffer of its own
+        for_ds = 3 if p.apart else slot
         plgpu.barrier_wait(r.q_full.at[q_slot])
         plgpu.barrier_wait(r.do_full.at[do_slot])
 
         @pl.when(self.wg == 0)
         def _():
             issue = lambda acc: ops.load(self.scores(acc, r.k_smem, r.q_smem, q_slot))
+            loaded = self.load(head, query0, masked)
             s = ops.with_acc(issue, (64, c.block_q))
-            prob, slack = self.probabilities(s, q_slot, head, query0, masked)
-            high = prob.astype(p.dtype)
+            prob, slack = self.probabilities(s, q_slot, head, query0, masked, loaded)
+            left = tile.where(self.kept(q_slot), prob, 0.0) if p.rate else prob
+            high = left.astype(p.dtype)
             r.p_smem[slot] = high
-            if slack is not None:
-                prob = prob * slack
+            if p.apart:
+                prob = prob if slack is None else prob * slack
                 high = prob.astype(p.dtype)
                 r.p_smem[for_ds] = high
             # dS needs P better than rounded: what rounding took away follows it
@@ -348,6 +401,8 @@ class Consumer:
         def _():
             issue = lambda acc: ops.load(self.scores(acc, r.v_smem, r.do_smem, do_slot))
             dp = ops.with_acc(issue, (64, c.block_q))
+            if p.rate:
+                dp = tile.where(self.kept(q_slot), dp, 0.0)
             self.sync(0)
             layout = plgpu.Layout.WGMMA
             read = lambda at: plgpu.load(r.p_smem.at[at], layout=layout, optimized=False)
@@ -355,12 +410,12 @@ class Consumer:
             r.ds_smem[0] = self.softmax_gradient(dp, prob, None, q_slot)
             plgpu.commit_smem()
 
-    def step(self, i, carry, head_i, dk_acc, dv_acc, masked: bool):
-        """One query tile of one head."""
+    def step(self, i, carry, head, before, dk_acc, dv_acc, masked: bool):
+        """Step i of one head's walk, `before` + i steps into the ring."""
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
         dk, dv = ops.uncarry(dk_acc, carry[0]), ops.uncarry(dv_acc, carry[1])
-        it = head_i * self.count + (i - self.first)
-        head, query0 = self.kv_head * p.group + head_i, i * c.block_q
+        it = before + i
+        query0 = query_tile(p, r, self.b, head, self.kv_tile, i) * c.block_q
         q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
         if c.parts > 1:
             self.half_each(it, head, query0, masked)
@@ -396,40 +451,47 @@ class Consumer:
         plgpu.barrier_arrive(r.q_free.at[q_slot])
         return ops.carry(dk), ops.carry(dv)
 
-    def run(self, end, full_first, full_end) -> None:
+    def run(self) -> None:
         """All query tiles of all heads of the group, then dK and dV."""
         p, r, ops = self.p, self.refs, self.ops
         plgpu.barrier_wait(r.k_full)
         plgpu.barrier_wait(r.v_full)
 
         def accumulate(dk, dv):
-            def one_head(head_i, c):
-                step = functools.partial(self.step, head_i=head_i, dk_acc=dk, dv_acc=dv)
+            def one_head(head_i, state):
+                c, before = state
+                head = self.kv_head * p.group + head_i
+                first, end, full_first, full_end = walk(p, r, self.b, head, self.kv_tile)
+                step = functools.partial(
+                    self.step, head=head, before=before - first, dk_acc=dk, dv_acc=dv
+                )
                 loop = lambda lo, hi, masked, c: lax.fori_loop(
                     lo, hi, functools.partial(step, masked=masked), c
                 )
                 if p.masked_low:
-                    c = loop(self.first, full_first, True, c)
+                    c = loop(first, full_first, True, c)
                     c = loop(full_first, full_end, False, c)
                 else:
-                    c = loop(self.first, full_end, False, c)
-                return loop(full_end, end, True, c) if p.masked_high else c
+                    c = loop(first, full_end, False, c)
+                if p.masked_high:
+                    c = loop(full_end, end, True, c)
+                return c, before + (end - first)
 
-            c = (ops.carry(dk), ops.carry(dv))
+            state = (ops.carry(dk), ops.carry(dv)), jnp.int32(0)
             if p.group == 1:
-                c = one_head(jnp.int32(0), c)
+                c, _ = one_head(jnp.int32(0), state)
             else:
-                c = lax.fori_loop(jnp.int32(0), jnp.int32(p.group), one_head, c)
+                c, _ = lax.fori_loop(jnp.int32(0), jnp.int32(p.group), one_head, state)
             ops.wait(0)
             return ops.load(ops.uncarry(dk, c[0])), ops.load(ops.uncarry(dv, c[1]))
 
         parts = p.config.parts
         shapes = (64, p.head_dim // parts), (64, p.head_dim_v // parts)
         dk, dv = ops.with_acc(accumulate, *shapes)
-        self.store(r.v_smem, dv, r.dv)
+        self.store(r.v_smem, dv * (1.0 / p.kept) if p.rate else dv, r.dv)
         plgpu.barrier_arrive(r.k_done)  # dQ of every consumer reads all rows of K
         plgpu.barrier_wait(r.k_done)
-        self.store(r.k_smem, dk * p.scale, r.dk)
+        self.store(r.k_smem, dk * (p.scale / p.kept), r.dk)
         plgpu.wait_smem_to_gmem(0)
 
     def store(self, staging, value, out) -> None:
@@ -452,28 +514,37 @@ def load_parts(p: Problem, src, at, dst, full) -> None:
         plgpu.copy_gmem_to_smem(src.at[where], dst.at[part], full)
 
 
-def produce(p: Problem, refs: Refs, b, kv_head, kv_tile, first, count) -> None:
+def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
     """The warpgroup that loads: K and V once, then Q, its statistics and dO tile by tile."""
     c = p.config
     plgpu.set_max_registers(32 if c.consumers == 3 else 24, action="decrease")
     kv = (b, pl.ds(kv_tile * c.block_kv, c.block_kv), kv_head)
     load_parts(p, refs.k, kv, refs.k_smem, refs.k_full)
     load_parts(p, refs.v, kv, refs.v_smem, refs.v_full)
-    total = count * p.group
 
-    @pl.loop(0, total)
-    def _(it):
-        head = kv_head * p.group + (lax.div(it, count) if p.group > 1 else 0)
-        i = first + (lax.rem(it, count) if p.group > 1 else it)
-        rows = pl.ds(i * c.block_q, c.block_q)
-        slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
-        pl.when(it >= c.stages)(lambda: plgpu.barrier_wait(refs.q_free.at[slot]))
-        q_full = refs.q_full.at[slot]
-        load_parts(p, refs.q, (b, rows, head), refs.q_smem.at[slot], q_full)
-        plgpu.copy_gmem_to_smem(refs.stats.at[b, head, :, rows], refs.stats_smem.at[slot], q_full)
-        pl.when(it >= c.do_stages)(lambda: plgpu.barrier_wait(refs.do_free.at[do_slot]))
-        do_full = refs.do_full.at[do_slot]
-        load_parts(p, refs.do, (b, rows, head), refs.do_smem.at[do_slot], do_full)
+    def one_head(head_i, before):
+        head = kv_head * p.group + head_i
+        first, end, *_ = walk(p, refs, b, head, kv_tile)
+
+        @pl.loop(first, end)
+        def _(i):
+            it = before + (i - first)
+            rows = pl.ds(query_tile(p, refs, b, head, kv_tile, i) * c.block_q, c.block_q)
+            slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
+            pl.when(it >= c.stages)(lambda: plgpu.barrier_wait(refs.q_free.at[slot]))
+            q_full, stats = refs.q_full.at[slot], refs.stats.at[b, head, :, rows]
+            load_parts(p, refs.q, (b, rows, head), refs.q_smem.at[slot], q_full)
+            plgpu.copy_gmem_to_smem(stats, refs.stats_smem.at[slot], q_full)
+            pl.when(it >= c.do_stages)(lambda: plgpu.barrier_wait(refs.do_free.at[do_slot]))
+            do_full = refs.do_full.at[do_slot]
+            load_parts(p, refs.do, (b, rows, head), refs.do_smem.at[do_slot], do_full)
+
+        return before + (end - first)
+
+    if p.group == 1:
+        total = one_head(jnp.int32(0), jnp.int32(0))
+    else:
+        total = lax.fori_loop(jnp.int32(0), jnp.int32(p.group), one_head, jnp.int32(0))
 
     for stages, free in ((c.stages, refs.q_free), (c.do_stages, refs.do_free)):
 
@@ -498,9 +569,9 @@ def scratch_types(p: Problem) -> list:
         operand(n, c.block_kv, p.head_dim_v // n),
         operand(c.stages, n, c.block_q, p.head_dim // n),
         operand(c.do_stages, n, c.block_q, p.head_dim_v // n),
-        plgpu.SMEM((c.stages, 2, c.block_q), jnp.float32),
+        plgpu.SMEM((c.stages, 3 if p.rate else 2, c.block_q), jnp.float32),
         operand(2 if n == 1 else 1, c.block_kv, c.block_q) if shared else None,
-        operand(3 if p.soft_cap is None else 4, c.block_kv, c.block_q) if n > 1 else None,
+        operand(4 if p.apart else 3, c.block_kv, c.block_q) if n > 1 else None,
         plgpu.SMEM((c.consumers, *c.dq_tile(p.head_dim)), jnp.float32, transforms=full)
         if p.dq
         else None,
@@ -515,13 +586,6 @@ def scratch_types(p: Problem) -> list:
     ]
 
 
-def statistics(lse: jax.Array, delta: jax.Array, multiple: int) -> jax.Array:
-    """[B, N, 2, T'] f32: lse in base 2 and delta; a row that saw nothing gets 1e30, so P = 0."""
-    lse = jnp.where(jnp.isneginf(lse), 1e30, lse * LOG2E)
-    pad = ((0, 0), (0, 0), (0, -lse.shape[-1] % multiple))
-    return jnp.stack([jnp.pad(lse, pad, constant_values=1e30), jnp.pad(delta, pad)], axis=2)
-
-
 def backward(
     q: jax.Array,
     k: jax.Array,
@@ -530,35 +594,27 @@ def backward(
     lse: jax.Array,
     delta: jax.Array,
     *,
-    band: Band,
-    bounds: Bounds | None,
-    scale: float,
-    soft_cap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
+    options: Options,
     dq: bool = True,
     config: BackwardConfig,
     interpret: Any = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """The kernel: `(dq f32 [B, T, N, H] not yet times scale, or None; dk; dv)`.
+    """The kernel: `(dq f32 [B, T, N, H] not yet times scale / kept, or None; dk; dv)`.
 
-    lse and delta are `[B, N, T]` f32; delta is `rowsum(do * out)` less what comes in through lse.
+    lse and delta are `[B, N, T]` f32; delta is `rowsum(do * out)` less what comes in through lse,
+    times the share that dropout keeps.
     """
-    (batch, queries, heads, head_dim), (_, keys, kv_heads, head_dim_v) = q.shape, v.shape
-    p = Problem(
-        batch, queries, keys, heads, kv_heads, head_dim, head_dim_v, q.dtype, band,
-        bounds is not None, scale, soft_cap, alibi_slopes is not None, dq, config, bool(interpret),
-    )  # fmt: skip
-    config.check(head_dim, head_dim_v, soft_cap is not None)
+    slope = None if options.score is None else options.score.program.slope()
+    p = Problem.of(q, v, options, config, interpret, dq=dq, apart=options.apart, slope=slope)
+    config.check(p.head_dim, p.head_dim_v, options.apart)
     q, k, v, do = (pad_tokens(x) for x in (q, k, v, do))
-    stats = statistics(lse, delta, config.block_q)
-    optional: dict[str, jax.Array] = {}
-    if bounds is not None:
-        rows = pad_rows(bounds.query_lo, bounds.query_hi, config.block_kv)
-        rows = jnp.broadcast_to(rows, (batch, *rows.shape[1:]))
-        optional["rows"], optional["ranges"] = rows, tile_ranges(rows, config.block_kv)
-    if alibi_slopes is not None:
-        optional["slopes"] = alibi_slopes.astype(jnp.float32)
-    names = tuple(optional)
+    words = None if options.dropout is None else options.dropout.words
+    stats = statistics(lse, delta, config.block_q, words)
+    extra = extra_operands(
+        options, p.batch, config.block_q, config.block_kv, by_query=False,
+        tile_rows=config.block_kv,
+    )  # fmt: skip
+    leaves, tree = jax.tree.flatten(extra)
     outs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in (("dk", k), ("dv", v))}
     dq_out = None
     if dq and interpret:
@@ -567,39 +623,39 @@ def backward(
         dq_out = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
 
     def body(q, k, v, do, stats, *rest):
-        extra: dict[str, Any] = dict.fromkeys(("rows", "ranges", "slopes", "dq"))
-        given = (*names, *(() if dq_out is None else ("dq",)), *outs)
-        extra.update(zip(given, rest[: len(given)], strict=True))
-        scratch = dict(zip(Refs._fields[11:], rest[len(given) :], strict=True))
-        refs = Refs(q, k, v, do, stats, **extra, **scratch)
+        given = jax.tree.unflatten(tree, rest[: len(leaves)])
+        rest = rest[len(leaves) :]
+        names = (*(() if dq_out is None else ("dq",)), *outs)
+        results = dict(zip(names, rest[: len(names)], strict=True))
+        results.setdefault("dq", None)
+        scratch = dict(zip(Refs._fields[9:], rest[len(names) :], strict=True))
+        refs = Refs(q, k, v, do, stats, given, **results, **scratch)
         wg = lax.axis_index("wg")
         b, kv_head, kv_tile = decode(p, lax.axis_index("cta"))
-        first, end, full_first, full_end = query_ranges(p, refs, b, kv_tile)
 
         @pl.when(wg < config.consumers)
         def _():
             registers = {1: 240, 2: 240, 3: 160}[config.consumers]
             plgpu.set_max_registers(registers, action="increase")
-            consumer = Consumer(p, refs, wg, b, kv_head, kv_tile, first, end - first)
-            consumer.run(end, full_first, full_end)
+            Consumer(p, refs, wg, b, kv_head, kv_tile).run()
 
         @pl.when(wg == config.consumers)
         def _():
-            produce(p, refs, b, kv_head, kv_tile, first, end - first)
+            produce(p, refs, b, kv_head, kv_tile)
 
     results = _mgpu.kernel(
         body,
         out_type=tuple(outs.values()),
         scratch_types=scratch_types(p),
-        grid=(batch * kv_heads * p.kv_tiles,),
+        grid=(p.batch * p.kv_heads * p.kv_tiles,),
         grid_names=("cta",),
         num_warpgroups=config.consumers + 1,
         interpret=interpret,
-    )(q, k, v, do, stats, *optional.values(), *(() if dq_out is None else (dq_out,)))
-    dk, dv = results[0][:, :keys], results[1][:, :keys]
+    )(q, k, v, do, stats, *leaves, *(() if dq_out is None else (dq_out,)))
+    dk, dv = results[0][:, : p.keys], results[1][:, : p.keys]
     if not dq:
         return None, dk, dv
     if dq_out is not None:
-        return dq_out[...][:, :queries], dk, dv
+        return dq_out[...][:, : p.queries], dk, dv
     # the interpreter leaves the partials of skipped tiles unwritten (zero, see `interpret_params`)
-    return results[2].sum(0)[:, :queries], dk, dv
+    return results[2].sum(0)[:, : p.queries], dk, dv

@@ -20,13 +20,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _mgpu
-from pallas_kernels._mgpu import SMEM_BYTES, div, rem
+from pallas_kernels._mgpu import MASKED, SMEM_BYTES, div, rem
 from pallas_kernels.flash_attention import forward as fwd
 from pallas_kernels.flash_attention import tile
-from pallas_kernels.flash_attention.backward import statistics
 from pallas_kernels.flash_attention.config import ForwardConfig
-from pallas_kernels.flash_attention.forward import pad_tokens
-from pallas_kernels.flash_attention.mask import TILE, Band, Bounds, pad_rows, tile_ranges
+from pallas_kernels.flash_attention.mask import TILE
+from pallas_kernels.flash_attention.problem import (
+    Extra,
+    Options,
+    extra_operands,
+    pad_tokens,
+    statistics,
+)
+from pallas_kernels.flash_attention.program import Program
 
 
 class Refs(NamedTuple):
@@ -37,9 +43,7 @@ class Refs(NamedTuple):
     v: Any
     do: Any
     stats: Any  # [B, N, 2, T'] f32: lse (base 2) and delta
-    rows: Any
-    ranges: Any
-    slopes: Any
+    extra: Extra
     dq: Any
     q_smem: Any
     do_smem: Any
@@ -52,6 +56,13 @@ class Refs(NamedTuple):
     v_free: Any
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem(fwd.Problem):
+    """The static side of one call."""
+
+    slope: Program | None = None  # of the score_mod: (value, d value / d score)
+
+
 @dataclasses.dataclass(frozen=True)
 class Consumer(fwd.Consumer):
     """One consumer warpgroup at one tile."""
@@ -59,22 +70,37 @@ class Consumer(fwd.Consumer):
     def gradient(self, s_acc, dp_acc, i, masked: bool):
         """dS of block i: both matmuls, then what lies between them and dQ."""
         p, r, ops = self.p, self.refs, self.ops
-        slot = self.slot(i)
+        slot, block = self.slot(i), self.operands(i, masked)
         plgpu.barrier_wait(r.k_full.at[slot])
         s_acc = ops.wgmma(s_acc, r.q_smem.at[self.wg], r.k_smem.at[slot].T)
         plgpu.barrier_wait(r.v_full.at[slot])
         dp_acc = ops.wgmma(dp_acc, r.do_smem.at[self.wg], r.v_smem.at[slot].T)
         s = ops.load(s_acc, 1)
-        slack = None
-        if p.soft_cap is not None:
-            capped = jnp.tanh(s * (p.scale / p.soft_cap))
-            slack = 1.0 - capped * capped
-        s = self.logits(s, i, masked)
+        s, slack = self.logits_and_slope(s, i, masked, block)
         prob = jnp.exp2(s * p.multiplier - tile.by_row(self.statistic(0), s.shape[1]))
+        if p.rate:
+            kept = tile.keeps_by_query(block.words, self.key0(i), s.shape[1], p.rate)
+            prob = tile.where(kept, prob, lambda x: -x)  # until dP is there
         dp = ops.load(dp_acc, 0)
         plgpu.barrier_arrive(r.v_free.at[slot])
+        if p.rate:
+            dp, prob = jnp.where(prob < 0.0, 0.0, dp), jnp.abs(prob)
         ds = prob * (dp - tile.by_row(self.statistic(1), dp.shape[1]))
         return (ds if slack is None else ds * slack).astype(p.dtype)
+
+    def logits_and_slope(self, s, i, masked: bool, block):
+        """The forward's logits, and the factor that soft cap and score_mod put on dS."""
+        p, slack, factor = self.p, None, self.p.scale
+        if p.soft_cap is not None:
+            capped, factor = jnp.tanh(s * (p.scale / p.soft_cap)), p.soft_cap
+            slack = 1.0 - capped * capped
+        if p.slope is None:
+            return self.logits(s, i, masked, block), slack
+        natural = s * factor if p.soft_cap is None else capped * factor
+        value, slope = self.modified(p.slope, natural, block.score, i)
+        value = jnp.maximum(value, MASKED)
+        value = self.masked(value, i, block) if masked else value
+        return value, slope if slack is None else slack * slope
 
     def statistic(self, which: int):
         """lse (0) or delta (1) of this warpgroup's rows."""
@@ -129,13 +155,13 @@ class Consumer(fwd.Consumer):
         dq = self.ops.with_acc(self.attend, (TILE, p.head_dim))
         self.pass_over(self.end_i, blocks)
         dst = r.q_smem.at[self.wg]
-        dst[...] = (dq * p.scale).astype(p.dtype)
+        dst[...] = (dq * (p.scale / p.kept)).astype(p.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(dst, r.dq.at[self.b, pl.ds(self.base, TILE), self.head])
         plgpu.wait_smem_to_gmem(0)
 
 
-def produce(p: fwd.Problem, refs: Refs, b, head, q_tile, end, blocks) -> None:
+def produce(p: Problem, refs: Refs, b, head, q_tile, end, blocks) -> None:
     """The warpgroup that loads: Q and dO of every consumer, then K and V block by block."""
     c = p.config
     plgpu.set_max_registers(32 if c.consumers == 3 else 24, action="decrease")
@@ -151,7 +177,8 @@ def produce(p: fwd.Problem, refs: Refs, b, head, q_tile, end, blocks) -> None:
     @pl.loop(0, blocks)
     def _(i):
         slot = rem(i, c.stages)
-        at = (b, pl.ds((end - 1 - i) * c.block_kv, c.block_kv), div(head, p.group))
+        block = fwd.block_at(p, refs, b, head, q_tile, end, i)
+        at = (b, pl.ds(block * c.block_kv, c.block_kv), div(head, p.group))
         for src, dst, full, free in rings:
             pl.when(i >= c.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
             plgpu.copy_gmem_to_smem(src.at[at], dst.at[slot], full.at[slot])
@@ -162,7 +189,7 @@ def produce(p: fwd.Problem, refs: Refs, b, head, q_tile, end, blocks) -> None:
             plgpu.barrier_wait(free.at[rem(i, c.stages)])
 
 
-def check(p: fwd.Problem) -> None:
+def check(p: Problem) -> None:
     """Raises NotImplementedError where the tiles do not fit."""
     c = p.config
     width = p.head_dim + p.head_dim_v
@@ -181,11 +208,7 @@ def backward_dq(
     lse: jax.Array,
     delta: jax.Array,
     *,
-    band: Band,
-    bounds: Bounds | None,
-    scale: float,
-    soft_cap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
+    options: Options,
     config: ForwardConfig,
     interpret: Any = None,
 ) -> jax.Array:
@@ -193,32 +216,22 @@ def backward_dq(
 
     Of the config, `block_kv`, `stages` and `consumers` count.
     """
-    (batch, queries, heads, head_dim), (_, keys, kv_heads, head_dim_v) = q.shape, v.shape
-    p = fwd.Problem(
-        batch, queries, keys, heads, kv_heads, head_dim, head_dim_v, q.dtype, band,
-        bounds is not None, scale, soft_cap, alibi_slopes is not None, False,
-        config, bool(interpret),
-    )  # fmt: skip
+    slope = None if options.score is None else options.score.program.slope()
+    p = Problem.of(q, v, options, config, interpret, slope=slope)
     check(p)
     q, k, v, do = (pad_tokens(x) for x in (q, k, v, do))
     stats = statistics(lse, delta, config.block_q)
-    optional: dict[str, jax.Array] = {}
-    if bounds is not None:
-        rows = pad_rows(bounds.key_lo, bounds.key_hi, config.block_q)
-        rows = jnp.broadcast_to(rows, (batch, *rows.shape[1:]))
-        optional["rows"], optional["ranges"] = rows, tile_ranges(rows)
-    if alibi_slopes is not None:
-        optional["slopes"] = alibi_slopes.astype(jnp.float32)
-    names = tuple(optional)
+    extra = extra_operands(
+        options, p.batch, config.block_q, config.block_kv, by_query=True, tile_rows=TILE
+    )
+    leaves, tree = jax.tree.flatten(extra)
 
     def body(q, k, v, do, stats, *rest):
-        extra: dict[str, Any] = dict.fromkeys(("rows", "ranges", "slopes"))
-        extra.update(zip(names, rest[: len(names)], strict=True))
-        scratch = dict(zip(Refs._fields[8:], rest[len(names) :], strict=True))
-        refs = Refs(q, k, v, do, stats, **extra, **scratch)
+        given = jax.tree.unflatten(tree, rest[: len(leaves)])
+        refs = Refs(q, k, v, do, stats, given, *rest[len(leaves) :])
         wg = lax.axis_index("wg")
         b, head, q_tile = fwd.decode(p, lax.axis_index("cta"))
-        first, end = fwd.tile_blocks(p, refs, b, q_tile)
+        first, end = fwd.tile_blocks(p, refs, b, head, q_tile)
 
         @pl.when(wg < config.consumers)
         def _():
@@ -236,10 +249,10 @@ def backward_dq(
         body,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=[
-            operand(config.consumers, TILE, head_dim),
-            operand(config.consumers, TILE, head_dim_v),
-            operand(config.stages, config.block_kv, head_dim),
-            operand(config.stages, config.block_kv, head_dim_v),
+            operand(config.consumers, TILE, p.head_dim),
+            operand(config.consumers, TILE, p.head_dim_v),
+            operand(config.stages, config.block_kv, p.head_dim),
+            operand(config.stages, config.block_kv, p.head_dim_v),
             barrier(config.consumers, 2),
             barrier(config.stages),
             barrier(config.stages),
@@ -250,5 +263,5 @@ def backward_dq(
         grid_names=("cta",),
         num_warpgroups=config.consumers + 1,
         interpret=interpret,
-    )(q, k, v, do, stats, *optional.values())
-    return dq[:, :queries]
+    )(q, k, v, do, stats, *leaves)
+    return dq[:, : p.queries]

@@ -160,21 +160,21 @@ class BackwardConfig:
             return 64, head_dim
         return self.block_q, head_dim // self.consumers // self.dq_chunks
 
-    def smem_bytes(self, head_dim: int, head_dim_v: int, soft_cap: bool = False) -> int:
+    def smem_bytes(self, head_dim: int, head_dim_v: int, apart: bool = False) -> int:
         """Shared memory of operands and staging, 2-byte elements."""
         kv = self.block_kv * (head_dim + head_dim_v)
         ring = self.block_q * (self.stages * head_dim + self.do_stages * head_dim_v)
-        buffers = 2  # of dS; split by columns: 1, and P twice, its rounding, its soft-capped form
+        buffers = 2  # of dS; split by columns: 1, and P twice, its rounding, its form for dS
         if self.split == "columns":
-            buffers = 5 if soft_cap else 4
+            buffers = 5 if apart else 4
         ds = buffers * self.block_kv * self.block_q
         rows, columns = self.dq_tile(head_dim)
         dq = self.consumers * rows * columns
-        return 2 * (kv + ring + ds) + 4 * (dq + self.stages * 2 * self.block_q)
+        return 2 * (kv + ring + ds) + 4 * (dq + self.stages * 3 * self.block_q)
 
-    def check(self, head_dim: int, head_dim_v: int, soft_cap: bool = False) -> None:
+    def check(self, head_dim: int, head_dim_v: int, apart: bool = False) -> None:
         """Raises NotImplementedError where the tiles do not fit."""
-        need = self.smem_bytes(head_dim, head_dim_v, soft_cap)
+        need = self.smem_bytes(head_dim, head_dim_v, apart)
         if need > SMEM_BYTES - 1024:
             raise NotImplementedError(
                 f"{self} needs {need} bytes of shared memory at {head_dim=}, {head_dim_v=}; "

@@ -12,7 +12,6 @@ range of blocks (see `mask.py`); for blocks outside it only keeps the barriers i
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,39 +22,26 @@ from jax import lax
 
 from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import MASKED, Ops, cdiv, div, rem
+from pallas_kernels.flash_attention import problem as common
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.config import ForwardConfig
-from pallas_kernels.flash_attention.mask import TILE, Band, Bounds, pad_rows, tile_ranges
+from pallas_kernels.flash_attention.mask import TILE
+from pallas_kernels.flash_attention.problem import (
+    LN2,
+    LOG2E,
+    Extra,
+    Options,
+    at_index,
+    extra_operands,
+    load_values,
+    pad_tokens,
+    run_program,
+)
 
-LOG2E = math.log2(math.e)
-LN2 = math.log(2.0)
 
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The static side of one call; `queries` and `keys` are what the caller gave, not padded."""
-
-    batch: int
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    head_dim_v: int
-    dtype: Any
-    band: Band
-    dynamic: bool  # bounds come as arrays
-    scale: float
-    soft_cap: float | None
-    alibi: bool
-    sinks: bool
-    config: ForwardConfig
-    interpret: bool
-
-    @property
-    def group(self) -> int:
-        """Query heads of one KV head."""
-        return self.heads // self.kv_heads
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem(common.Problem):
+    """The static side of one call, in query tiles."""
 
     @property
     def q_tiles(self) -> int:
@@ -70,6 +56,8 @@ class Problem:
     @property
     def multiplier(self) -> float:
         """Takes what `_Consumer.logits` returns to base-2 logits."""
+        if self.score is not None:
+            return LOG2E
         if self.alibi:
             return 1.0
         return (self.scale if self.soft_cap is None else self.soft_cap) * LOG2E
@@ -77,12 +65,13 @@ class Problem:
     @property
     def masked_low(self) -> bool:
         """Whether blocks at the low end of a range may need a mask."""
-        return self.dynamic or self.band.left is not None
+        return not self.lists and (self.dynamic or self.band.left is not None)
 
     @property
     def masked_high(self) -> bool:
         """Whether blocks at the high end of a range may need a mask."""
-        return self.dynamic or self.band.right is not None or self.keys % self.config.block_kv != 0
+        always = self.dynamic or self.lists or self.mask is not None
+        return always or self.band.right is not None or self.keys % self.config.block_kv != 0
 
     @property
     def one_high_block(self) -> bool:
@@ -93,7 +82,7 @@ class Problem:
         """
         right = self.band.right
         aligned = right is None or (self.band.offset + right) % 64 == 0
-        return not self.dynamic and aligned
+        return not self.dynamic and not self.lists and self.mask is None and aligned
 
 
 class Refs(NamedTuple):
@@ -102,10 +91,7 @@ class Refs(NamedTuple):
     q: Any
     k: Any
     v: Any
-    rows: Any  # [B, 2, T'] i32 or None
-    ranges: Any  # [B, T' / 64, 4] i32 or None
-    slopes: Any  # [N] f32 or None
-    sinks: Any  # [N] f32 or None
+    extra: Extra
     o: Any
     lse: Any
     q_smem: Any
@@ -184,7 +170,7 @@ def row_ranges(p: Problem, refs: Any, b, base):
     """
     bk = p.config.block_kv
     if p.dynamic:
-        r = lambda i: refs.ranges[b, div(base, TILE), i]
+        r = lambda i: refs.extra.ranges[b, div(base, TILE), i]
         any_lo, any_hi, all_lo, all_hi = r(0), r(1), r(2), r(3)
     else:
         last = lax.min(base + (TILE - 1), jnp.int32(p.queries - 1))
@@ -207,8 +193,19 @@ def row_ranges(p: Problem, refs: Any, b, base):
     return first, end, full_first, full_end
 
 
-def tile_blocks(p: Problem, refs: Any, b, q_tile):
-    """`(first, end)` of the blocks that some consumer of the tile touches."""
+def block_at(p: Problem, refs: Any, b, head, q_tile, end, i):
+    """The number of the i-th block of a tile: from the last to the first, or as listed."""
+    if not p.lists:
+        return end - 1 - i
+    order = refs.extra.order
+    return order[(*at_index(order, b, head), q_tile, i)]
+
+
+def tile_blocks(p: Problem, refs: Any, b, head, q_tile):
+    """`(first, end)` of the blocks that some consumer of the tile touches; or of the list."""
+    if p.lists:
+        counts = refs.extra.counts
+        return jnp.int32(0), counts[(*at_index(counts, b, head), q_tile, 1)]
     bases = [q_tile * p.config.block_q + w * TILE for w in range(p.config.consumers)]
     if not p.dynamic and p.band.unbounded:
         return jnp.int32(0), jnp.int32(cdiv(p.keys, p.config.block_kv))
@@ -266,6 +263,14 @@ def give_turn(p: Problem, refs: Refs, wg) -> None:
 # --- the consumer ---------------------------------------------------------------------------------
 
 
+class Block(NamedTuple):
+    """Loaded values of one block: of the score_mod, of the mask_mod, of dropout; None without."""
+
+    score: Any
+    mask: Any
+    words: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Consumer:
     """One consumer warpgroup at one tile; blocks are numbered from the high end, i = 0 first."""
@@ -275,8 +280,9 @@ class Consumer:
     wg: Any
     b: Any
     head: Any
+    q_tile: Any
     base: Any  # first query row
-    end: Any  # blocks of the tile: end - 1 - i is the block number of i
+    end: Any  # past the last block of the tile, see `block_at`
     done: Any  # blocks of earlier tiles, which have used the ring
     begin_i: Any  # this warpgroup's blocks are begin_i <= i < end_i
     end_i: Any
@@ -292,6 +298,39 @@ class Consumer:
         """Ring slot of block i."""
         return rem(self.done + i, self.p.config.stages)
 
+    def key0(self, i):
+        """First key of block i."""
+        p = self.p
+        block = block_at(p, self.refs, self.b, self.head, self.q_tile, self.end, i)
+        return block * p.config.block_kv
+
+    def operands(self, i, masked: bool):
+        """What the modifiers and dropout need of block i, loaded before the matmuls are awaited."""
+        p, extra = self.p, self.refs.extra
+        at = (self.b, self.head, self.base, self.key0(i), p.config.block_kv)
+        load = lambda program, refs: load_values(program, refs, *at, by_query=True)
+        return Block(
+            load(p.score, extra.score) if p.score is not None else None,
+            load(p.mask, extra.mask) if p.mask is not None and masked else None,
+            plgpu.load(
+                extra.words.at[self.b, self.head, pl.ds(self.base, TILE)],
+                layout=plgpu.Layout.WGMMA.reduce(1),
+                optimized=False,
+            )
+            if p.rate
+            else None,
+        )
+
+    def modified(self, program, s, values, i):
+        """The outputs of a score_mod or mask_mod on block i."""
+        return run_program(program, s, values, self.base, self.key0(i), by_query=True)
+
+    def masked(self, s, i, block):
+        """MASKED where the bounds or the mask_mod hide a key."""
+        if self.p.mask is not None:
+            s = tile.masked_by(s, self.modified(self.p.mask, s, block.mask, i)[0])
+        return tile.mask(s, *self.row_bounds(self.key0(i)))
+
     def row_bounds(self, key0):
         """`(lo, hi)` for `tile.mask` on the block whose first key is key0."""
         p = self.p
@@ -299,7 +338,7 @@ class Consumer:
         if p.dynamic:
             at = pl.ds(self.base, TILE)
             load = lambda x: plgpu.load(
-                self.refs.rows.at[self.b, x, at],
+                self.refs.extra.rows.at[self.b, x, at],
                 layout=plgpu.Layout.WGMMA.reduce(1),
                 optimized=False,
             )
@@ -314,25 +353,28 @@ class Consumer:
             hi = inside if hi is None else jnp.minimum(hi, inside)
         return lo, hi
 
-    def logits(self, s, i, masked: bool):
+    def logits(self, s, i, masked: bool, block):
         """Scores as the softmax takes them: times `p.multiplier` they are base-2 logits."""
         p = self.p
-        key0 = (self.end - 1 - i) * p.config.block_kv
+        factor = p.scale if p.soft_cap is None else p.soft_cap
         if p.soft_cap is not None:
             s = jnp.tanh(s * (p.scale / p.soft_cap))
-        if p.alibi:
-            s = s * ((p.scale if p.soft_cap is None else p.soft_cap) * LOG2E)
-            distance = tile.iota(TILE, 0) - tile.iota(TILE, 1) + (self.base + p.band.offset - key0)
-            slope = self.refs.slopes[self.head] * LOG2E
-            s = tile.add_distance(s, distance.astype(jnp.float32), slope)
-        return tile.mask(s, *self.row_bounds(key0)) if masked else s
+        if p.score is not None:
+            # a score_mod may hide keys by -inf; MASKED says the same and is finite
+            s = jnp.maximum(self.modified(p.score, s * factor, block.score, i)[0], MASKED)
+        elif p.alibi:
+            distance = tile.iota(TILE, 0) - tile.iota(TILE, 1)
+            distance = distance + (self.base + p.band.offset - self.key0(i))
+            slope = self.refs.extra.slopes[self.head] * LOG2E
+            s = tile.add_distance(s * (factor * LOG2E), distance.astype(jnp.float32), slope)
+        return self.masked(s, i, block) if masked else s
 
     def row_sum(self, x):
         """Row sums, or their 8 columns (`late_sum`)."""
         return tile.fold(x) if self.p.config.late_sum else x.sum(axis=1)
 
-    def softmax(self, s, m, total):
-        """Online softmax step: new maximum (base 2), sum, rescale factor and P."""
+    def softmax(self, s, m, total, i, block):
+        """Online softmax step: new maximum (base 2), sum, rescale factor and P after dropout."""
         p = self.p
         block_max = s.max(axis=1) * p.multiplier
         m_new = block_max if m is None else jnp.maximum(m, block_max)
@@ -340,6 +382,9 @@ class Consumer:
             s * p.multiplier - tile.by_row(m_new, s.shape[1]), p.config.poly, p.interpret
         )
         fresh = self.row_sum(prob)
+        if p.rate:
+            kept = tile.keeps_by_query(block.words, self.key0(i), s.shape[1], p.rate)
+            prob = tile.where(kept, prob, 0.0)
         if m is None:
             return m_new, fresh, None, prob
         rescale = jnp.exp2(m - m_new)
@@ -355,6 +400,7 @@ class Consumer:
         """Q K^T and softmax of the first block: nothing to overlap with yet."""
         p, r, i = self.p, self.refs, self.begin_i
         slot = self.slot(i)
+        block = self.operands(i, masked=True)
 
         def scores(acc):
             plgpu.barrier_wait(r.k_full.at[slot])
@@ -364,8 +410,8 @@ class Consumer:
         s = self.ops.with_acc(scores, (TILE, p.config.block_kv))
         free_slot(p, r, 0, slot)
         self.release_q(i)
-        s = self.logits(s, i, masked=p.masked_low or p.masked_high)
-        m, total, _, prob = self.softmax(s, None, None)
+        s = self.logits(s, i, p.masked_low or p.masked_high, block)
+        m, total, _, prob = self.softmax(s, None, None, i, block)
         nxt = self.slot(i + 1)
         pl.when(i + 1 < self.end_i)(lambda: plgpu.barrier_wait(r.k_full.at[nxt]))
         return m, total, prob.astype(p.dtype), self.ops.carry(oacc)
@@ -376,6 +422,7 @@ class Consumer:
         m, total, prob, o_carry = carry
         cur, prev, nxt = self.slot(i), self.slot(i - 1), self.slot(i + 1)
         o = ops.uncarry(oacc, o_carry)
+        block = self.operands(i, masked)
 
         def scores(acc):
             nonlocal o
@@ -389,8 +436,8 @@ class Consumer:
             self.release_q(i)
             return s
 
-        s = self.logits(ops.with_acc(scores, (TILE, p.config.block_kv)), i, masked)
-        m, total, rescale, prob = lax.optimization_barrier(self.softmax(s, m, total))
+        s = self.logits(ops.with_acc(scores, (TILE, p.config.block_kv)), i, masked, block)
+        m, total, rescale, prob = lax.optimization_barrier(self.softmax(s, m, total, i, block))
         # a basic-block border: ptxas may not hoist the wait for P V above the softmax
         pl.when(i + 1 < self.end_i)(lambda: plgpu.barrier_wait(r.k_full.at[nxt]))
         value = ops.load(o, 0)
@@ -432,7 +479,9 @@ class Consumer:
         empty = m < MASKED * p.multiplier * 0.5
         lse = (m + jnp.log2(total)) * LN2
         if p.sinks:
-            total = total + jnp.exp2(self.refs.sinks[self.head] * LOG2E - m)
+            total = total + jnp.exp2(self.refs.extra.sinks[self.head] * LOG2E - m)
+        if p.rate:
+            total = total * p.kept
         scale = jnp.where(empty, 0.0, 1.0 / total)
         return o * tile.by_row(scale, o.shape[1]), jnp.where(empty, -jnp.inf, lse)
 
@@ -497,7 +546,7 @@ class Consumer:
             o, lse = self.normalise(o, m, total)
             self.store(o.astype(p.dtype), lse)
 
-        if p.dynamic or not p.band.unbounded or p.queries % p.config.block_q:
+        if p.dynamic or p.lists or not p.band.unbounded or p.queries % p.config.block_q:
 
             @pl.when(self.begin_i >= self.end_i)
             def _():
@@ -515,12 +564,19 @@ class Consumer:
 def place(p: Problem, refs: Any, wg, b, head, q_tile, first, end, done) -> tuple:
     """The fields of a `Consumer` whose tile has the blocks `first..end`."""
     base = q_tile * p.config.block_q + wg * TILE
+    where = (p, refs, wg, b, head, q_tile, base, end, done)
+    if p.lists:
+        counts = refs.extra.counts
+        partial = counts[(*at_index(counts, b, head), q_tile, 0)]
+        return *where, jnp.int32(0), end, partial, end
     lo, hi, full_lo, full_hi = row_ranges(p, refs, b, base)
     none, blocks = hi == 0, end - first
     # an empty consumer passes over every block of the tile
     begin_i = jnp.where(none, blocks, end - hi)
     end_i = jnp.where(none, blocks, end - lo)
-    return p, refs, wg, b, head, base, end, done, begin_i, end_i, end - full_hi, end - full_lo
+    if p.mask is not None:  # every block takes the mask_mod
+        return *where, begin_i, end_i, end_i, end_i
+    return *where, begin_i, end_i, end - full_hi, end - full_lo
 
 
 def consume(p: Problem, refs: Refs, wg) -> None:
@@ -534,7 +590,7 @@ def consume(p: Problem, refs: Refs, wg) -> None:
     def one(j, t, done):
         del j
         b, head, q_tile = decode(p, t)
-        first, end = tile_blocks(p, refs, b, q_tile)
+        first, end = tile_blocks(p, refs, b, head, q_tile)
         blocks = end - first
         Consumer(*place(p, refs, wg, b, head, q_tile, first, end, done)).run(blocks)
         return done + blocks
@@ -552,7 +608,7 @@ def produce(p: Problem, refs: Refs) -> None:
 
     def one(j, t, done):
         b, head, q_tile = decode(p, t)
-        first, end = tile_blocks(p, refs, b, q_tile)
+        first, end = tile_blocks(p, refs, b, head, q_tile)
         blocks = end - first
         kv_head = div(head, p.group)
 
@@ -571,7 +627,8 @@ def produce(p: Problem, refs: Refs) -> None:
                 (refs.v, refs.v_smem, refs.v_full),
             )
             src, dst, full = rings[which]
-            rows = pl.ds((end - 1 - i) * c.block_kv, c.block_kv)
+            block = block_at(p, refs, b, head, q_tile, end, i)
+            rows = pl.ds(block * c.block_kv, c.block_kv)
             pl.when(done + i >= c.stages)(lambda: await_slot(p, refs, which, slot))
             plgpu.copy_gmem_to_smem(src.at[b, rows, kv_head], dst.at[slot], full.at[slot])
 
@@ -627,48 +684,26 @@ def forward(
     k: jax.Array,
     v: jax.Array,
     *,
-    band: Band,
-    bounds: Bounds | None,
-    scale: float,
-    soft_cap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
+    options: Options,
     config: ForwardConfig,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel: `(out [B, T, N, Hv], lse [B, N, T] f32)`.
 
-    T and S are multiples of 8 in memory only where `entry` padded them: `queries` and `keys` of the
-    problem are what the masks use.  H and Hv are multiples of 64 with Hv <= H.
+    T and S are multiples of 8 in memory only where `pad_tokens` made them so: `queries` and `keys`
+    of the problem are what the masks use.  H and Hv are multiples of 64 with Hv <= H.
     """
-    (batch, queries, heads, head_dim), (_, keys, kv_heads, head_dim_v) = q.shape, v.shape
-    p = Problem(
-        batch, queries, keys, heads, kv_heads, head_dim, head_dim_v, q.dtype, band,
-        bounds is not None, scale, soft_cap, alibi_slopes is not None, sinks is not None,
-        config, bool(interpret),
-    )  # fmt: skip
-    config.check(head_dim, head_dim_v)
-    # TMA strides and the 8-row tiles want multiples of 8 rows; rows past the end are never seen
+    p = Problem.of(q, v, options, config, interpret)
+    config.check(p.head_dim, p.head_dim_v)
     q, k, v = (pad_tokens(x) for x in (q, k, v))
-    padded = q.shape[1]
-    optional: dict[str, jax.Array] = {}
-    if bounds is not None:
-        rows = pad_rows(bounds.key_lo, bounds.key_hi, config.block_q)
-        rows = jnp.broadcast_to(rows, (batch, *rows.shape[1:]))
-        optional["rows"], optional["ranges"] = rows, tile_ranges(rows)
-    if alibi_slopes is not None:
-        optional["slopes"] = alibi_slopes.astype(jnp.float32)
-    if sinks is not None:
-        optional["sinks"] = sinks.astype(jnp.float32)
-    names = tuple(optional)
+    extra = extra_operands(
+        options, p.batch, config.block_q, config.block_kv, by_query=True, tile_rows=TILE
+    )
+    leaves, tree = jax.tree.flatten(extra)
 
     def body(q, k, v, *rest):
-        extra: dict[str, Any] = dict.fromkeys(("rows", "ranges", "slopes", "sinks"))
-        extra.update(zip(names, rest[: len(names)], strict=True))
-        o, lse, *scratch = rest[len(names) :]
-        refs = Refs(
-            q, k, v, **extra, o=o, lse=lse, **dict(zip(Refs._fields[9:], scratch, strict=True))
-        )
+        given = jax.tree.unflatten(tree, rest[: len(leaves)])
+        refs = Refs(q, k, v, given, *rest[len(leaves) :])
         wg = lax.axis_index("wg")
         pl.when(wg < config.consumers)(lambda: consume(p, refs, wg))
         pl.when(wg == config.consumers)(lambda: produce(p, refs))
@@ -676,19 +711,13 @@ def forward(
     out, lse = _mgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((batch, padded, heads, head_dim_v), q.dtype),
-            jax.ShapeDtypeStruct((batch, heads, p.q_tiles * config.block_q), jnp.float32),
+            jax.ShapeDtypeStruct((*q.shape[:3], p.head_dim_v), q.dtype),
+            jax.ShapeDtypeStruct((p.batch, p.heads, p.q_tiles * config.block_q), jnp.float32),
         ),
         scratch_types=scratch_types(p),
         grid=(min(config.num_sms, p.total) if config.persistent else p.total,),
         grid_names=("cta",),
         num_warpgroups=config.consumers + 1,
         interpret=interpret,
-    )(q, k, v, *optional.values())
-    return out[:, :queries], lse[:, :, :queries]
-
-
-def pad_tokens(x: jax.Array) -> jax.Array:
-    """`[B, T, ...]` with T padded to a multiple of 8."""
-    extra = -x.shape[1] % 8
-    return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x
+    )(q, k, v, *leaves)
+    return out[:, : p.queries], lse[:, :, : p.queries]

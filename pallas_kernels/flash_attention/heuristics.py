@@ -1,18 +1,20 @@
 """Which tiles a shape gets: a table of what measured best on an H200 (docs/kernels.md)."""
 
 from pallas_kernels.flash_attention.config import BackwardConfig, ForwardConfig
-from pallas_kernels.flash_attention.mask import Band, Bounds
+from pallas_kernels.flash_attention.problem import Options
 
 
-def forward_config(
-    head_dim: int, head_dim_v: int, band: Band, bounds: Bounds | None
-) -> ForwardConfig:
+def forward_config(head_dim: int, head_dim_v: int, options: Options) -> ForwardConfig:
     """Tiles of the forward for padded head widths.
 
-    >>> forward_config(64, 64, Band(), None).consumers
+    >>> from pallas_kernels.flash_attention.mask import Band
+    >>> forward_config(64, 64, Options(Band(), 0.125)).consumers
     3
     """
-    plain = bounds is None and band.unbounded
+    plain = options.bounds is None and options.band.unbounded
+    plain = plain and options.score is None and options.mask is None and options.dropout is None
+    if head_dim <= 64 and options.loads:
+        return ForwardConfig()
     if head_dim <= 64:
         return ForwardConfig(consumers=3)
     if head_dim <= 128 and plain:
@@ -34,15 +36,17 @@ def dq_config(head_dim: int, head_dim_v: int) -> ForwardConfig:
     return ForwardConfig(block_kv=64)
 
 
-def backward_config(head_dim: int, head_dim_v: int, soft_cap: bool = False) -> BackwardConfig:
+def backward_config(head_dim: int, head_dim_v: int, options: Options) -> BackwardConfig:
     """Tiles of the backward for padded head widths.
 
-    >>> backward_config(128, 128).block_q
+    >>> from pallas_kernels.flash_attention.mask import Band
+    >>> backward_config(128, 128, Options(Band(), 0.125)).block_q
     64
     """
     if max(head_dim, head_dim_v) <= 64:
-        return BackwardConfig(block_q=128)
+        modified = options.score is not None or options.dropout is not None or options.loads
+        return BackwardConfig(block_q=64 if modified else 128)
     if max(head_dim, head_dim_v) <= 128:
         return BackwardConfig()
-    stages = 1 if soft_cap else 2
+    stages = 1 if options.apart else 2
     return BackwardConfig(split="columns", stages=stages, do_stages=1, dq_chunks=2)

@@ -181,6 +181,76 @@ def tile_ranges(rows: jax.Array, tile: int = TILE) -> jax.Array:
     return jnp.stack([lo.min(-1), hi.max(-1), lo.max(-1), hi.min(-1)], axis=-1)
 
 
+class BlockKinds(NamedTuple):
+    """A block mask over tiles of the caller's size; 0 empty, 1 partial, 2 full."""
+
+    kinds: jax.Array  # [b, n, T tiles, S tiles] i8
+    block_q: int
+    block_kv: int
+    queries: int
+    keys: int
+
+
+def _regrid(kinds: jax.Array, axis: int, size: int, length: int, tile: int) -> jax.Array:
+    """Tiles of `size` along an axis to tiles of `tile`: the least and the most of what they meet.
+
+    Returns [2, ...]: minimum and maximum of the kinds that a new tile touches.
+    """
+    first = jnp.arange(-(-length // tile)) * tile
+    last = jnp.minimum(first + tile, length) - 1
+    most = (tile - 1) // size + 2
+    index = jnp.minimum(first[:, None] // size + jnp.arange(most)[None], last[:, None] // size)
+    met = jnp.moveaxis(jnp.take(kinds, index, axis=axis), axis + 1, 0)
+    return jnp.stack([met.min(0), met.max(0)])
+
+
+def block_lists(
+    blocks: BlockKinds, band: Band, bounds: Bounds | None, tile_q: int, tile_kv: int, *,
+    by_query: bool,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """What each tile visits: `(order [b, n, tiles, blocks], counts [b, n, tiles, 2])` i32.
+
+    The block mask is brought to the kernel's tiles and joined with the band or the bounds.  Blocks
+    that need a mask come first, counts are (those, all); `by_query` lists key blocks of query
+    tiles, otherwise query blocks of key tiles.
+
+    >>> kinds = jnp.array([[[[2, 0], [1, 2]]]], jnp.int8)
+    >>> mask = BlockKinds(kinds, 64, 64, 128, 128)
+    >>> order, counts = block_lists(mask, Band(), None, 64, 64, by_query=True)
+    >>> order[0, 0, 1].tolist(), counts[0, 0].tolist()
+    ([0, 1], [[0, 1], [1, 2]])
+    """
+    T, S = blocks.queries, blocks.keys
+    low, high = _regrid(blocks.kinds, 2, blocks.block_q, T, tile_q)
+    low = _regrid(low, 3, blocks.block_kv, S, tile_kv)[0]
+    high = _regrid(high, 3, blocks.block_kv, S, tile_kv)[1]
+    some, every = high > 0, low == 2
+    if bounds is None:
+        lo, hi = band.key_bounds(jnp.arange(T, dtype=jnp.int32)[None], S)
+    else:
+        lo, hi = bounds.key_lo, bounds.key_hi
+    rows = pad_rows(lo, hi, tile_q)
+    if T % tile_q:  # rows past the end need no mask of their own: nothing of them is kept
+        beyond = jnp.arange(rows.shape[2]) >= T
+        inside = rows.at[:, 0].set(jnp.where(beyond, 0, rows[:, 0]))
+        inside = inside.at[:, 1].set(jnp.where(beyond, FAR, rows[:, 1]))
+        full = tile_ranges(inside, tile_q)
+    else:
+        full = tile_ranges(rows, tile_q)
+    any_lo, any_hi = (tile_ranges(rows, tile_q)[:, :, i, None] for i in (0, 1))
+    all_lo, all_hi = (full[:, :, i, None] for i in (2, 3))
+    first = jnp.arange(-(-S // tile_kv), dtype=jnp.int32)[None, None] * tile_kv
+    met = (first < any_hi) & (first + tile_kv > any_lo)
+    inside = (first >= all_lo) & (first + tile_kv <= all_hi)
+    some, every = some & met[:, None], every & inside[:, None]
+    kinds = jnp.where(some, 1 + every.astype(jnp.int32), 0)
+    if not by_query:
+        kinds = kinds.swapaxes(2, 3)
+    order = jnp.argsort(jnp.where(kinds == 0, 3, kinds), axis=-1, stable=True).astype(jnp.int32)
+    counts = jnp.stack([(kinds == 1).sum(-1), (kinds > 0).sum(-1)], axis=-1)
+    return order, counts.astype(jnp.int32)
+
+
 def visible(band: Band, bounds: Bounds | None, num_queries: int, num_keys: int) -> jax.Array:
     """[B or 1, T, S] bool, for references and tests only: the mask written out.
 

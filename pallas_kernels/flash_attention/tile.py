@@ -7,11 +7,16 @@ comparisons and distances are against immediate numbers.  A full-width iota woul
 spill.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._mgpu import MASKED
+from pallas_kernels.dropout import PAIR, WEYL, mix, threshold
+from pallas_kernels.flash_attention.program import Program, index
 
 GROUP = 8
 
@@ -93,3 +98,82 @@ def fold(p):
         pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
         parts = pairs + parts[len(pairs) * 2 :]
     return parts[0]
+
+
+def evaluate(
+    program: Program,
+    x,
+    values: Sequence[Any],
+    forms: Sequence[Any],
+    row0,
+    column0,
+    by_query: bool,
+) -> tuple[Any, ...]:
+    """The outputs of a program on the tile x, group by group.
+
+    `forms` says how a value meets the tile: 0 by its rows, 1 by its columns, "tile" or "scalar".
+    """
+    rows, shape = x.shape[0], (x.shape[0], GROUP)
+    row, column = iota(rows, 0) + row0, iota(rows, 1) + column0
+    row_float, column_float = row.astype(jnp.float32), column.astype(jnp.float32)
+    along_rows = index(row, floats=row_float)
+    fixed = [
+        by_row(v, GROUP) if form == 0
+        else lax.broadcast_in_dim(v, shape, ()) if form == "scalar"
+        else by_column(v, rows) if form == 1
+        else v
+        for v, form in zip(values, forms, strict=True)
+    ]  # fmt: skip
+    found = []
+    for c, score in groups(x):
+        along_columns = index(column, c, column_float)
+        here = [
+            v if form in (0, "scalar") else v[:, c : c + GROUP]
+            for v, form in zip(fixed, forms, strict=True)
+        ]
+        here = [v.astype(jnp.float32) if v.dtype in NARROW else v for v in here]
+        t, s = (along_rows, along_columns) if by_query else (along_columns, along_rows)
+        found.append(program.on_tile(score, t, s, here))
+    return tuple(lax.concatenate(parts, 1) for parts in zip(*found, strict=True))
+
+
+NARROW = (jnp.bfloat16, jnp.float16)
+
+
+def masked_by(x, seen):
+    """MASKED where `seen` is false; both are whole tiles."""
+    return jnp.where(seen, x, MASKED)
+
+
+def keeps_by_query(words, key0, columns: int, rate: float):
+    """Which scores dropout keeps, rows being queries: a list of `[rows, 8]` bools.
+
+    One word serves two groups: key tokens s and s ^ 8.
+    """
+    rows = words.shape[0]
+    word = by_row(words, GROUP)
+    first = (iota(rows, 1) + key0).astype(jnp.uint32) * jnp.uint32(WEYL)
+    border, kept = jnp.uint32(threshold(rate)), []
+    for c in range(0, columns, 2 * PAIR):
+        bits = mix(word ^ (first + jnp.uint32(c * WEYL & 0xFFFFFFFF)))
+        kept += [(bits << jnp.uint32(16)) >= border, bits >= border]
+    return kept
+
+
+def keeps_by_key(words, key0, rows: int, rate: float):
+    """The same where columns are queries: words is `[columns]`."""
+    key = iota(rows, 0) + key0
+    column = (key & ~PAIR).astype(jnp.uint32) * jnp.uint32(WEYL)
+    shift = (PAIR - (key & PAIR)).astype(jnp.uint32) * jnp.uint32(2)
+    border, word = jnp.uint32(threshold(rate)), by_column(words, rows)
+    return [
+        (mix(word[:, c : c + GROUP] ^ column) << shift) >= border
+        for c in range(0, words.shape[0], GROUP)
+    ]
+
+
+def where(kept: Sequence[Any], x, other):
+    """x where `kept`, group by group; `other` is a function of the group or a number."""
+    value = other if callable(other) else lambda _: other
+    parts = [jnp.where(k, g, value(g)) for k, (_, g) in zip(kept, groups(x), strict=True)]
+    return lax.concatenate(parts, 1)

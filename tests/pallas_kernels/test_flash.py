@@ -179,7 +179,7 @@ def test_lse_is_stored_in_whole_tiles():
         patch.setattr(forward._mgpu, "kernel", record)
         q = jax.ShapeDtypeStruct((1, 129, 2, 64), BF16)
         jax.eval_shape(lambda q: fa.flash_attention_fwd(q, q, q, band=causal, scale=0.1), q)
-    block_q = heuristics.forward_config(64, 64, causal, None).block_q
+    block_q = heuristics.forward_config(64, 64, fa.Options(causal, 0.1)).block_q
     assert shapes[0][1].shape[-1] % block_q == 0
 
 
