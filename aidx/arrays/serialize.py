@@ -99,11 +99,15 @@ def _identity(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def serialize(tree: Any) -> bytes:
-    """A pytree as bytes: exact, in one pass at the speed of memory.
+def serialize(tree: Any) -> memoryview:
+    """A pytree as read-only bytes: exact, in one pass at the speed of memory.
 
     Containers are dicts (string or integer keys), lists, tuples, None and registered classes;
     leaves are JAX and NumPy arrays of every dtype, typed PRNG keys, Python scalars and strings.
+
+    Returns:
+        All the bytes, as a read-only memoryview: `file.write` and `deserialize` take it as it is,
+        `bytes(...)` copies it.
 
     Raises:
         TypeError: something else; the message says where.
@@ -111,8 +115,9 @@ def serialize(tree: Any) -> bytes:
 
     Example:
         >>> data = serialize({"w": jnp.ones((2, 3), jnp.bfloat16), "step": 7})
-        >>> deserialize(data)["w"].dtype.name, len(data)
-        ('bfloat16', 460)
+        >>> tree = deserialize(data)
+        >>> tree["w"].dtype.name, tree["step"]
+        ('bfloat16', 7)
     """
     arrays: list[tuple[str, tuple[int, ...], np.ndarray]] = []
     node = _encode(tree, arrays, "", 0)
@@ -122,23 +127,23 @@ def serialize(tree: Any) -> bytes:
     views, end = [], 0
     for i in order:
         tag, shape, array = arrays[i]
-        view = array.reshape(-1).view(np.uint8).data
-        header[str(i)] = {
-            "dtype": tag,
-            "shape": list(shape),
-            "data_offsets": [end, end + view.nbytes],
-        }
+        view = array.reshape(-1).view(np.uint8)
+        offsets = [end, end + view.size]
+        header[str(i)] = {"dtype": tag, "shape": list(shape), "data_offsets": offsets}
         views.append(view)
-        end += view.nbytes
+        end += view.size
     sums = dict(zip(map(str, order), _checksums(views), strict=True))
     header["__metadata__"] = {"tree": json.dumps(node), "crc32": json.dumps(sums)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(PREFIX.size + 8 + len(text)) % 64)
-    length = struct.pack("<Q", len(text))
-    total = struct.pack("<Q", len(length) + len(text) + end)
-    checksum = zlib.crc32(text, zlib.crc32(length, zlib.crc32(total)))
-    prefix = PREFIX.pack(MAGIC, VERSION, checksum, len(length) + len(text) + end)
-    return b"".join([prefix, length, text, *views])
+    body = struct.pack("<Q", len(text)) + text
+    total = len(body) + end
+    checksum = zlib.crc32(body, zlib.crc32(struct.pack("<Q", total)))
+    head = PREFIX.pack(MAGIC, VERSION, checksum, total) + body
+    out = np.empty(len(head) + end, np.uint8)
+    out[: len(head)] = np.frombuffer(head, np.uint8)
+    _copy(views, out[len(head) :])
+    return out.data.toreadonly()
 
 
 def deserialize(data: bytes | bytearray | memoryview, *, numpy: bool = False) -> Any:
@@ -156,7 +161,7 @@ def deserialize(data: bytes | bytearray | memoryview, *, numpy: bool = False) ->
             version, with a class that is not registered; or a 64-bit JAX array while x64 is off.
 
     Example:
-        >>> deserialize(b"AIDXTREE" + bytes(16))
+        >>> deserialize(b"AIDXTREE" + bytes(24))
         Traceback (most recent call last):
         ValueError: version 0 of the format; this reads version 1
     """
@@ -229,7 +234,7 @@ def _encode(x: Any, arrays: list, where: str, depth: int) -> Any:
         if bad := [key for key in x if type(key) not in (str, int)]:
             raise TypeError(f"key {bad[0]!r} in {where or 'the tree'} is no string and no integer")
         return {"dict": [[key, inner(value, key)] for key, value in x.items()]}
-    if isinstance(x, np.dtype) or (isinstance(x, type) and issubclass(x, np.generic)):
+    if isinstance(x, np.dtype) or (isinstance(x, type) and hasattr(x, "dtype")):
         return {"dtype": np.dtype(x).name}
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         return _encode_array(x, arrays, where)
@@ -278,15 +283,30 @@ def _encode_array(x: Any, arrays: list, where: str) -> Any:
     return node
 
 
-def _checksums(views: list) -> list[list[int]]:
-    """The crc32 of every `CHUNK` of every view; zlib lets other threads run."""
-    pieces = [v[i : i + CHUNK] for v in views for i in range(0, max(1, v.nbytes), CHUNK)]
-    if sum(v.nbytes for v in views) <= CHUNK:
-        sums = iter([zlib.crc32(piece) for piece in pieces])
-    else:
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            sums = iter(list(pool.map(zlib.crc32, pieces)))
-    return [[next(sums) for _ in range(0, max(1, v.nbytes), CHUNK)] for v in views]
+def _copy(views: list[np.ndarray], out: np.ndarray) -> None:
+    """The views one after another into `out`."""
+    ends = np.cumsum([0, *(view.size for view in views)])
+    pieces = [
+        (out[ends[n] : ends[n + 1]][i : i + CHUNK], view[i : i + CHUNK])
+        for n, view in enumerate(views)
+        for i in range(0, view.size, CHUNK)
+    ]
+    _parallel(lambda pair: np.copyto(*pair), pieces, out.size)
+
+
+def _parallel(f: Callable, pieces: list, size: int) -> list:
+    """`map`, in threads where there is much to do: zlib and NumPy let each other run."""
+    if size < CHUNK:
+        return [f(piece) for piece in pieces]
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(f, pieces))
+
+
+def _checksums(views: list[np.ndarray]) -> list[list[int]]:
+    """The crc32 of every `CHUNK` of every view."""
+    pieces = [v[i : i + CHUNK] for v in views for i in range(0, max(1, v.size), CHUNK)]
+    sums = iter(_parallel(zlib.crc32, pieces, sum(v.size for v in views)))
+    return [[next(sums) for _ in range(0, max(1, v.size), CHUNK)] for v in views]
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -302,7 +322,8 @@ def _read_header(buffer: memoryview) -> tuple[dict[str, Any], memoryview]:
     if version != VERSION:
         raise ValueError(f"version {version} of the format; this reads version {VERSION}")
     if total != len(buffer) - PREFIX.size:
-        raise ValueError(f"{total} bytes were written after the prefix, {len(buffer) - PREFIX.size} are here")
+        here = len(buffer) - PREFIX.size
+        raise ValueError(f"{total} bytes were written after the prefix, {here} are here")
     (length,) = struct.unpack_from("<Q", buffer, PREFIX.size)
     start = PREFIX.size + 8
     if length > len(buffer) - start:
@@ -359,15 +380,16 @@ def _read_tensors(header: dict, tensors: memoryview) -> tuple[dict[int, np.ndarr
         end = stop
     if end != len(tensors):
         raise ValueError(f"tensors of {end} bytes in {len(tensors)}")
-    views = [tensors[start:stop] for start, stop, *_ in entries.values()]
+    every = np.frombuffer(tensors, np.uint8)
+    views = [every[start:stop] for start, stop, *_ in entries.values()]
     found = dict(zip(entries, _checksums(views), strict=True))
     if bad := [name for name in found if sums.get(name) != found[name]]:
         raise ValueError(f"tensor {bad[0]} is corrupted: its checksum differs")
     arrays = {}
     for view, (name, (_, _, dtype, shape)) in zip(views, entries.items(), strict=True):
-        if dtype == np.bool_ and len(view) and np.frombuffer(view, np.uint8).max() > 1:
+        if dtype == np.bool_ and view.size and view.max() > 1:
             raise ValueError(f"tensor {name}: a bool is neither 0 nor 1")
-        arrays[int(name)] = _shaped(np.frombuffer(view, dtype), shape)
+        arrays[int(name)] = _shaped(view.view(dtype), shape)
     return arrays, tree
 
 
@@ -503,4 +525,19 @@ def _to_jax(node: dict, array: np.ndarray, numpy: bool) -> Any:
         raise ValueError(f"a JAX array of {array.dtype} needs x64: jax.enable_x64, or numpy=True")
     if any(n >= 2**31 for n in array.shape):
         raise ValueError(f"shape {array.shape} is too large for a device")
-    return jnp.array(array)
+    return _on_device(array)
+
+
+def _on_device(array: np.ndarray) -> jax.Array:
+    """A JAX array of its own memory.
+
+    On a CPU it takes over an aligned copy: JAX's own copy is slower, for it is made in pages of
+    4 KiB that the kernel clears one by one, and NumPy asks for large ones.
+    """
+    if jax.default_backend() != "cpu" or not array.size:
+        return jnp.array(array)
+    room = np.empty(array.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    np.copyto(copy, array)
+    return jax.device_put(copy)
