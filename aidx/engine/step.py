@@ -398,17 +398,30 @@ def row_buckets(max_num_seqs: int, *, cpu: bool = True) -> tuple[int, ...]:
 
 
 def token_buckets(max_num_batched_tokens: int, *, cpu: bool = True) -> tuple[int, ...]:
-    """Tokens that other steps come in: halves near the top, where padding is dear, then quarters.
+    """Tokens that other steps come in.
+
+    Padding costs what tokens cost, on a GPU from some 256 tokens on (below, the parameters' bytes
+    are the bound).  So: halves, on a GPU with a size between two where steps of decodes and one
+    prompt fall; on a CPU quarters at the small end.
 
     Example:
-        >>> token_buckets(2048), token_buckets(2048, cpu=False)
-        ((32, 128, 512, 1024, 2048), (128, 512, 1024, 2048))
+        >>> token_buckets(2048)
+        (32, 128, 512, 1024, 2048)
+        >>> token_buckets(8192, cpu=False)
+        (128, 384, 512, 768, 1024, 2048, 4096, 8192)
     """
-    least = 32 if cpu else 128
+    if not cpu:
+        sizes = [size for size in (128, 384, 512, 768, 1024) if size < max_num_batched_tokens]
+        sizes += [1 << i for i in range(11, max_num_batched_tokens.bit_length())]
+        return tuple(
+            sorted(
+                {size for size in sizes if size < max_num_batched_tokens} | {max_num_batched_tokens}
+            )
+        )
     sizes, size = [max_num_batched_tokens], max_num_batched_tokens
-    while size > least:
+    while size > 32:
         size = -(-size // (2 if len(sizes) < 3 else 4))
-        sizes.append(max(size, least // 2))
+        sizes.append(max(size, 16))
     return tuple(sorted(set(sizes)))
 
 

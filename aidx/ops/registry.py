@@ -17,6 +17,9 @@ from typing import Any, Literal
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+from jax.sharding import get_abstract_mesh
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import func
 
 type ImplementationChoice = str | Sequence[str] | None
 
@@ -302,11 +305,31 @@ def _lower(ctx: Any, *operands: Any, call: Call, in_tree: Any, out_avals: Any) -
     if len(platforms) != 1:
         raise NotImplementedError(f"{call.op} lowers for one platform at a time, not {platforms}")
     platform = platforms[0]
-    rule = mlir.lower_fun(
-        lambda *leaves: _run(*leaves, call=call, in_tree=in_tree, platform=platform),
-        multiple_results=True,
-    )
-    return rule(ctx, *operands)
+    run = functools.partial(_run, call=call, in_tree=in_tree, platform=platform)
+    meshes = [get_abstract_mesh(), *(aval.sharding.mesh for aval in ctx.avals_in)]
+    if platform != "cuda" or not all(mesh.empty for mesh in meshes):
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+    # Lowering a kernel takes a second or two of Python: once a process, whatever programs call it.
+    avals = tuple((aval.shape, aval.dtype, aval.weak_type) for aval in ctx.avals_in)
+    state = (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
+    code = _lowered(call, call.candidates(platform), in_tree, platform, avals, state)
+    module = ir.Module.parse(code, ctx.module_context.context)
+    types = ir.SymbolTable(module.operation)["main"].type.results
+    context = ctx.module_context
+    name = mlir.merge_mlir_modules(context.module, call.op, module, context.symbol_table)
+    return func.CallOp(types, ir.FlatSymbolRefAttr.get(name), operands).results
+
+
+@functools.lru_cache(maxsize=256)
+def _lowered(
+    call: Call, candidates: Any, in_tree: Any, platform: str, avals: Any, state: Any
+) -> bytes:
+    """The MLIR of `_run` on operands of these (shape, dtype, weak_type), as bytecode."""
+    del candidates, state  # they tell apart what has to be lowered anew
+    run = functools.partial(_run, call=call, in_tree=in_tree, platform=platform)
+    leaves = [jax.ShapeDtypeStruct(s, d, weak_type=weak) for s, d, weak in avals]
+    lowered = jax.jit(run).trace(*leaves).lower(lowering_platforms=(platform,))
+    return mlir.module_to_bytecode(lowered.compiler_ir())
 
 
 _deferred_p.def_abstract_eval(lambda *_, call, in_tree, out_avals: list(out_avals))
