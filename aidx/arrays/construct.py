@@ -291,4 +291,3 @@ def _as(cls: Any, a: COO) -> Any:
     if cls not in (COO, CSR, CSC):
         raise TypeError(f"cls must be COO, CSR or CSC, not {cls}; BSR: .to_bsr(block_size)")
     return {COO: to_coo, CSR: COO.to_csr, CSC: COO.to_csc}[cls](a)
-

@@ -325,8 +325,10 @@ def distinct(
     M, N = grid
     size = row.shape[0]
     sorted_row, sorted_col, order = sorted_order(row, col)
-    first = jnp.ones(size, bool).at[1:].set(
-        (sorted_row[1:] != sorted_row[:-1]) | (sorted_col[1:] != sorted_col[:-1])
+    first = (
+        jnp.ones(size, bool)
+        .at[1:]
+        .set((sorted_row[1:] != sorted_row[:-1]) | (sorted_col[1:] != sorted_col[:-1]))
     )
     used = (sorted_row < M) & (sorted_col < N)
     place = jnp.cumsum(first, dtype=jnp.int32) - 1

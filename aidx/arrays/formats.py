@@ -148,6 +148,15 @@ class SparseMatrix:
 
         return diagonal(self, k)
 
+    def __getitem__(self, key: Any) -> Any:
+        """Rows, columns, elements; see `aidx.arrays.select`."""
+        from .select import getitem
+
+        return getitem(self, key)
+
+    def __iter__(self) -> Any:
+        raise TypeError("a sparse matrix has no cheap iteration over rows: index it, or to_scipy()")
+
     def __matmul__(self, other: Any) -> Any:
         from .matmul import matmul
 

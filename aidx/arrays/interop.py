@@ -119,7 +119,9 @@ def to_jax(a: SparseMatrix) -> Any:
 
 
 def from_jax(matrix: Any) -> COO | CSR:
-    """BCOO as COO, BCSR as CSR (sharing its arrays where it has no padding); batch axes become a stack.
+    """BCOO as COO, BCSR as CSR; batch axes become a stack.
+
+    A BCSR without padding shares its arrays with the result.
 
     Raises:
       TypeError: something else.

@@ -231,5 +231,3 @@ def _multiply(a: COO, b: CSR, *, nse: int, products: int) -> tuple[CSR, Array]:
         data = jnp.zeros(nse, acc).at[place].add(x * y, mode="drop").astype(dtype)
         data = poisoned(data, (count > nse) | (wanted > products))
         return CSR(data, col, offsets_of(row, M), (M, N), row), count
-
-

@@ -1,7 +1,7 @@
 """The two bilinear maps behind every sparse product, each the other's gradient.
 
     spmm:  out[i, :]  = sum_e [row_e = i] data_e x[col_e, :]       a sparse matrix times a dense one
-    sddmm: data_e     = sum_n g[row_e, n] x[col_e, n]              a dense product where a pattern is
+    sddmm: data_e     = sum_n g[row_e, n] x[col_e, n]             a dense product at a pattern
 
 Both are linear in each of their two operands, and the transposes are again one of the two on the
 same pattern or its transpose, so derivatives of any order, forward or reverse, keep the pattern and

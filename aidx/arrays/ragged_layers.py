@@ -12,7 +12,7 @@ from aidx.ops.norm import layer_norm as dense_layer_norm
 from aidx.ops.norm import rms_norm as dense_rms_norm
 
 from .formats import Array
-from .ragged import Ragged
+from .ragged_array import Ragged
 from .segments import segment_log_softmax, segment_softmax
 
 
@@ -62,9 +62,7 @@ def matmul(x: Ragged, w: Any) -> Ragged:
         return x.with_values(out)
 
 
-def layer_norm(
-    x: Ragged, scale: Array, bias: Array | None = None, *, eps: float = 1e-5
-) -> Ragged:
+def layer_norm(x: Ragged, scale: Array, bias: Array | None = None, *, eps: float = 1e-5) -> Ragged:
     """Layer normalisation of every value over its last axis (`aidx.ops.norm`).
 
     >>> x = Ragged.from_list([[[1.0, 3.0]]])
@@ -141,9 +139,7 @@ def embedding_lookup(table: Array, ids: Ragged) -> Ragged:
     return ids.map_values(look)
 
 
-def attention(
-    q: Ragged, k: Ragged, v: Ragged, *, causal: bool = False, **options: Any
-) -> Ragged:
+def attention(q: Ragged, k: Ragged, v: Ragged, *, causal: bool = False, **options: Any) -> Ragged:
     """Attention of every row of q over the same row of k and v, packed: no work on padding.
 
     Args:

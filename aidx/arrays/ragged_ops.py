@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from .convert import capacity as _capacity
 from .formats import Array, major_ids
-from .ragged import Ragged, _masked, _offsets_of_lengths
+from .ragged_array import Ragged, _masked, _offsets_of_lengths
 from .segments import segment_max, segment_sum
 
 

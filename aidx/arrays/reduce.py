@@ -72,9 +72,7 @@ def min(a: SparseMatrix, axis: int | None = None) -> Array:
     [0.0, 2.0]
     """
     _ordered(a)
-    if jnp.issubdtype(a.dtype, jnp.unsignedinteger):
-        raise TypeError(f"min of {a.dtype}: cast to a signed dtype")
-    return -max(-a, axis)
+    return _over(_min, a, _axis(axis))
 
 
 def softmax[A: SparseMatrix](a: A, axis: int = -1) -> A:
@@ -129,15 +127,24 @@ def _sum(a: SparseMatrix, axis: int | None) -> Array:
 
 
 def _max(a: Any, axis: int | None) -> Array:
+    return _extreme(a, axis, largest=True)
+
+
+def _min(a: Any, axis: int | None) -> Array:
+    return _extreme(a, axis, largest=False)
+
+
+def _extreme(a: Any, axis: int | None, largest: bool) -> Array:
     a = coalesce(a, nse=a.nse)
     lines, count = _lines(a, axis)
     width = a.shape[0] * a.shape[1] if axis is None else a.shape[axis]
     if width == 0:
-        raise ValueError(f"the maximum along an empty axis of {a.shape}")
+        raise ValueError(f"an extreme along an empty axis of {a.shape}")
     used = jnp.broadcast_to(used_places(a), a.data.shape)
     stored = jnp.zeros(count, jnp.int32).at[lines].add(used.astype(jnp.int32), mode="drop")
-    top = _line_max(a.data, lines, count)
-    top = jnp.where(stored < width, jnp.maximum(top, 0), top)
+    top = _line_extreme(a.data, lines, count, largest)
+    with_zero = jnp.maximum(top, 0) if largest else jnp.minimum(top, 0)
+    top = jnp.where(stored < width, with_zero, top)
     if not jnp.issubdtype(a.dtype, jnp.floating):
         return top if axis is not None else top[0]
     # top is a constant; its gradient is that of the mean of the values that reach it.
@@ -151,19 +158,24 @@ def _max(a: Any, axis: int | None) -> Array:
     return out if axis is not None else out[0]
 
 
-def _line_max(data: Array, lines: Array, count: int) -> Array:
-    """The largest value of every line, the dtype's least where there is none; no gradient."""
+def _line_extreme(data: Array, lines: Array, count: int, largest: bool = True) -> Array:
+    """The largest (smallest) value of every line, the other end where it is empty; no gradient."""
+    data = jax.lax.stop_gradient(data)
     floats = jnp.issubdtype(data.dtype, jnp.floating)
-    least = -jnp.inf if floats else jnp.iinfo(data.dtype).min
-    start = jnp.full(count, least, data.dtype)
-    return start.at[lines].max(jax.lax.stop_gradient(data), mode="drop")
+    least, most = (-jnp.inf, jnp.inf) if floats else (_info(data).min, _info(data).max)
+    start = jnp.full(count, least if largest else most, data.dtype).at[lines]
+    return start.max(data, mode="drop") if largest else start.min(data, mode="drop")
+
+
+def _info(data: Array) -> Any:
+    return jnp.iinfo(data.dtype)
 
 
 def _log_softmax(a: Any, axis: int | None, exponentiate: bool = False) -> Any:
     with jax.named_scope("softmax"):
         lines, count = _lines(a, axis)
         x = a.data.astype(accumulator(a.dtype))
-        top = _line_max(x, lines, count)
+        top = _line_extreme(x, lines, count)
         top = jnp.where(jnp.isfinite(top), top, 0)
         x = x - top.at[lines].get(mode="clip")
         total = jnp.zeros(count, x.dtype).at[lines].add(jnp.exp(x), mode="drop")
@@ -198,4 +210,3 @@ def _over(f: Any, a: Any, axis: int | None) -> Any:
     for _ in a.batch_shape:
         apply = jax.vmap(apply)
     return apply(a)
-
