@@ -9,3 +9,4 @@ from .reference import paged_attention_reference as paged_attention_reference
 from .split import SplitConfig as SplitConfig
 from .worklist import WorkList as WorkList
 from .worklist import make_work_list as make_work_list
+from .write import write_kv as write_kv

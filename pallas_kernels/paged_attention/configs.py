@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .api import paged_attention
+from .write import write_kv
 
 
 def arguments(
@@ -58,6 +59,15 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
     yield "paged/tree", functools.partial(tree, max_q=5), (*args, bits)
     shared = sds((2, 32), jnp.int32), sds((2,), jnp.int32), sds((64,), jnp.int32)
     yield "paged/cascade", functools.partial(cascade, max_q=5), (*args, *shared)
+    for dtype in (jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
+        for dim, heads in ((128, 8), (64, 2), (256, 8)):
+            pool, new = sds((1024, heads, 64, dim), dtype), sds((256, heads, dim), jnp.bfloat16)
+            angle = sds((256, dim // 2), jnp.float32)
+            extra = sds((256, 32, dim), jnp.bfloat16), angle, angle
+            if jnp.dtype(dtype).itemsize == 1:
+                extra += (sds(pool.shape[:3], jnp.float32),) * 2
+            args = (pool, pool, new, new, sds((256,), jnp.int32), *extra)
+            yield f"paged/write h{dim} {jnp.dtype(dtype).name}", write, args
 
 
 def scaled(*args, **options):
@@ -73,6 +83,12 @@ def tree(*args, **options):
     slopes = jnp.ones(args[0].shape[1])
     extra = dict(tree_mask=mask, positions=positions, alibi_slopes=slopes, window=1000)
     return paged_attention(*args, **extra, **options)
+
+
+def write(*args):
+    """Keys and values, rotated, into pools that may have scales."""
+    names = ("q", "cos", "sin", "k_scale", "v_scale")
+    return write_kv(*args[:5], **dict(zip(names, args[5:], strict=False)))
 
 
 def cascade(*args, **options):
