@@ -259,9 +259,9 @@ def test_frozen_lake_is_solved():
     features = features_for(env)
     agent = init(
         LinearQConfig(feature_size=16, action_size=4, learning_rate=0.5, discount=0.95,
-                      epsilon_decay=0.9998, epsilon_end=0.1)
+                      epsilon_decay=0.9997, epsilon_end=0.1)
     )  # fmt: skip
-    agent, returns = train_gym(agent, env, features, episodes=1200, seed=3)
+    agent, returns = train_gym(agent, env, features, episodes=800, seed=3)
     assert (evaluate_gym(agent, env, features, episodes=3) == 1.0).all()
     assert returns[-100:].mean() > returns[:100].mean()
     start = float(q_values(agent, features(jnp.int32(0))).max())
@@ -271,18 +271,18 @@ def test_frozen_lake_is_solved():
 def test_cart_pole_balances_with_tiles():
     env = gymnasium.make("CartPole-v1")
     features = features_for(
-        env, tiles=6, tilings=8, bounds=((-2.4, -3.0, -0.21, -3.0), (2.4, 3.0, 0.21, 3.0))
+        env, tiles=3, tilings=8, bounds=((-2.4, -3.0, -0.21, -3.0), (2.4, 3.0, 0.21, 3.0))
     )
     with pytest.raises(ValueError, match="give bounds"):
         features_for(env)
     agent = init(
         LinearQConfig(feature_size=features.size, action_size=2, learning_rate=0.05, discount=0.99,
-                      epsilon_start=0.2, epsilon_decay=0.999, epsilon_end=0.0)
+                      epsilon_start=0.3, epsilon_decay=0.999, epsilon_end=0.0)
     )  # fmt: skip
     before = evaluate_gym(agent, env, features, episodes=5)
-    agent, _ = train_gym(agent, env, features, episodes=120, seed=1)
+    agent, _ = train_gym(agent, env, features, episodes=70, seed=1)
     after = evaluate_gym(agent, env, features, episodes=5, seed=100)
-    assert before.mean() < 15 and after.mean() > 120
+    assert before.mean() < 15 and after.mean() > 60
 
 
 def test_actions_that_do_not_fit_are_refused():
