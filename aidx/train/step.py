@@ -50,6 +50,7 @@ def make_train_step(
     ema_decay: float | None = None,
     skip_nonfinite: bool = True,
     update_args: Callable[[PyTree], Mapping[str, Any]] | None = None,
+    on_gradients: Callable[[Params, Array], None] | None = None,
     jit: bool = True,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """`step(state, batch, *rest) -> (state, metrics)`; state is donated.
@@ -70,6 +71,8 @@ def make_train_step(
       skip_nonfinite: leave parameters and optimiser as they were where a gradient is not finite.
         A loss scale always does.
       update_args: makes of the batch keyword arguments for `optimizer.update`.
+      on_gradients: called while tracing with the clipped gradient and the step's number: what it
+        stages (a histogram's callback) runs with every step.
       jit: compile, and donate the state.
 
     Raises:
@@ -119,6 +122,8 @@ def make_train_step(
             )
         with jax.named_scope("clip"):
             grads, grad_norm, bad = clip(grads, clip_norm)
+        if on_gradients is not None:
+            on_gradients(grads, state.step)
         with jax.named_scope("optimizer"):
             extra = update_args(batch) if update_args else {}
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)

@@ -1,0 +1,125 @@
+"""Event files and the thread that fills them."""
+
+import itertools
+import os
+import pathlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+
+_numbers = itertools.count()
+
+
+class EventFile:
+    """One event file of a folder; only the worker's thread writes to it.
+
+    What is written reaches the disk when max_queue events wait or flush_secs have passed.
+
+    >>> import tempfile
+    >>> options = dict(max_queue=1, flush_secs=120, suffix="", purge_step=None)
+    >>> file = EventFile(tempfile.mkdtemp(), **options)
+    >>> file.write(Event(step=3)); file.close()
+    """
+
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        *,
+        max_queue: int,
+        flush_secs: float,
+        suffix: str,
+        purge_step: int | None,
+    ):
+        os.makedirs(folder, exist_ok=True)
+        # Two writers of one folder within a second must not share a file.
+        unique = f".{os.getpid()}.{next(_numbers)}{suffix}"
+        self._file = EventsWriter(os.path.join(folder, "events"), unique)
+        self._max_queue, self._flush_secs = max_queue, flush_secs
+        self._waiting, self._flushed = 0, time.monotonic()
+        if purge_step is not None:  # what an earlier run wrote from here on is hidden
+            start = SessionLog(status=SessionLog.START)
+            self.write(Event(step=purge_step, wall_time=time.time(), session_log=start))
+        self.flush()
+
+    def write(self, event: Event) -> None:
+        """Append an event."""
+        self._file.write_event(event)
+        self._waiting += 1
+        if self._waiting >= self._max_queue:
+            self.flush()
+
+    def flush_if_due(self) -> None:
+        """Flush when flush_secs have passed since the last time."""
+        if self._waiting and time.monotonic() - self._flushed >= self._flush_secs:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self._file.flush()
+        self._waiting, self._flushed = 0, time.monotonic()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+
+
+class Worker:
+    """A thread that does jobs in order; the queue is bounded, and a full one makes `put` wait.
+
+    What a job raises is raised by the next call from outside, so nothing is lost in silence.
+
+    >>> worker, done = Worker(lambda: None, size=2, tick=1.0), []
+    >>> worker.put(lambda: done.append(1)); worker.drain(); done
+    [1]
+    >>> worker.close()
+    """
+
+    def __init__(self, idle: Callable[[], Any], *, size: int, tick: float):
+        self._idle, self._tick = idle, tick
+        self._queue: queue.Queue[Callable[[], Any] | None] = queue.Queue(size)
+        self._errors: list[Exception] = []
+        self._thread = threading.Thread(target=self._run, name="aidx-tensorboard", daemon=True)
+        self._thread.start()
+
+    def put(self, job: Callable[[], Any]) -> None:
+        """Add a job; waits while the queue is full."""
+        self.check()
+        self._queue.put(job)
+
+    def drain(self) -> None:
+        """Return when every job so far is done."""
+        reached = threading.Event()
+        self._queue.put(reached.set)
+        reached.wait()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what a job raised."""
+        if self._errors:
+            raise self._errors.pop(0)
+
+    def close(self) -> None:
+        """Do what is left and end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+        self.check()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                job = self._queue.get(timeout=self._tick)
+            except queue.Empty:
+                self._idle()
+                continue
+            if job is None:
+                return
+            try:
+                job()
+            except Exception as error:  # the caller is long gone; it is told by its next call
+                self._errors.append(error)
+            self._idle()
