@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from . import registry
+from .rope import apply_rope
 
 Array = jax.Array
 
@@ -23,10 +27,16 @@ def write_kv(
     v: Array,
     slots: Array,
     *,
+    q: Array | None = None,
+    cos: Array | None = None,
+    sin: Array | None = None,
     k_scale: Array | None = None,
     v_scale: Array | None = None,
+    implementation: registry.ImplementationChoice = None,
 ) -> tuple[Array, ...]:
     """Write token t's key and value into slot `slots[t]` = block * block_size + offset.
+
+    With `cos` and `sin`, keys and `q` are rotated first (`apply_rope`).
 
     Args:
       k_pool: `[P, K, block_size, H]`; donate it (and v_pool) and the write is in place.
@@ -34,42 +44,86 @@ def write_kv(
       k: `[T, K, H]`, cast to the pool's dtype.
       v: `[T, K, Hv]`.
       slots: i32 `[T]`, distinct; -1 writes nothing.
+      q: `[T, N, H]`, queries to rotate.
+      cos: f32 `[T, H / 2]`, of `rope_angles`.
+      sin: f32 `[T, H / 2]`.
       k_scale: for int8 and float8_e4m3fn pools only, f32: `[P, K, block_size]`, one scale per token
         and head that is chosen here from the token alone and written beside it, or `[K]`, fixed.
         A value is stored as round(value / scale).
       v_scale: as k_scale, for v_pool.
+      implementation: None, a name or a sequence of names (see `aidx.ops.registry`).
 
     Returns:
-      `(k_pool, v_pool)`, followed by `(k_scale, v_scale)` where the scales are pools.
+      `(k_pool, v_pool)`, followed by `(k_scale, v_scale)` where the scales are pools, followed by
+      the rotated queries where there are some.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit.
+      ExceptionGroup: no implementation can do this.
 
     >>> pool = jnp.zeros((2, 1, 4, 2))
     >>> k, v = write_kv(pool, pool, jnp.ones((2, 1, 2)), jnp.ones((2, 1, 2)), jnp.array([5, -1]))
     >>> print(k[1, 0, :, 0], k[0].sum())
     [0. 1. 0. 0.] 0.0
     """
-    _check(k_pool, v_pool, k, v, slots, k_scale, v_scale)
-    P, _, block_size, _ = k_pool.shape
+    operands = WriteOperands(k_pool, v_pool, k, v, slots, q, cos, sin, k_scale, v_scale)
+    _check(operands)
+    names = tuple(entry.name for entry in registry.resolve("write_kv", implementation))
+    return registry.dispatch(registry.Call("write_kv", names, None), operands)
+
+
+class WriteOperands(NamedTuple):
+    """The arrays of a call."""
+
+    k_pool: Array
+    v_pool: Array
+    k: Array
+    v: Array
+    slots: Array
+    q: Array | None
+    cos: Array | None
+    sin: Array | None
+    k_scale: Array | None
+    v_scale: Array | None
+
+
+def _xla(spec: None, ops: WriteOperands) -> tuple[Array, ...]:
+    """A scatter into each pool."""
+    k, v, k_scale, v_scale = ops.k, ops.v, ops.k_scale, ops.v_scale
+    P, _, block_size, _ = ops.k_pool.shape
     # A slot of -1 gets a block of its own past the pool: indices stay unique, the write is dropped.
-    spare = P + jnp.arange(slots.shape[0], dtype=jnp.int32)
-    block = jnp.where(slots < 0, spare, slots // block_size)
-    offset = jnp.where(slots < 0, 0, slots % block_size)
+    spare = P + jnp.arange(ops.slots.shape[0], dtype=jnp.int32)
+    block = jnp.where(ops.slots < 0, spare, ops.slots // block_size)
+    offset = jnp.where(ops.slots < 0, 0, ops.slots % block_size)
 
     def put(pool: Array, x: Array) -> Array:
         at = pool.at[block, :, offset]
         return at.set(x.astype(pool.dtype), mode="drop", unique_indices=True)
 
+    q = ()
+    if ops.cos is not None and ops.sin is not None:
+        k = apply_rope(k, ops.cos, ops.sin)
+        q = () if ops.q is None else (apply_rope(ops.q, ops.cos, ops.sin),)
     with jax.named_scope("write_kv"):
         if k_scale is None or v_scale is None:
-            return put(k_pool, k), put(v_pool, v)
-        k, k_own = quantise(k, k_pool.dtype, k_scale if k_scale.ndim == 1 else None)
-        v, v_own = quantise(v, v_pool.dtype, v_scale if v_scale.ndim == 1 else None)
-        pools = put(k_pool, k), put(v_pool, v)
+            return put(ops.k_pool, k), put(ops.v_pool, v), *q
+        k, k_own = quantise(k, ops.k_pool.dtype, k_scale if k_scale.ndim == 1 else None)
+        v, v_own = quantise(v, ops.v_pool.dtype, v_scale if v_scale.ndim == 1 else None)
+        pools = put(ops.k_pool, k), put(ops.v_pool, v)
         if k_scale.ndim == 1:
-            return pools
-        return *pools, put(k_scale, k_own), put(v_scale, v_own)
+            return *pools, *q
+        return *pools, put(k_scale, k_own), put(v_scale, v_own), *q
+
+
+def _mosaic(spec: None, ops: WriteOperands) -> tuple[Array, ...]:
+    """One kernel for all of it, imported at its first use: it needs Mosaic GPU."""
+    try:
+        kernels: Any = importlib.import_module("pallas_kernels.paged_attention")
+    except ImportError as missing:
+        raise NotImplementedError(f"this JAX cannot import the kernels: {missing}") from missing
+    rest = {name: getattr(ops, name) for name in ("q", "cos", "sin", "k_scale", "v_scale")}
+    out = kernels.write_kv(*ops[:5], **rest)
+    return tuple(x for x in out if x is not None)
 
 
 def quantise(x: Array, dtype: Any, scale: Array | None = None) -> tuple[Array, Array]:
@@ -89,15 +143,18 @@ def quantise(x: Array, dtype: Any, scale: Array | None = None) -> tuple[Array, A
     return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), scale
 
 
-def _check(
-    k_pool: Array, v_pool: Array, k: Array, v: Array, slots: Array, k_scale: Any, v_scale: Any
-) -> None:
+def _check(ops: WriteOperands) -> None:
+    k_pool, v_pool, slots = ops.k_pool, ops.v_pool, ops.slots
+    k_scale: Any = ops.k_scale
+    v_scale: Any = ops.v_scale
+    if (ops.cos is None) != (ops.sin is None) or (ops.q is not None and ops.cos is None):
+        raise ValueError("q is given to be rotated: by cos and sin, both of them")
     if k_pool.ndim != 4 or k_pool.shape[:3] != v_pool.shape[:3] or v_pool.ndim != 4:
         raise ValueError(
             f"pools must be [P, K, block_size, H] alike, not {k_pool.shape=} {v_pool.shape=}"
         )
     tokens = slots.shape
-    for name, pool, x in (("k", k_pool, k), ("v", v_pool, v)):
+    for name, pool, x in (("k", k_pool, ops.k), ("v", v_pool, ops.v)):
         wanted = (*tokens, pool.shape[1], pool.shape[3])
         if x.shape != wanted:
             raise ValueError(f"{name} must be {wanted} for {slots.shape=}, not {x.shape}")
@@ -119,3 +176,8 @@ def _check(
             )
     if k_scale.ndim != v_scale.ndim:
         raise ValueError(f"scales of one kind only: {k_scale.shape=} {v_scale.shape=}")
+
+
+# In order of preference.
+registry.register("write_kv", "xla")(_xla)
+registry.register("write_kv", "mosaic_gpu", platforms=("cuda",))(_mosaic)

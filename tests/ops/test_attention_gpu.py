@@ -10,6 +10,7 @@ import pytest
 from aidx.ops import registry
 from aidx.ops.flash_attention import flash_attention
 from aidx.ops.paged_attention import paged_attention
+from aidx.ops.write_kv import write_kv
 
 pytestmark = pytest.mark.gpu
 
@@ -114,3 +115,80 @@ def test_paged_attention_equals_its_tiles_in_f32(rows, block_size=16, blocks=900
     out = jax.jit(attend)(q, *pools, *rest)
     wide = [x.astype(jnp.float32) for x in (q, *pools)]
     assert_close([out], [jax.jit(functools.partial(attend, implementation="xla"))(*wide, *rest)])
+
+
+def paged(rows, block_size, kv_heads, heads, blocks):
+    """q, pools in bf16, tables, context lengths and q_indptr of rows of (new tokens, context)."""
+    rng = np.random.default_rng(0)
+    indptr = np.cumsum([0] + [n for n, _ in rows]).astype(np.int32)
+    tables = np.zeros((len(rows), max(-(-s // block_size) for _, s in rows)), np.int32)
+    free = list(rng.permutation(blocks))
+    for r, (_, length) in enumerate(rows):
+        needed = -(-length // block_size)
+        tables[r, :needed], free = free[:needed], free[needed:]
+    keys = jax.random.split(jax.random.key(1), 3)
+    shape = (blocks, kv_heads, block_size, H)
+    pools = [jax.random.normal(k, shape, jnp.bfloat16) for k in keys[:2]]
+    q = jax.random.normal(keys[2], (indptr[-1], heads, H), jnp.bfloat16)
+    return q, *pools, tables, np.array([s for _, s in rows], np.int32), indptr
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("rows", [[(1, 3000)] * 20, [(5, 2048), (1, 17)], [(300, 2000), (1, 90)]])
+def test_one_byte_pools_equal_their_tiles_in_f32(rows, dtype):
+    q, k, v, *rest = paged(rows, 16, 8, 32, 4000)
+    k, v = (x.astype(dtype) if dtype != jnp.int8 else (x * 30).astype(dtype) for x in (k, v))
+    scales = [
+        jax.random.uniform(jax.random.key(i), k.shape[:3], minval=0.01, maxval=0.1) for i in (0, 1)
+    ]
+    attend = functools.partial(
+        paged_attention, max_q=max(n for n, _ in rows), k_scale=scales[0], v_scale=scales[1]
+    )
+    out = jax.jit(functools.partial(attend, implementation="mosaic_gpu"))(q, k, v, *rest)
+    reference = jax.jit(functools.partial(attend, implementation="xla"))
+    assert_close([out], [reference(q.astype(jnp.float32), k, v, *rest)])
+
+
+def test_a_pool_beyond_two_to_the_31_elements(block_size=64):
+    """Blocks at the far end of a pool of 4.4 GB of one-byte keys are read and written."""
+    blocks = 2**31 // (8 * block_size * H) + 64
+    pool = jnp.zeros((blocks, 8, block_size, H), jnp.int8)
+    scale = jnp.full((8,), 1.0, jnp.float32)
+    k = jax.random.normal(jax.random.key(0), (128, 8, H), jnp.bfloat16) * 20
+    first = (blocks - 2) * block_size
+    slots = jnp.arange(first, first + 128, dtype=jnp.int32)
+    write = functools.partial(write_kv, k_scale=scale, v_scale=scale, implementation="mosaic_gpu")
+    written, _ = jax.jit(write, donate_argnums=0)(pool, jnp.zeros_like(pool), k, k, slots)
+    last = np.asarray(written[-2:])
+    tables = jnp.array([[blocks - 2, blocks - 1]], jnp.int32)
+    q = jax.random.normal(jax.random.key(1), (1, 32, H), jnp.bfloat16) * 0.1
+    rows = (jnp.array([128], jnp.int32), jnp.array([0, 1], jnp.int32))
+    attend = functools.partial(paged_attention, max_q=1, k_scale=scale, v_scale=scale)
+    out = jax.jit(functools.partial(attend, implementation="mosaic_gpu"))
+    expected = jax.jit(functools.partial(attend, implementation="xla"))
+    assert np.abs(last).sum() > 0
+    small = jnp.asarray(last)
+    near = expected(q.astype(jnp.float32), small, small, jnp.array([[0, 1]], jnp.int32), *rows)
+    assert_close([out(q, written, written, tables, *rows)], [near])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_the_kernel_writes_what_the_scatter_writes(tokens, dtype, block_size=16, blocks=64):
+    k, v = (jax.random.normal(jax.random.key(i), (tokens, 8, H), jnp.bfloat16) for i in (0, 1))
+    q = jax.random.normal(jax.random.key(2), (tokens, 32, H), jnp.bfloat16)
+    angles = jax.random.uniform(jax.random.key(3), (tokens, H // 2)) * 6
+    slots = np.random.default_rng(0).permutation(blocks * block_size)[:tokens].astype(np.int32)
+    slots[1::5] = -1
+    shape = (blocks, 8, block_size, H)
+    pools = [jnp.full(shape, 3, dtype)] * 2
+    options = dict(q=q, cos=jnp.cos(angles), sin=jnp.sin(angles))
+    if jnp.dtype(dtype).itemsize == 1:
+        options |= dict(k_scale=jnp.full(shape[:3], 7.0), v_scale=jnp.full(shape[:3], 7.0))
+    run = lambda name: jax.jit(functools.partial(write_kv, implementation=name))(
+        *pools, k, v, jnp.asarray(slots), **options
+    )
+    for a, b in zip(run("mosaic_gpu"), run("xla"), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0.13, atol=1.0)  # a step of int8 or fp8, rarely
+        assert (np.abs(a - b) > 1e-2 * np.abs(b)).mean() < 0.01

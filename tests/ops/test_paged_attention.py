@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aidx.ops.paged_attention import PagedAttentionConfig, paged_attention
+from aidx.ops.rope import apply_rope, rope_angles
 from aidx.ops.write_kv import quantise, write_kv
 from tests.ops import cases, dense
 
@@ -293,6 +294,16 @@ def test_quantised_pools_equal_quantised_then_dense(dtype, fixed):
     chex.assert_trees_all_close(out, dense.paged(q, *wide, tables, context, indptr)[0], atol=2e-5)
 
 
+def test_keys_and_queries_are_rotated_before_the_write():
+    rng = np.random.default_rng(0)
+    k, v, q = (jnp.asarray(rng.normal(size=(3, n, H)), jnp.float32) for n in (K, K, N))
+    cos, sin = rope_angles(jnp.array([4, 0, 9]), np.ones(H // 2, np.float32))
+    pool, slots = jnp.zeros((4, K, 4, H)), jnp.array([7, -1, 2])
+    wrote = write_kv(pool, pool, k, v, slots, q=q, cos=cos, sin=sin)
+    expected = write_kv(pool, pool, apply_rope(k, cos, sin), v, slots)
+    chex.assert_trees_all_close(wrote, (*expected, apply_rope(q, cos, sin)), atol=1e-6)
+
+
 def test_a_token_is_quantised_alone():
     x = jnp.stack([jnp.ones((K, H)), 100 * jnp.ones((K, H)), jnp.zeros((K, H))])
     stored, scale = quantise(x, jnp.int8)
@@ -362,6 +373,7 @@ REFUSED_WRITES = {
         dict(k_pool=INT8[:2], v_pool=INT8[:2], k_scale=np.ones(3), v_scale=np.ones(K)),
         ValueError, "k_scale must be",
     ),
+    "bare_queries": (dict(q=X), ValueError, "rotated"),
     "two_kinds": (
         dict(k_pool=INT8[:2], v_pool=INT8[:2], k_scale=np.ones((2, K, 4)), v_scale=np.ones(K)),
         ValueError, "one kind",
