@@ -31,6 +31,7 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 from ._events import EventFile, Worker
 from ._graph import graph_of
 from ._histogram import (
+    automatic,
     counted_on_device,
     device_histogram,
     tensorflow_edges,
@@ -147,13 +148,8 @@ class SummaryWriter:
         edges) are counted on the host.
         """
         if isinstance(bins, str) and bins == "tensorflow" and counted_on_device(values):
-            counted = device_histogram(automatic(values))
-            self._add(
-                lambda **found: counted_summary(tag, found, max_bins),
-                counted,
-                global_step,
-                walltime,
-            )
+            count = lambda **found: counted_summary(tag, found, max_bins)
+            self._add(count, device_histogram(automatic(values)), global_step, walltime)
             return
 
         def make(values: np.ndarray) -> Any:

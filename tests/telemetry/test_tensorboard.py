@@ -340,9 +340,7 @@ def test_events_survive_a_crash_in_mid_write(tmp_path):
         assert len(events) >= 200 - bool(cut) and events == [(i, i) for i in range(len(events))]
 
 
-def test_an_error_of_the_thread_is_raised_by_the_next_call_and_calls_after_close_are_refused(
-    tmp_path,
-):
+def test_an_error_of_the_thread_is_raised_by_the_next_call(tmp_path):
     writer = SummaryWriter(tmp_path)
     writer.add_histogram("h", jnp.array([jnp.nan]), 1)
     with pytest.raises(ValueError, match="'h' has no finite value"):
