@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _flash_xla
+from . import _flash_mods, _flash_xla
 from ._flash_spec import NO_COTANGENTS, FlashOperands, FlashSpec
 
 Array = jax.Array
@@ -21,20 +21,6 @@ def _kernels() -> Any:
     except ImportError as missing:
         raise NotImplementedError(f"this JAX cannot import the kernels: {missing}") from missing
     return module
-
-
-def _mosaic_refuse(spec: FlashSpec, ops: FlashOperands) -> None:
-    """What the kernels have no argument for; they refuse the rest themselves."""
-    given = [name for name in ("bias", "mask") if getattr(ops, name) is not None]
-    for name in ("dropout_rate", "score_mod", "mask_mod", "block_mask"):
-        if getattr(spec, name):
-            given.append(name)
-    for name in ("alibi_slopes", "sinks"):
-        x = getattr(ops, name)
-        if x is not None and x.shape[0] != 1:
-            given.append(f"{name} that differ over a vmapped axis")
-    if given:
-        raise NotImplementedError(f"does not take {', '.join(given)}")
 
 
 def _mosaic_mask(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> dict[str, Any]:
@@ -59,15 +45,28 @@ def _mosaic_mask(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> dict[str,
     }
 
 
-def _mosaic_options(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> dict[str, Any]:
-    first = lambda x: None if x is None else x[0]
-    return {
+def _mosaic_options(
+    kernels: Any, spec: FlashSpec, ops: FlashOperands, backward: bool
+) -> tuple[dict[str, Any], Any]:
+    """(keyword arguments of the kernels, the score's modifier with its gradients or None)."""
+    if ops.sinks is not None and ops.sinks.shape[0] != 1:
+        raise NotImplementedError("sinks that differ over a vmapped axis")
+    # the gradient of the slopes is that of an array which a score_mod loads
+    own_alibi = not backward and _flash_mods.builtin_alibi(spec, ops)
+    alibi = ops.alibi_slopes is not None and not own_alibi
+    score = _flash_mods.score(kernels, spec, ops, alibi)
+    given = {
         **_mosaic_mask(kernels, spec, ops),
         "scale": spec.scale,
         "soft_cap": spec.soft_cap,
-        "alibi_slopes": first(ops.alibi_slopes),
-        "sinks": first(ops.sinks),
+        "alibi_slopes": ops.alibi_slopes[0] if own_alibi else None,
+        "sinks": None if ops.sinks is None else ops.sinks[0],
+        "score": None if score is None else score.modifier,
+        "mask": _flash_mods.mask(kernels, spec, ops),
+        "blocks": _flash_mods.blocks(kernels, spec, ops),
+        "dropout": _flash_mods.dropout(kernels, spec, ops),
     }
+    return given, score
 
 
 def _mosaic_tiles(kernels: Any, spec: FlashSpec) -> Any:
@@ -101,15 +100,15 @@ def _if_ascending(spec: FlashSpec, ops: FlashOperands, kernel: Any, tiled: Any) 
 def mosaic_forward(spec: FlashSpec, ops: FlashOperands) -> tuple[Array, Array]:
     """(out, lse) by the Hopper kernel."""
     kernels = _kernels()
-    _mosaic_refuse(spec, ops)
 
     def kernel() -> tuple[Array, Array]:
+        options, _ = _mosaic_options(kernels, spec, ops, backward=False)
         return kernels.flash_attention_fwd(
             ops.q,
             ops.k,
             ops.v,
             config=_mosaic_tiles(kernels, spec),
-            **_mosaic_options(kernels, spec, ops),
+            **options,
         )
 
     return _if_ascending(spec, ops, kernel, lambda: _flash_xla.forward(spec, ops))
@@ -120,9 +119,9 @@ def mosaic_backward(
 ) -> FlashOperands:
     """Cotangents by the Hopper kernels."""
     kernels = _kernels()
-    _mosaic_refuse(spec, ops)
 
     def kernel() -> FlashOperands:
+        options, score = _mosaic_options(kernels, spec, ops, backward=True)
         grads = kernels.flash_attention_bwd(
             ops.q,
             ops.k,
@@ -131,10 +130,13 @@ def mosaic_backward(
             cotangents[0],
             cotangents[1] if spec.return_lse else None,
             deterministic=spec.deterministic,
-            **_mosaic_options(kernels, spec, ops),
+            wanted=() if score is None else score.wanted,
+            **options,
         )
         d_sinks = None if ops.sinks is None else grads.sinks[None]
-        return NO_COTANGENTS._replace(q=grads.q, k=grads.k, v=grads.v, sinks=d_sinks)
+        found = _flash_xla.no_gradients(ops)._replace(q=grads.q, k=grads.k, v=grads.v)
+        more = {} if score is None else score.pull(grads.score)
+        return found._replace(sinks=d_sinks, **more)
 
     return _if_ascending(
         spec, ops, kernel, lambda: _flash_xla.backward(spec, ops, outputs, cotangents)

@@ -11,9 +11,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from .attention_mask import ScalarFn
 
 
@@ -137,33 +134,3 @@ class FlashOperands(NamedTuple):
 NO_COTANGENTS = FlashOperands(None, None, None, score_captured=(), mask_captured=())
 BATCHED_FIELDS = FlashOperands._fields[:14]
 CAPTURED_FIELDS = FlashOperands._fields[14:]
-
-
-def mix(x: jax.Array) -> jax.Array:
-    """A bijection of u32 that spreads every bit over the word (Wellons' lowbias32, 2018).
-
-    >>> print(mix(jnp.uint32(1)))
-    1753845952
-    """
-    x = x ^ (x >> 16)
-    x = x * jnp.uint32(0x7FEB352D)
-    x = x ^ (x >> 15)
-    x = x * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-def dropout_rows(key: jax.Array, b: jax.Array, n: jax.Array, t: jax.Array) -> jax.Array:
-    """The word of query (b, n, t) under key [..., 2]; once a row, so it may be thorough."""
-    word = mix(key[..., 0] ^ mix(b.astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
-    word = mix(word ^ key[..., 1] ^ mix(n.astype(jnp.uint32) + jnp.uint32(0x85EBCA6B)))
-    return mix(word ^ mix(t.astype(jnp.uint32) + jnp.uint32(0xC2B2AE35)))
-
-
-def dropout_columns(s: jax.Array) -> jax.Array:
-    """The word of key s."""
-    return mix(s.astype(jnp.uint32) + jnp.uint32(0x27D4EB2F))
-
-
-def dropout_keeps(rows: jax.Array, columns: jax.Array, rate: float) -> jax.Array:
-    """Whether each score survives: nine integer operations on (row word ^ column word)."""
-    return mix(rows ^ columns) >= jnp.uint32(round(rate * 2**32))

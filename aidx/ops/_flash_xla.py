@@ -18,14 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._flash_spec import (
-    NO_COTANGENTS,
-    FlashOperands,
-    FlashSpec,
-    dropout_columns,
-    dropout_keeps,
-    dropout_rows,
-)
+from pallas_kernels.dropout import dropout_keeps, dropout_rows
+
+from ._flash_spec import NO_COTANGENTS, FlashOperands, FlashSpec
 from ._loops import varying_like
 
 Array = jax.Array
@@ -193,9 +188,7 @@ def _kept(spec: FlashSpec, ops: FlashOperands, tiles: Tiles, i: Array, j: Array)
         ops.dropout_key[:, None, None, :], b[:, None, None], n[None, :, None], t[None, None, :]
     )
     return dropout_keeps(
-        rows.reshape(B, K, G, tiles.q, 1),
-        dropout_columns(s).reshape(1, 1, 1, 1, tiles.kv),
-        spec.dropout_rate,
+        rows.reshape(B, K, G, tiles.q, 1), s.reshape(1, 1, 1, 1, tiles.kv), spec.dropout_rate
     )
 
 
@@ -455,7 +448,7 @@ def backward(
     T, S = operands.q.shape[1], operands.k.shape[1]
     floats = tuple(jnp.issubdtype(c.dtype, jnp.inexact) for c in operands.score_captured)
     if min(B, T, S, K) == 0:
-        return _no_gradients(operands, floats)
+        return no_gradients(operands)
     tiles = choose_tiles(spec, operands)
     ops = _padded(operands, tiles)
     out, lse = outputs
@@ -517,7 +510,7 @@ def backward(
     )
     start = varying_like(start, (operands, cotangents))
     sums, (dk, dv) = lax.scan(key_tile, start, jnp.arange(tiles.count_kv, dtype=jnp.int32))
-    grads = _no_gradients(operands, floats)
+    grads = no_gradients(operands)
     if operands.sinks is not None:
         summed = d_sinks.sum(axis=1)
         summed = summed if operands.sinks.shape[0] == B else summed.sum(axis=0, keepdims=True)
@@ -586,8 +579,9 @@ def _add(sums: Sums, d: Product, dq_i: Array, tiles: Tiles, i: Array, j: Array) 
     return Sums(dq, bias, slopes, captured)
 
 
-def _no_gradients(operands: FlashOperands, floats: tuple[bool, ...]) -> FlashOperands:
+def no_gradients(operands: FlashOperands) -> FlashOperands:
     """Zero cotangents of what is differentiable, None of the rest."""
+    floats = [jnp.issubdtype(c.dtype, jnp.inexact) for c in operands.score_captured]
     like = lambda x: None if x is None else jnp.zeros_like(x)
     return NO_COTANGENTS._replace(
         q=like(operands.q),

@@ -54,6 +54,12 @@ class Problem(common.Problem):
     slope: Program | None  # of the score_mod: (value, d value / d score)
 
     @property
+    def tight(self) -> bool:
+        """Whether registers are short."""
+        more = self.score is not None or self.mask is not None or self.rate > 0
+        return self.config.parts > 1 or more
+
+    @property
     def kv_tiles(self) -> int:
         """KV tiles of one head."""
         return cdiv(self.keys, self.config.block_kv)
@@ -243,24 +249,33 @@ class Consumer:
         """What the modifiers need of a query tile, loaded before the matmuls are awaited."""
         p, extra = self.p, self.refs.extra
         at = (self.b, head, query0, self.key0, p.config.block_q)
-        load = lambda program, refs: load_values(program, refs, *at, by_query=False)
+        lazy = p.config.block_q > 64  # no room for vectors of columns beside S and dP
+        load = lambda program, refs: load_values(program, refs, *at, by_query=False, lazy=lazy)
         return Loaded(
             load(p.score, extra.score) if p.score is not None else None,
             load(p.mask, extra.mask) if p.mask is not None and masked else None,
         )
 
+    def statistic(self, slot, which: int):
+        """lse (0), delta (1) or the dropout words (2) of a query tile, `[64, 8]` a group.
+
+        Where registers are short every group is loaded when it is asked for; a vector of 128
+        queries would take 32 of them.
+        """
+        c, ref = self.p.config, self.refs.stats_smem.at[slot, which]
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        load = lambda at: plgpu.load(at, layout=layout, optimized=False)
+        starts = range(0, c.block_q, tile.GROUP)
+        if self.p.tight:
+            return (tile.by_column(load(ref.at[pl.ds(at, tile.GROUP)]), 64) for at in starts)
+        whole = tile.by_column(load(ref), 64)
+        return [whole[:, at : at + tile.GROUP] for at in starts]
+
     def kept(self, slot):
         """Which scores dropout keeps, in groups of 8 queries."""
-        words = lax.bitcast_convert_type(self.statistic(slot, 2), jnp.uint32)
+        as_words = lambda x: lax.bitcast_convert_type(x, jnp.uint32)
+        words = (as_words(x) for x in self.statistic(slot, 2))
         return tile.keeps_by_key(words, self.key0, 64, self.p.rate)
-
-    def statistic(self, slot, which: int):
-        """lse (0), delta (1) or the dropout words (2) of a query tile."""
-        return plgpu.load(
-            self.refs.stats_smem.at[slot, which],
-            layout=plgpu.Layout.WGMMA.reduce(0),
-            optimized=False,
-        )
 
     def scores(self, acc, resident, ring, slot):
         """`acc += resident @ ring^T` of this warpgroup's rows, over all column parts.
@@ -280,11 +295,12 @@ class Consumer:
         if p.soft_cap is not None:
             s = jnp.tanh(s * (p.scale / p.soft_cap))
             multiplier, slack = p.soft_cap * LOG2E, 1.0 - s * s
-        modified = lambda f, x, v: run_program(f, x, v, query0, self.key0, by_query=False)
+        modified = functools.partial(run_program, query0=query0, key0=self.key0, by_query=False)
         if p.slope is not None:
             natural = s * (multiplier * (1 / LOG2E))
             s, slope = modified(p.slope, natural, loaded.score)
-            slack = slope if slack is None else slack * slope
+            if not p.slope.additive:
+                slack = slope if slack is None else slack * slope
             s, multiplier = jnp.maximum(s, MASKED), LOG2E
         elif p.alibi:
             shift = query0 + p.band.offset - self.key0
@@ -294,9 +310,10 @@ class Consumer:
             multiplier = 1.0
         if masked:
             if p.mask is not None:
-                s = tile.masked_by(s, modified(p.mask, s, loaded.mask)[0])
+                (s,) = modified(p.mask, s, loaded.mask, hide=True)
             s = tile.mask(s, *self.row_bounds(query0))
-        return jnp.exp2(s * multiplier - tile.by_column(lse, 64)), slack
+        prob = [jnp.exp2(x * multiplier - y) for (_, x), y in zip(tile.groups(s), lse, strict=True)]
+        return lax.concatenate(prob, 1), slack
 
     def sync(self, which: int = 0) -> None:
         """All consumers have written what they share; `which` of the two barriers of a step."""
@@ -339,10 +356,12 @@ class Consumer:
         else:
             plgpu.copy_smem_to_gmem(staging, r.dq.at[dst], reduction_op="add")
 
-    def softmax_gradient(self, dp, prob, slack, q_slot):
-        """dS = P * (dP - delta), times the factor of soft cap and score_mod."""
-        ds = prob * (dp - tile.by_column(self.statistic(q_slot, 1), 64))
-        return (ds if slack is None else ds * slack).astype(self.p.dtype)
+    def softmax_gradient(self, dp, prob, q_slot):
+        """dS = P * (dP - delta); P has the factor of soft cap and score_mod."""
+        delta = self.statistic(q_slot, 1)
+        parts = zip(tile.groups(prob), tile.groups(dp), delta, strict=True)
+        ds = [x * (y - z) for (_, x), (_, y), z in parts]
+        return lax.concatenate(ds, 1).astype(self.p.dtype)
 
     def own_rows(self, it, head, query0, masked: bool):
         """`split="keys"`: P^T and dS^T of this warpgroup's keys, in registers."""
@@ -359,17 +378,25 @@ class Consumer:
             s = ops.load(s_acc, 1)
             loaded = early or self.load(head, query0, masked)
             prob, slack = self.probabilities(s, q_slot, head, query0, masked, loaded)
-            if p.rate:  # a dropped score carries its mark in the sign of P until dP is there
+            if slack is None and p.rate:  # dropped: marked by the sign of P until dP is there
                 prob = tile.where(self.kept(q_slot), prob, lambda x: -x)
-            return prob, slack, ops.load(dp_acc, 0)
+                return None, prob, ops.load(dp_acc, 0)
+            if slack is None:
+                return None, prob, ops.load(dp_acc, 0)
+            # two forms of P wait for dP: narrow for dV, and with the slope for dS
+            left = tile.where(self.kept(q_slot), prob) if p.rate else prob
+            left = lax.optimization_barrier(left.astype(p.dtype))
+            return left, prob * slack, ops.load(dp_acc, 0)
 
         shape = (64, c.block_q)
-        prob, slack, dp = ops.with_acc(scores, shape, shape)
-        if not p.rate:
-            return prob.astype(p.dtype), self.softmax_gradient(dp, prob, slack, q_slot)
-        dp = jnp.where(prob < 0.0, 0.0, dp)
-        ds = self.softmax_gradient(dp, jnp.abs(prob), slack, q_slot)
-        return jnp.maximum(prob, 0.0).astype(p.dtype), ds
+        left, prob, dp = ops.with_acc(scores, shape, shape)
+        if p.rate and left is None:
+            left, dp = jnp.maximum(prob, 0.0).astype(p.dtype), jnp.where(prob < 0.0, 0.0, dp)
+            return left, self.softmax_gradient(dp, jnp.abs(prob), q_slot)
+        if p.rate:  # what dV does not see was dropped; or its P is below the narrowest number
+            dp = jnp.where(left.astype(jnp.float32) == 0.0, 0.0, dp)
+        left = prob.astype(p.dtype) if left is None else left
+        return left, self.softmax_gradient(dp, prob, q_slot)
 
     def half_each(self, it, head, query0, masked: bool) -> None:
         """`split="columns"`: warpgroup 0 computes P^T, 1 takes it from memory and computes dS^T."""
@@ -386,7 +413,7 @@ class Consumer:
             loaded = self.load(head, query0, masked)
             s = ops.with_acc(issue, (64, c.block_q))
             prob, slack = self.probabilities(s, q_slot, head, query0, masked, loaded)
-            left = tile.where(self.kept(q_slot), prob, 0.0) if p.rate else prob
+            left = tile.where(self.kept(q_slot), prob) if p.rate else prob
             high = left.astype(p.dtype)
             r.p_smem[slot] = high
             if p.apart:
@@ -402,12 +429,12 @@ class Consumer:
             issue = lambda acc: ops.load(self.scores(acc, r.v_smem, r.do_smem, do_slot))
             dp = ops.with_acc(issue, (64, c.block_q))
             if p.rate:
-                dp = tile.where(self.kept(q_slot), dp, 0.0)
+                dp = tile.where(self.kept(q_slot), dp)
             self.sync(0)
             layout = plgpu.Layout.WGMMA
             read = lambda at: plgpu.load(r.p_smem.at[at], layout=layout, optimized=False)
             prob = read(for_ds).astype(jnp.float32) + read(2).astype(jnp.float32)
-            r.ds_smem[0] = self.softmax_gradient(dp, prob, None, q_slot)
+            r.ds_smem[0] = self.softmax_gradient(dp, prob, q_slot)
             plgpu.commit_smem()
 
     def step(self, i, carry, head, before, dk_acc, dv_acc, masked: bool):

@@ -100,6 +100,8 @@ class Consumer(fwd.Consumer):
         value, slope = self.modified(p.slope, natural, block.score, i)
         value = jnp.maximum(value, MASKED)
         value = self.masked(value, i, block) if masked else value
+        if p.slope.additive:
+            return value, slack
         return value, slope if slack is None else slack * slope
 
     def statistic(self, which: int):

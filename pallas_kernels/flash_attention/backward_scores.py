@@ -226,15 +226,15 @@ class Consumer:
             s = p.soft_cap * jnp.tanh(s * (p.scale / p.soft_cap))
         else:
             s = s * p.scale
-        run = lambda f, x, v: run_program(f, x, v, query0, key0, by_query=p.by_query)
+        run = functools.partial(run_program, query0=query0, key0=key0, by_query=p.by_query)
         value, *slopes = run(p.partials, s, values)
         value = jnp.maximum(value, MASKED)
         if p.mask is not None:
-            value = tile.masked_by(value, run(p.mask, value, hidden)[0])
+            (value,) = run(p.mask, value, hidden, hide=True)
         value = tile.mask(value, *self.row_bounds(where))
         prob = jnp.exp2(value * LOG2E - self.statistic(where, 0))
         if p.rate:
-            dp = tile.where(self.kept(where), dp, 0.0)
+            dp = tile.where(self.kept(where), dp)
         ds = prob * (dp - self.statistic(where, 1)) * (1.0 / p.kept)
         fresh = [ds * slope for slope in slopes]
         if not p.whole:
@@ -252,7 +252,8 @@ class Consumer:
         )
         if p.by_query:
             return tile.keeps_by_query(words, key0, COLUMNS, p.rate)
-        return tile.keeps_by_key(words, key0, TILE, p.rate)
+        word = tile.by_column(words, TILE)
+        return tile.keeps_by_key((x for _, x in tile.groups(word)), key0, TILE, p.rate)
 
     def run(self) -> None:
         """The whole walk, and its sums."""

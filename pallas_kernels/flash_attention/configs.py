@@ -73,6 +73,7 @@ def modified_cases(head_dim: int) -> Iterator[tuple[str, Callable, tuple]]:
     blocks = shape(1, 1, 9, 9, dtype=jnp.int8)
     table = shape(1, heads, tokens, tokens)
     cases: dict[str, tuple[tuple, Callable[..., dict[str, Any]]]] = {
+        "soft cap": ((), lambda: dict(soft_cap=30.0)),
         "dropout": (
             (shape(batch, heads, tokens, dtype=jnp.uint32),),
             lambda words: dict(dropout=Dropout(0.1, words)),

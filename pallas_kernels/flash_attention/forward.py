@@ -321,14 +321,14 @@ class Consumer:
             else None,
         )
 
-    def modified(self, program, s, values, i):
-        """The outputs of a score_mod or mask_mod on block i."""
-        return run_program(program, s, values, self.base, self.key0(i), by_query=True)
+    def modified(self, program, s, values, i, hide: bool = False):
+        """The outputs of a score_mod, or what a mask_mod leaves (`hide`), on block i."""
+        return run_program(program, s, values, self.base, self.key0(i), by_query=True, hide=hide)
 
     def masked(self, s, i, block):
         """MASKED where the bounds or the mask_mod hide a key."""
         if self.p.mask is not None:
-            s = tile.masked_by(s, self.modified(self.p.mask, s, block.mask, i)[0])
+            (s,) = self.modified(self.p.mask, s, block.mask, i, hide=True)
         return tile.mask(s, *self.row_bounds(self.key0(i)))
 
     def row_bounds(self, key0):
@@ -384,7 +384,7 @@ class Consumer:
         fresh = self.row_sum(prob)
         if p.rate:
             kept = tile.keeps_by_query(block.words, self.key0(i), s.shape[1], p.rate)
-            prob = tile.where(kept, prob, 0.0)
+            prob = tile.where(kept, prob)
         if m is None:
             return m_new, fresh, None, prob
         rescale = jnp.exp2(m - m_new)

@@ -44,8 +44,7 @@ def backward_config(head_dim: int, head_dim_v: int, options: Options) -> Backwar
     64
     """
     if max(head_dim, head_dim_v) <= 64:
-        modified = options.score is not None or options.dropout is not None or options.loads
-        return BackwardConfig(block_q=64 if modified else 128)
+        return BackwardConfig(block_q=128)
     if max(head_dim, head_dim_v) <= 128:
         return BackwardConfig()
     stages = 1 if options.apart else 2

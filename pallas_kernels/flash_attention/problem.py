@@ -1,6 +1,7 @@
 """What the forward and the backward kernels share: the call, its optional operands, their tiles."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -68,7 +69,8 @@ class Options:
     @property
     def apart(self) -> bool:
         """Whether dV and dS take different forms of P: a slope or dropped scores lie between."""
-        return self.soft_cap is not None or self.score is not None or self.dropout is not None
+        sloped = self.score is not None and not self.score.program.additive
+        return self.soft_cap is not None or sloped or self.dropout is not None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,9 +189,22 @@ def at_index(ref: Any, b, n) -> tuple[Any, Any]:
 
 
 def load_values(
-    program: Program, refs: Sequence[Any], b, n, query0, key0, columns: int, *, by_query: bool
+    program: Program,
+    refs: Sequence[Any],
+    b,
+    n,
+    query0,
+    key0,
+    columns: int,
+    *,
+    by_query: bool,
+    lazy: bool = False,
 ) -> list[Any]:
-    """What a program needs of one tile of 64 rows; issued early, it is there when needed."""
+    """What a program needs of one tile of 64 rows; issued early, it is there when needed.
+
+    `lazy` leaves what has columns to be loaded group by group, where registers are short: such a
+    value is a function of the group's first column.
+    """
     layout, found = plgpu.Layout.WGMMA, []
     row0, column0 = (query0, key0) if by_query else (key0, query0)
     for ref, kind in zip(refs, program.kinds, strict=True):
@@ -197,25 +212,32 @@ def load_values(
         if kind == "scalar":
             found.append(ref[at])
             continue
-        by_row = (kind == "query") == by_query
-        if kind == "tile":
-            where, how = (*at, pl.ds(row0, TILE), pl.ds(column0, columns)), layout
-        elif by_row:
-            where, how = (*at, pl.ds(row0, TILE)), layout.reduce(1)
+        by_row = kind != "tile" and (kind == "query") == by_query
+        how = layout if kind == "tile" else layout.reduce(1 if by_row else 0)
+
+        def load(first, size, ref=ref, at=at, by_row=by_row, how=how, kind=kind):
+            where = pl.ds(row0, TILE) if by_row else pl.ds(column0 + first, size)
+            where = (pl.ds(row0, TILE), where) if kind == "tile" else (where,)
+            return plgpu.load(ref.at[(*at, *where)], layout=how, optimized=False)
+
+        if lazy and not by_row:
+            found.append(functools.partial(load, size=tile.GROUP))
         else:
-            where, how = (*at, pl.ds(column0, columns)), layout.reduce(0)
-        found.append(plgpu.load(ref.at[where], layout=how, optimized=False))
+            found.append(load(0, columns))
     return found
 
 
 def run_program(
-    program: Program, x, values: Sequence[Any], query0, key0, *, by_query: bool
+    program: Program, x, values: Sequence[Any], query0, key0, *, by_query: bool, hide: bool = False
 ) -> tuple[Any, ...]:
-    """The outputs of a program on the tile x, whose rows are queries (`by_query`) or keys."""
+    """The outputs of a program on the tile x, whose rows are queries (`by_query`) or keys.
+
+    With `hide` the one output is x, MASKED where a mask_mod hides it.
+    """
     row0, column0 = (query0, key0) if by_query else (key0, query0)
     kinds = ["query", "key"] if by_query else ["key", "query"]
     forms = [kinds.index(k) if k in kinds else k for k in program.kinds]
-    return tile.evaluate(program, x, values, forms, row0, column0, by_query)
+    return tile.evaluate(program, x, values, forms, row0, column0, by_query, hide)
 
 
 def statistics(

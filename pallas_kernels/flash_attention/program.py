@@ -104,10 +104,11 @@ class Program:
     kinds: tuple[str, ...]
     scored: bool
 
-    @property
-    def kinds_used(self) -> frozenset[str]:
-        """Which kinds of values a tile loads."""
-        return frozenset(self.kinds)
+    @functools.cached_property
+    def additive(self) -> bool:
+        """Whether the score is only added to: its slope is 1."""
+        slope = self.slope().outputs[1]
+        return not isinstance(slope, Node) and float(slope) == 1.0
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """At scalars, by JAX itself."""
@@ -154,8 +155,10 @@ class Program:
         return tuple(_number(_on_tile(x, known), shape) for x in self.outputs)
 
 
-def scalar_program(f: Callable[..., Any], kinds: Sequence[str], dtypes: Sequence[Any]) -> Program:
-    """A `Program` of `f(score, t, s, *values) -> score` whose values are arrays already.
+def scalar_program(
+    f: Callable[..., Any], kinds: Sequence[str], dtypes: Sequence[Any], *, scored: bool = True
+) -> Program:
+    """A `Program` of `f(score?, t, s, *values)` whose values are arrays already.
 
     >>> Program = scalar_program(lambda x, t, s, slope: x - slope * (t - s), ["scalar"], ["f4"])
     >>> print(Program(jnp.float32(1), jnp.int32(3), jnp.int32(1), jnp.float32(0.25))[0])
@@ -163,16 +166,16 @@ def scalar_program(f: Callable[..., Any], kinds: Sequence[str], dtypes: Sequence
     """
     index = jax.ShapeDtypeStruct((), jnp.int32)
     values = [jax.ShapeDtypeStruct((), jnp.dtype(d)) for d in dtypes]
-    avals = [jax.ShapeDtypeStruct((), jnp.float32), index, index, *values]
-    closed = jax.make_jaxpr(f)(*avals)
-    needs = ["score", "t", "s", *(_needs_of(kind) for kind in kinds)]
+    score = [jax.ShapeDtypeStruct((), jnp.float32)] * scored
+    closed = jax.make_jaxpr(f)(*score, index, index, *values)
+    needs = [*["score"] * scored, "t", "s", *(_needs_of(kind) for kind in kinds)]
     nodes = tuple(
         Node(v.aval, frozenset(n if isinstance(n, tuple) else (n,)), name=str(n))
         for v, n in zip(closed.jaxpr.invars, needs, strict=True)
     )
     outputs = _graph(closed.jaxpr, closed.consts, nodes)
     _check_on_tile(outputs)
-    return Program(tuple(outputs), nodes, tuple(kinds), True)
+    return Program(tuple(outputs), nodes, tuple(kinds), scored)
 
 
 def _needs_of(kind: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ comparisons and distances are against immediate numbers.  A full-width iota woul
 spill.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -108,9 +108,11 @@ def evaluate(
     row0,
     column0,
     by_query: bool,
+    hide: bool,
 ) -> tuple[Any, ...]:
-    """The outputs of a program on the tile x, group by group.
+    """The outputs of a program on the tile x; with `hide` x, MASKED where its output is false.
 
+    Group by group, each to its end: a tile of bools would take as many registers as one of floats.
     `forms` says how a value meets the tile: 0 by its rows, 1 by its columns, "tile" or "scalar".
     """
     rows, shape = x.shape[0], (x.shape[0], GROUP)
@@ -120,60 +122,59 @@ def evaluate(
     fixed = [
         by_row(v, GROUP) if form == 0
         else lax.broadcast_in_dim(v, shape, ()) if form == "scalar"
-        else by_column(v, rows) if form == 1
+        else by_column(v, rows) if form == 1 and not callable(v)
         else v
         for v, form in zip(values, forms, strict=True)
     ]  # fmt: skip
     found = []
     for c, score in groups(x):
         along_columns = index(column, c, column_float)
-        here = [
-            v if form in (0, "scalar") else v[:, c : c + GROUP]
-            for v, form in zip(fixed, forms, strict=True)
-        ]
+        here = []
+        for v, form in zip(fixed, forms, strict=True):
+            if callable(v):
+                v = by_column(v(c), rows) if form == 1 else v(c)
+            elif form not in (0, "scalar"):
+                v = v[:, c : c + GROUP]
+            here.append(v)
         here = [v.astype(jnp.float32) if v.dtype in NARROW else v for v in here]
         t, s = (along_rows, along_columns) if by_query else (along_columns, along_rows)
-        found.append(program.on_tile(score, t, s, here))
+        outs = program.on_tile(score, t, s, here)
+        found.append((jnp.where(outs[0], score, MASKED),) if hide else outs)
     return tuple(lax.concatenate(parts, 1) for parts in zip(*found, strict=True))
 
 
 NARROW = (jnp.bfloat16, jnp.float16)
 
 
-def masked_by(x, seen):
-    """MASKED where `seen` is false; both are whole tiles."""
-    return jnp.where(seen, x, MASKED)
-
-
-def keeps_by_query(words, key0, columns: int, rate: float):
-    """Which scores dropout keeps, rows being queries: a list of `[rows, 8]` bools.
+def keeps_by_query(words, key0, columns: int, rate: float) -> Iterator[Any]:
+    """Which scores dropout keeps, rows being queries: `[rows, 8]` bools, made when asked for.
 
     One word serves two groups: key tokens s and s ^ 8.
     """
     rows = words.shape[0]
     word = by_row(words, GROUP)
     first = (iota(rows, 1) + key0).astype(jnp.uint32) * jnp.uint32(WEYL)
-    border, kept = jnp.uint32(threshold(rate)), []
+    border = jnp.uint32(threshold(rate))
     for c in range(0, columns, 2 * PAIR):
         bits = mix(word ^ (first + jnp.uint32(c * WEYL & 0xFFFFFFFF)))
-        kept += [(bits << jnp.uint32(16)) >= border, bits >= border]
-    return kept
+        yield (bits << jnp.uint32(16)) >= border
+        yield bits >= border
 
 
-def keeps_by_key(words, key0, rows: int, rate: float):
-    """The same where columns are queries: words is `[columns]`."""
+def keeps_by_key(words: Iterable[Any], key0, rows: int, rate: float) -> Iterator[Any]:
+    """The same where columns are queries: words are `[rows, 8]` a group."""
     key = iota(rows, 0) + key0
     column = (key & ~PAIR).astype(jnp.uint32) * jnp.uint32(WEYL)
     shift = (PAIR - (key & PAIR)).astype(jnp.uint32) * jnp.uint32(2)
-    border, word = jnp.uint32(threshold(rate)), by_column(words, rows)
-    return [
-        (mix(word[:, c : c + GROUP] ^ column) << shift) >= border
-        for c in range(0, words.shape[0], GROUP)
+    border = jnp.uint32(threshold(rate))
+    for word in words:
+        yield (mix(word ^ column) << shift) >= border
+
+
+def where(kept: Iterable[Any], x, other=None):
+    """x where `kept`, else 0 or, given `other`, that function of the group; group by group."""
+    parts = [
+        jnp.where(k, g, 0.0 if other is None else other(g))
+        for (_, g), k in zip(groups(x), kept, strict=True)
     ]
-
-
-def where(kept: Sequence[Any], x, other):
-    """x where `kept`, group by group; `other` is a function of the group or a number."""
-    value = other if callable(other) else lambda _: other
-    parts = [jnp.where(k, g, value(g)) for k, (_, g) in zip(kept, groups(x), strict=True)]
     return lax.concatenate(parts, 1)

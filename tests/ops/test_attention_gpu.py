@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from aidx.ops import registry
+from aidx.ops.attention_mask import block_mask
 from aidx.ops.flash_attention import flash_attention
 from aidx.ops.paged_attention import paged_attention
 from aidx.ops.write_kv import write_kv
@@ -46,6 +47,14 @@ def assert_close(got, expected, error=0.01):
         assert np.sqrt(np.mean((a - b) ** 2)) < error * np.sqrt(np.mean(b**2))
 
 
+SLOPES = 2.0 ** -jnp.arange(1.0, N + 1)
+
+
+def near(b, n, t, s):
+    """A mask_mod that leaves empty, partial and full tiles."""
+    return (jnp.abs(t - s) < 100 + 50 * n) | (s < 64)
+
+
 def options(name):
     ids = jnp.repeat(jnp.arange(4), T // 4)[None].repeat(B, 0)
     return {
@@ -56,23 +65,71 @@ def options(name):
         "segments": {"causal": True, "segment_ids": ids},
         "unsorted_segments": {"segment_ids": ids[:, ::-1]},
         "sinks": {"causal": True, "sinks": jnp.ones(N)},
-        "bias": {"bias": jnp.ones((T, T), jnp.bfloat16)},
-    }[name]
+        "bias": {"bias": jax.random.normal(jax.random.key(7), (1, N, T, T)), "causal": True},
+        "key_bias": {"bias": jax.random.normal(jax.random.key(8), (B, 1, 1, T))},
+        "alibi": {"alibi_slopes": SLOPES, "causal": True},
+        "alibi_lens": {"alibi_slopes": SLOPES, "kv_lens": jnp.array([700, 0])},
+        "soft_cap": {"logits_soft_cap": 5.0, "causal": True},
+        "dropout": {"dropout_rate": 0.2, "dropout_key": jax.random.key(9), "causal": True},
+        "score_mod": {
+            "score_mod": lambda x, b, n, t, s: jnp.where(
+                s <= t + 5, 2.0 * jnp.tanh(x * 0.5) - SLOPES[n] * jnp.abs(t - s), -jnp.inf
+            )
+        },
+        "mask_mod": {"mask_mod": lambda b, n, t, s: (ids[0, t] == ids[0, s]) | (s % (n + 3) == 0)},
+        "mask": {"mask": jax.random.bernoulli(jax.random.key(3), 0.5, (1, 1, T, T))},
+        "block_mask": {"block_mask": block_mask(near, T, T, num_heads=N), "causal": True},
+        "deterministic": {"causal": True, "deterministic": True, "logits_soft_cap": 5.0,
+                          "dropout_rate": 0.2, "dropout_key": jax.random.key(9)},
+    }[name]  # fmt: skip
 
 
 CUDNN = ("full", "causal", "window", "kv_lens")
-KERNEL = (*CUDNN, "segments", "unsorted_segments", "sinks")
+KERNEL = (
+    *CUDNN, "segments", "unsorted_segments", "sinks", "bias", "key_bias", "alibi", "alibi_lens",
+    "soft_cap", "dropout", "score_mod", "mask_mod", "mask", "block_mask", "deterministic",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("implementation", "name"),
-    [("cudnn", n) for n in CUDNN] + [("mosaic_gpu", n) for n in KERNEL] + [(None, "bias")],
+    [("cudnn", n) for n in CUDNN] + [("mosaic_gpu", n) for n in KERNEL],
 )
 def test_the_door_equals_the_tiles_in_f32(implementation, name):
     given = options(name)
     assert_close(
         results(implementation, jnp.bfloat16, **given), results("xla", jnp.float32, **given)
     )
+
+
+@pytest.mark.parametrize("name", ["alibi", "bias", "score_mod"])
+@pytest.mark.parametrize("heads", [64, 256])
+def test_other_widths_and_gradients_of_what_a_score_takes(name, heads):
+    """dU of a bias, of slopes and of a captured table, by kernels and by tiles."""
+    q, k, v, d_out = (x[:, :300, :, :heads] if heads < H else jnp.concatenate([x] * 2, -1)[:, :300]
+                      for x in arrays())  # fmt: skip
+    table = {
+        "alibi": SLOPES,
+        "bias": jax.random.normal(jax.random.key(7), (1, N, 300, 300)),
+        "score_mod": jax.random.normal(jax.random.key(7), (N, 300)),
+    }[name]
+
+    def attend(q, k, v, x, implementation):
+        given = {
+            "alibi": lambda: {"alibi_slopes": x},
+            "bias": lambda: {"bias": x},
+            "score_mod": lambda: {"score_mod": lambda z, b, n, t, s: z * 0.9 + x[n, s]},
+        }[name]()
+        return flash_attention(q, k, v, causal=True, implementation=implementation, **given)
+
+    def run(implementation, dtype):
+        inputs = [x.astype(dtype) for x in (q, k, v)]
+        f = functools.partial(attend, implementation=implementation)
+        out, pull = jax.vjp(f, *inputs, table)
+        return out, *pull(d_out.astype(dtype))
+
+    got = jax.jit(run, static_argnums=(0, 1))("mosaic_gpu", jnp.bfloat16)
+    assert_close(got, jax.jit(run, static_argnums=(0, 1))("xla", jnp.float32), 0.015)
 
 
 def test_the_default_is_the_kernel():
