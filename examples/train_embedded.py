@@ -4,10 +4,10 @@
     python examples/train_embedded.py --stage prepare      # tokenizer and tokens only (CPU)
     python examples/train_embedded.py --stage train --epochs 20 --deadline 90 --out DIR
 
-Training is `train_step`, a pure function of (state, tokens, progress), donated, with the corpus on
-the device as one uint16 array.  Crops and dropout come from `fold_in(key, step)`, so a run is a
-function of its seed (unless its deadline hastens it).  The draft is distilled from the model that
-it will draft for; its programs compile while the model trains.
+`aidx.train` does the training: `make_train_step` makes a pure function of (state, batch), `fit`
+calls it.  The corpus is on the device as one uint16 array, and a step's crops and dropout come from
+its own key, so a run is a function of its seed (unless its deadline hastens it).  The draft is
+distilled from the model that it will draft for; its programs compile while the model trains.
 
 Matrices are updated by Muon (Jordan et al., 2024) scaled to Adam's RMS (Liu et al., 2025), the
 rest by Adam.  The corpus is passed many times, so weight decay is heavy and what a layer adds is
@@ -16,8 +16,8 @@ dropped at random.  Dropout needs no help from the model: `forward` lets every l
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +34,7 @@ import tokenizers
 from optax.contrib import MuonDimensionNumbers, muon
 from stdlib_corpus import END_OF_TEXT, prepare
 
+from aidx.cache import no_cache_attend
 from aidx.models import (
     LlamaConfig,
     Model,
@@ -46,6 +46,17 @@ from aidx.models import (
     stack_layers,
     unstack_layers,
 )
+from aidx.train import (
+    Callback,
+    TrainState,
+    device_crops,
+    fit,
+    init_state,
+    make_evaluate,
+    make_train_step,
+    next_token_batch,
+    train_flops_per_token,
+)
 
 HEAD_DIM, CONTEXT, VOCAB = 64, 2048, 4096
 MODEL = LlamaConfig(VOCAB, 256, 768, 6, 4, 2, HEAD_DIM, max_position_embeddings=CONTEXT, tied=True)
@@ -53,6 +64,7 @@ DRAFT = LlamaConfig(VOCAB, 80, 192, 3, 2, 1, HEAD_DIM, max_position_embeddings=C
 TINY = LlamaConfig(VOCAB, 32, 64, 2, 2, 1, HEAD_DIM, max_position_embeddings=64, tied=True)
 WARMUP = 100  # steps of rising learning rate
 EVALUATIONS = 16
+EVAL_ROWS = 8  # windows of a batch of the evaluation
 
 # The standard library is full of interactive sessions; a chat with the model is one.
 CHAT_TEMPLATE = (
@@ -89,26 +101,6 @@ class Recipe:
     seed: int = 0
 
 
-@flax.struct.dataclass
-class TrainState:
-    """What a step needs and leaves; the f32 master weights have their layers stacked."""
-
-    params: Any
-    opt_state: Any
-    step: jax.Array  # [] i32
-
-
-def causal_attend(cache, layer, q, k, v, *, window=None, scale=None, soft_cap=None, sinks=None):
-    """An `Attend` for training: causal, without a cache, through cuDNN on a GPU."""
-    if window is not None or soft_cap is not None or sinks is not None:
-        raise NotImplementedError(f"{window=} {soft_cap=} {sinks=}: plain causal attention")
-    implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    out = jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, implementation=implementation
-    )
-    return out, cache
-
-
 def dropping(key: jax.Array, rate: float) -> Callable:
     """A wrapper of layers: `x + drop(layer(x) - x)`, each feature dropped with probability rate."""
     layers = itertools.count()
@@ -137,14 +129,11 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(of, params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        muon(
-            1.0,
-            weight_decay=recipe.weight_decay,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=dimensions,
-        ),
+    return muon(
+        1.0,
+        weight_decay=recipe.weight_decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=dimensions,
     )
 
 
@@ -154,24 +143,27 @@ def schedule(step: jax.Array, progress: jax.Array) -> jax.Array:
     return jnp.minimum(fall, (step + 1) / WARMUP)
 
 
-def crops(tokens: jax.Array, key: jax.Array, batch: int, context: int) -> jax.Array:
-    """`batch` random windows of context + 1 tokens, i32."""
-    starts = jax.random.randint(key, (batch,), 0, tokens.shape[0] - context, dtype=jnp.int32)
-    window = lambda start: jax.lax.dynamic_slice(tokens, (start,), (context + 1,))
-    return jax.vmap(window)(starts).astype(jnp.int32)
+def annealed(recipe: Recipe) -> optax.GradientTransformation:
+    """Scale updates by the schedule of (steps so far, progress); the batch tells the progress."""
+
+    def update(updates, step, params=None, *, progress):
+        rate = recipe.learning_rate * schedule(step, progress)
+        return jax.tree.map(lambda u: rate * u, updates), step + 1
+
+    return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros((), jnp.int32), update)
 
 
 def logits_of(config: LlamaConfig, params: Any, window: jax.Array, wrap: Any = None) -> jax.Array:
-    """bf16 forward over all tokens of `window` but the last: f32 logits `[B, T, V]`.
+    """Forward over all tokens of `window` but the last: f32 logits `[B, T, V]`.
 
-    The unembedding gives bf16, so that its gradient is a bf16 matmul too.
+    The unembedding gives the parameters' dtype, so that its gradient is a matmul in it too.
     """
     tokens = window[:, :-1]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), unstack_layers(params))
+    params, attend = unstack_layers(params), no_cache_attend()
     forward = bind_forward(config)
-    hidden, _ = forward(half, tokens, positions, causal_attend, None, hidden=True, remat=wrap)
-    return jnp.einsum("btd,vd->btv", hidden, half["embed"]).astype(jnp.float32)
+    hidden, _ = forward(params, tokens, positions, attend, None, hidden=True, remat=wrap)
+    return jnp.einsum("btd,vd->btv", hidden, params["embed"]).astype(jnp.float32)
 
 
 def losses(logits: jax.Array, targets: jax.Array, teacher: jax.Array | None):
@@ -184,63 +176,61 @@ def losses(logits: jax.Array, targets: jax.Array, teacher: jax.Array | None):
     return nll, (jnp.exp(log_t) * (log_t - log_p)).sum(-1).mean()
 
 
-def make_train_step(config: LlamaConfig, recipe: Recipe, teacher: LlamaConfig | None = None):
-    """`train_step(state, teacher_params, tokens, progress) -> (state, nll)`; state is donated."""
-    transform = optimizer(recipe)
+def half(tree: Any) -> Any:
+    """A tree of f32 arrays in bf16."""
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, teacher_params: Any, tokens: jax.Array, progress: jax.Array):
-        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+
+def make_loss(config: LlamaConfig, recipe: Recipe, teacher: LlamaConfig | None) -> Callable:
+    """The loss of random crops of `tokens`; with a teacher, partly of its distributions."""
+
+    def loss_fn(params, batch, key, tokens, teacher_params):
+        del batch  # it tells the optimiser how far the run has come
         crop_key, drop_key = jax.random.split(key)
-        window = crops(tokens, crop_key, recipe.batch, config.max_position_embeddings)
-        target = None if teacher is None else logits_of(teacher, teacher_params, window)
+        length = config.max_position_embeddings
+        window = device_crops(tokens, crop_key, recipe.batch, length)
+        target = None if teacher is None else logits_of(teacher, half(teacher_params), window)
+        wrap = dropping(drop_key, recipe.dropout) if recipe.dropout else None
+        nll, kl = losses(logits_of(config, params, window, wrap), window[:, 1:], target)
+        n = recipe.batch * length
+        return n * ((1 - recipe.distill) * nll + recipe.distill * kl), n, {"nll": n * nll}
 
-        def loss(params):
-            wrap = dropping(drop_key, recipe.dropout) if recipe.dropout else None
-            nll, kl = losses(logits_of(config, params, window, wrap), window[:, 1:], target)
-            return (1 - recipe.distill) * nll + recipe.distill * kl, nll
-
-        grads, nll = jax.grad(loss, has_aux=True)(state.params)
-        updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        rate = recipe.learning_rate * schedule(state.step, progress)
-        params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), nll
-
-    return train_step
+    return loss_fn
 
 
-def make_evaluate(config: LlamaConfig, other: LlamaConfig | None = None) -> Callable:
-    """`evaluate(params, other_params, windows) -> (nll a token, share of equal argmax)`."""
+def make_eval_loss(config: LlamaConfig, teacher: LlamaConfig | None) -> Callable:
+    """The cross-entropy of held-out windows, and the share of the teacher's best tokens."""
 
-    @jax.jit
-    def evaluate(params, other_params, windows):
-        def one(window):
-            logits = logits_of(config, params, window[None])
-            nll, _ = losses(logits, window[None, 1:], None)
-            if other is None:
-                return nll, jnp.ones(())
-            theirs = logits_of(other, other_params, window[None])
-            return nll, (theirs.argmax(-1) == logits.argmax(-1)).mean()
+    def loss_fn(params, window, key, teacher_params):
+        del key
+        batch = next_token_batch(window)
+        live = batch["targets"] >= 0
+        logits = logits_of(config, params, window)
+        log_p = jax.nn.log_softmax(logits)
+        nll = -jnp.take_along_axis(log_p, batch["targets"].clip(0)[..., None], axis=-1)[..., 0]
+        total, weight = (nll * live).sum(), live.sum()
+        if teacher is None:
+            return total, weight
+        best = logits_of(teacher, half(teacher_params), window).argmax(-1)
+        return total, weight, {"agreement": ((best == logits.argmax(-1)) & live).sum()}
 
-        nll, agreement = jax.lax.map(one, windows, batch_size=8)
-        return nll.mean(), agreement.mean()
-
-    return evaluate
+    return loss_fn
 
 
-def heldout_windows(tokens: np.ndarray, context: int) -> jax.Array:
-    """The held-out stream cut into adjacent windows of context + 1 tokens."""
+def heldout_windows(tokens: np.ndarray, context: int) -> list[np.ndarray]:
+    """The held-out stream as adjacent windows of context + 1 tokens, in batches; -1 fills up."""
     count = (tokens.size - 1) // context
-    cut = [tokens[i * context : (i + 1) * context + 1] for i in range(count)]
-    return jnp.asarray(np.stack(cut), jnp.int32)
+    cut = [tokens[i * context : (i + 1) * context + 1].astype(np.int32) for i in range(count)]
+    cut += [np.full(context + 1, -1, np.int32)] * (-count % EVAL_ROWS)
+    return [np.stack(cut[i : i + EVAL_ROWS]) for i in range(0, len(cut), EVAL_ROWS)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The corpus on the device."""
+    """The corpus."""
 
-    tokens: jax.Array  # [n] u16, the training stream
-    windows: jax.Array  # [W, context + 1] i32, the held-out stream
+    tokens: jax.Array  # [n] u16, the training stream, on the device
+    windows: list[np.ndarray]  # [EVAL_ROWS, context + 1] i32 each, the held-out stream
     meta: dict
 
     @classmethod
@@ -262,61 +252,112 @@ class Run:
 
     config: LlamaConfig
     recipe: Recipe
+    teacher: LlamaConfig | None
     state: TrainState
     step: Callable
-    evaluate: Callable
 
 
 def compile_run(
     config: LlamaConfig, recipe: Recipe, data: Data, teacher: LlamaConfig | None = None
 ) -> Run:
-    """Initialise the state and compile step and evaluation: three programs."""
-
-    def initial(config, recipe):
-        params = stack_layers(init_params(config, jax.random.key(recipe.seed)))
-        return TrainState(params, optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
-
-    state = jax.jit(lambda: initial(config, recipe))()
-    theirs = teacher and jax.eval_shape(lambda: initial(teacher, recipe).params)
-    step = make_train_step(config, recipe, teacher).lower(
-        state, theirs, data.tokens, jnp.float32(0)
+    """Initialise the state and compile the step."""
+    transform = optax.chain(optimizer(recipe), annealed(recipe))
+    key = jax.random.key(recipe.seed)
+    state = init_state(stack_layers(init_params(config, key)), transform, key)
+    step = make_train_step(
+        make_loss(config, recipe, teacher),
+        transform,
+        clip_norm=1.0,
+        compute_dtype=jnp.bfloat16,
+        update_args=lambda batch: batch,
     )
-    evaluate = make_evaluate(config, teacher).lower(state.params, theirs, data.windows)
-    return Run(config, recipe, state, step.compile(), evaluate.compile())
+    theirs = teacher and jax.eval_shape(lambda: stack_layers(init_params(teacher, key)))
+    batch = {"progress": np.float32(0)}
+    compiled = step.lower(state, batch, data.tokens, theirs).compile()
+    return Run(config, recipe, teacher, state, compiled)
 
 
-def train(run: Run, data: Data, teacher: Model | None = None) -> tuple[Any, dict]:
+class Progress(Callback):
+    """How far a run has come, by steps and by its deadline; keeps the best parameters."""
+
+    def __init__(self, run: Run, data: Data):
+        self.recipe, self.data = run.recipe, data
+        self.per_step = run.recipe.batch * run.config.max_position_embeddings
+        self.total = max(2, round(run.recipe.epochs * data.tokens.size / self.per_step))
+        self.begun, self.best, self.kept, self.report = 0.0, math.inf, None, {}
+        self.train_nll = math.nan
+
+    def elapsed(self) -> float:
+        self.begun = self.begun or time.perf_counter()
+        return time.perf_counter() - self.begun
+
+    def batch(self, step: int) -> dict[str, np.float32]:
+        return {
+            "progress": np.float32(max(step / self.total, self.elapsed() / self.recipe.deadline))
+        }
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> bool:
+        self.train_nll = metrics["nll"]
+        return self.elapsed() >= self.recipe.deadline
+
+    def keep_best(self, evaluate: Callable) -> Callable:
+        """An evaluation that prints, and copies what is best: the next step donates the state."""
+
+        def assess(state: TrainState) -> dict[str, float]:
+            found, steps = evaluate(state), int(state.step)
+            figures = {
+                "steps": steps,
+                "seconds": round(self.elapsed(), 1),
+                "epochs": round(steps * self.per_step / self.data.tokens.size, 2),
+                "train_nll": round(self.train_nll, 4),
+                "heldout_nll": round(found["loss"], 4),
+                "heldout_bits_per_byte": round(found["loss"] * self.data.bits_per_byte, 4),
+            }
+            if "agreement" in found:
+                figures["agreement_with_teacher"] = round(found["agreement"], 4)
+            print(" ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
+            if found["loss"] < self.best:
+                self.best, self.report = found["loss"], figures
+                self.kept = jax.tree.map(jnp.copy, state.params)
+            return found
+
+        return assess
+
+
+def train(
+    run: Run, data: Data, teacher: Model | None = None, log: pathlib.Path | None = None
+) -> tuple[Any, dict]:
     """Train one model; its f32 parameters at the best evaluation, and how it went."""
-    recipe, state = run.recipe, run.state
-    per_step = recipe.batch * run.config.max_position_embeddings
-    total = max(2, round(recipe.epochs * data.tokens.size / per_step))
+    progress = Progress(run, data)
     theirs = teacher and stack_layers(teacher.params)
-    best, kept, report = math.inf, None, {}
-    progress, evaluated, before, begun = 0.0, 0.0, jnp.zeros(()), time.perf_counter()
-    for steps in itertools.count(1):
-        state, nll = run.step(state, theirs, data.tokens, jnp.float32(progress))
-        before.block_until_ready()  # the host stays one step ahead, so that its clock is true
-        before, elapsed = nll, time.perf_counter() - begun
-        progress = max(steps / total, elapsed / recipe.deadline)
-        if progress - evaluated < 1 / EVALUATIONS and progress < 1:
-            continue
-        evaluated = progress
-        nats, agreement = map(float, run.evaluate(state.params, theirs, data.windows))
-        figures = {
-            "steps": steps,
-            "seconds": round(elapsed, 1),
-            "epochs": round(steps * per_step / data.tokens.size, 2),
-            "train_nll": round(float(nll), 4),
-            "heldout_nll": round(nats, 4),
-            "heldout_bits_per_byte": round(nats * data.bits_per_byte, 4),
-        } | ({"agreement_with_teacher": round(agreement, 4)} if teacher else {})
-        print(" ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
-        if nats < best:  # the next step donates the state: what is kept is a copy
-            best, kept, report = nats, jax.tree.map(jnp.copy, state.params), figures
-        if progress >= 1:
-            break
-    report = {"parameters": num_params(run.config), **report, "planned_steps": total}
-    return unstack_layers(kept), report | {"recipe": dataclasses.asdict(recipe)} | data.meta
+    evaluate = make_evaluate(
+        make_eval_loss(run.config, run.teacher),
+        data.windows,
+        rest=(theirs,),
+        compute_dtype=jnp.bfloat16,
+    )
+    with contextlib.ExitStack() as stack:
+        callbacks: list[Any] = [progress]
+        if log is not None:
+            from aidx.telemetry.tensorboard import SummaryWriter, TensorBoardCallback
+
+            writer = stack.enter_context(SummaryWriter(log, max_queue=1000))
+            callbacks.append(TensorBoardCallback(writer, scalars_every=10, histograms_every=500))
+        fit(
+            run.step,
+            run.state,
+            progress.batch,
+            steps=progress.total,
+            rest=(data.tokens, theirs),
+            evaluate=progress.keep_best(evaluate),
+            eval_every=max(1, progress.total // EVALUATIONS),
+            callbacks=callbacks,
+            prefetch_depth=1,  # progress is read off the clock
+            flops_per_token=train_flops_per_token(run.config, run.config.max_position_embeddings),
+        )
+    report = {"parameters": num_params(run.config), **progress.report}
+    report |= {"planned_steps": progress.total, "recipe": dataclasses.asdict(run.recipe)}
+    return unstack_layers(progress.kept), report | data.meta
 
 
 def save(path: pathlib.Path, model: Model, report: dict, data: pathlib.Path) -> None:
@@ -352,6 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--weight-decay", type=float, default=default.weight_decay)
     add("--dropout", type=float, default=default.dropout)
     add("--seed", type=int, default=default.seed)
+    add("--log", type=pathlib.Path, help="folder for TensorBoard")
     add("--tiny", action="store_true", help="a model of nothing, to try the script on a CPU")
     args = parser.parse_args(argv)
 
@@ -374,10 +416,11 @@ def main(argv: list[str] | None = None) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
         run = compile_run(config, recipe, data)
         draft_run = beside.submit(compile_run, draft_config, drafting, data, config)
-        params, report = train(run, data)
+        log = lambda name: None if args.log is None else args.log / name
+        params, report = train(run, data, log=log("embedded"))
         model = Model(config, params)
         save(args.out / "embedded", model, report, args.data)
-        params, report = train(draft_run.result(), data, model)
+        params, report = train(draft_run.result(), data, model, log=log("draft"))
         save(args.out / "embedded-draft", Model(draft_config, params), report, args.data)
 
 

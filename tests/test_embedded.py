@@ -91,16 +91,6 @@ def test_dropout_keeps_the_mean_and_differs_between_layers(scripts):
     assert (first == again).all()
 
 
-def test_training_attention_is_causal_and_refuses_what_it_cannot_do(scripts):
-    train, _ = scripts
-    q, k, v = (jax.random.normal(jax.random.key(i), (1, 6, 2, 8)) for i in range(3))
-    out, _ = train.causal_attend(None, 0, q, k, v)
-    cut, _ = train.causal_attend(None, 0, q[:, :3], k[:, :3], v[:, :3])
-    np.testing.assert_allclose(out[:, :3], cut, atol=1e-6)
-    with pytest.raises(NotImplementedError, match="window=4"):
-        train.causal_attend(None, 0, q, k, v, window=4)
-
-
 def test_every_matrix_of_a_layer_is_orthogonalised_by_itself(scripts):
     train, _ = scripts
     config = LlamaConfig(64, 16, 24, 2, 4, 2, 8, tied=True)
