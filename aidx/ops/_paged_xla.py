@@ -204,7 +204,8 @@ def _chunk(
     heads = lambda a: jnp.broadcast_to(a[:, None, :, None], (U, 1, Q, G, size))
     with jax.named_scope("scores"):
         k = _blocks(ops.k_pool, blocks).astype(x.q.dtype)
-        logits = _dot(x.q, k, "ukxh,uksh->ukxs") * spec.scale
+        # The keys come first: a CPU's matmul would transpose them as a second operand.
+        logits = jnp.swapaxes(_dot(k, x.q, "uksh,ukxh->uksx"), 2, 3) * spec.scale
         if ops.k_scale is not None:
             logits = logits * _scale_of(ops.k_scale, blocks)
         if spec.soft_cap is not None:
@@ -371,21 +372,23 @@ def _work_list(
     size: int,
     most: int,
 ) -> Partial:
-    """The items (row, chunk) of all rows, `ITEMS` a trip."""
+    """The items (row, chunk) of all rows, `ITEMS` a trip at most."""
     R = first.shape[0]
-    ends = jnp.cumsum(jnp.maximum(past - first, 0))
-    U = min(ITEMS, max(8, R), R * most)
+    counts = jnp.maximum(past - first, 0)
+    ends = jnp.cumsum(counts)
+    U = min(ITEMS, max(8, 4 * R), R * most)
+    # The list is made outside the loop: it is one for all layers of a step.
+    item = jnp.arange(-(-R * most // U) * U, dtype=jnp.int32)
+    rows_of_items = jnp.cumsum(jnp.zeros_like(item).at[ends].add(1, mode="drop"))
+    owner = jnp.minimum(rows_of_items, R - 1)
+    chunks = jnp.where(rows_of_items < R, (first + counts - ends)[owner] + item, 0)
 
     def trip(i: Array, total: Partial) -> Partial:
-        item = i * U + jnp.arange(U, dtype=jnp.int32)
-        row = jnp.searchsorted(ends, item, side="right").astype(jnp.int32)
-        real = row < R
-        at = jnp.minimum(row, R - 1)
-        began = jnp.where(at > 0, ends[jnp.maximum(at - 1, 0)], 0)
-        chunk = jnp.where(real, first[at] + item - began, 0)
+        of = lambda a: lax.dynamic_slice_in_dim(a, i * U, U)
+        row, at = of(rows_of_items), of(owner)
         picked = jax.tree.map(lambda a: a[at], x)
-        picked = picked._replace(real=picked.real & real[:, None])
-        return _merge_into(total, row, _chunk(spec, ops, rows, at, chunk, size, picked))
+        picked = picked._replace(real=picked.real & (row < R)[:, None])
+        return _merge_into(total, row, _chunk(spec, ops, rows, at, of(chunks), size, picked))
 
     start = _empty(ops, x.q.shape[:3])
     return lax.fori_loop(0, -(-ends[-1] // U), trip, start)
