@@ -175,6 +175,8 @@ def dropout(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> Any:
     b, n, t = (jnp.arange(size, dtype=jnp.int32) for size in (B, N, T))
     if spec.batch_period:
         b = b % spec.batch_period
+    if spec.dropout_broadcast:
+        b, n = b * 0, n * 0
     words = dropout_rows(
         ops.dropout_key[:, None, None, :], b[:, None, None], n[None, :, None], t[None, None, :]
     )

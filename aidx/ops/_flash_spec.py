@@ -97,6 +97,7 @@ class FlashSpec:
     scale: float
     soft_cap: float | None = None
     dropout_rate: float = 0.0
+    dropout_broadcast: bool = False  # one dropout mask for all batches and heads
     score_mod: ScalarFn | None = None
     mask_mod: ScalarFn | None = None
     block_mask: tuple[int, int] | None = None  # tile sizes of operands.block_kinds

@@ -184,6 +184,8 @@ def _kept(spec: FlashSpec, ops: FlashOperands, tiles: Tiles, i: Array, j: Array)
     if spec.batch_period:
         b = b % spec.batch_period
     n = jnp.arange(K * G, dtype=jnp.int32)
+    if spec.dropout_broadcast:
+        b, n = b * 0, n * 0
     rows = dropout_rows(
         ops.dropout_key[:, None, None, :], b[:, None, None], n[None, :, None], t[None, None, :]
     )

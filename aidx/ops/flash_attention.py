@@ -63,6 +63,7 @@ def flash_attention(
     sinks: Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
+    dropout_broadcast: bool = False,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     block_mask: BlockMask | None = None,
@@ -104,6 +105,7 @@ def flash_attention(
       sinks: f32 `[N]`, a learned logit of the denominator (Xiao et al. 2024, gpt-oss).
       dropout_rate: share of probabilities dropped; the others are divided by 1 - rate.
       dropout_key: a JAX key; the mask is a hash of (key, b, n, t, s), whatever the tiles.
+      dropout_broadcast: the same mask for all b and n (flax's broadcast_dropout).
       score_mod: `(score, b, n, t, s) -> score` on scalars; captured float arrays get gradients.
       mask_mod: `(b, n, t, s) -> bool` on scalars; t and s count from 0.
       block_mask: `aidx.block_mask(...)` of this T and S; its empty tiles are skipped.
@@ -181,6 +183,7 @@ def _prepare(
     sinks: Any,
     dropout_rate: float,
     dropout_key: Any,
+    dropout_broadcast: bool,
     score_mod: Any,
     mask_mod: Any,
     block_mask: Any,
@@ -220,6 +223,7 @@ def _prepare(
         scale=1.0 / math.sqrt(H) if scale is None else float(scale),
         soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         dropout_rate=_check_rate(dropout_rate, dropout_key),
+        dropout_broadcast=bool(dropout_broadcast and dropout_rate),
         score_mod=score_program,
         mask_mod=mask_program,
         block_mask=None if block_mask is None else (block_mask.block_q, block_mask.block_kv),

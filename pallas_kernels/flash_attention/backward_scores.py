@@ -39,20 +39,24 @@ from pallas_kernels.flash_attention.problem import (
 )
 from pallas_kernels.flash_attention.program import Program
 
-STAGES = 2
 COLUMNS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Rows of a CTA are `64 * consumers`, a block has 64 columns."""
+    """Rows of a CTA are `64 * consumers`, a block has 64 columns, `stages` of them in flight."""
 
     consumers: int
+    stages: int
 
     @property
     def rows(self) -> int:
         """Rows of a CTA."""
         return TILE * self.consumers
+
+    def smem_bytes(self, width: int, whole: bool) -> int:
+        """Shared memory of the operands, `width` numbers a token."""
+        return 2 * width * ((self.stages if whole else 1) * self.rows + self.stages * COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,7 +205,7 @@ class Consumer:
     def step(self, i, sums):
         """One tile: its dS, times the derivative of the score by every U."""
         p, r, ops = self.p, self.refs, self.ops
-        where, slot = place(p, self.cta, i), rem(i, STAGES)
+        where, slot = place(p, self.cta, i), rem(i, p.config.stages)
         row_slot = slot if p.whole else 0
         b, head, query0, key0 = self.at(where)
         at = (b, head, query0, key0, COLUMNS)
@@ -297,19 +301,19 @@ def produce(p: Problem, refs: Refs, cta) -> None:
 
     @pl.loop(0, steps(p))
     def _(i):
-        where, slot = place(p, cta, i), rem(i, STAGES)
+        where, slot = place(p, cta, i), rem(i, p.config.stages)
         if p.whole:
-            pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(refs.row_free.at[slot]))
+            pl.when(i >= p.config.stages)(lambda: plgpu.barrier_wait(refs.row_free.at[slot]))
             load_rows(where, slot)
-        pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(refs.column_free.at[slot]))
+        pl.when(i >= p.config.stages)(lambda: plgpu.barrier_wait(refs.column_free.at[slot]))
         targets = (refs.column_smem.at[slot], refs.column_smem2.at[slot])
         full = refs.column_full.at[slot]
         load(along_columns, not p.by_query, where, where.column0, COLUMNS, targets, full)
 
-    for g in range(max(0, steps(p) - STAGES), steps(p)):  # leave no completion unobserved
+    for g in range(max(0, steps(p) - p.config.stages), steps(p)):  # leave no completion unobserved
         if p.whole:
-            plgpu.barrier_wait(refs.row_free.at[g % STAGES])
-        plgpu.barrier_wait(refs.column_free.at[g % STAGES])
+            plgpu.barrier_wait(refs.row_free.at[g % p.config.stages])
+        plgpu.barrier_wait(refs.column_free.at[g % p.config.stages])
 
 
 def walk(
@@ -327,16 +331,15 @@ def walk(
     q, _, v, _ = operands
     assert options.score is not None  # the caller has chosen arrays of it
     shape = options.score.arrays[chosen[0]].shape
-    need = lambda n: 2 * (STAGES if whole else 1) * TILE * n + 2 * STAGES * COLUMNS
-    wide = q.shape[-1] + v.shape[-1]
-    consumers = 2 if need(2) * wide <= SMEM_BYTES - 1024 else 1
+    width = q.shape[-1] + v.shape[-1]
+    sizes = [Tiles(2, 2), Tiles(1, 2), Tiles(1, 1)]
+    config = next(c for c in sizes if c.smem_bytes(width, whole) <= SMEM_BYTES - 1024)
     p = Problem.of(
-        q, v, options, Tiles(consumers), interpret,
+        q, v, options, config, interpret,
         partials=options.score.program.partials(chosen), count=len(chosen), by_query=by_query,
         whole=whole, shared=(shape[0] == 1, shape[1] == 1),
     )  # fmt: skip
-    if need(consumers) * wide > SMEM_BYTES - 1024:
-        raise NotImplementedError(f"gradients of a score_mod at {q.shape[-1]=}, {v.shape[-1]=}")
+    consumers, stages = config.consumers, config.stages
     rows, columns = p.config.rows, COLUMNS
     block_q, block_kv = (rows, columns) if by_query else (columns, rows)
     # lists of blocks are not walked here, and words are wanted whatever the rows are
@@ -368,19 +371,19 @@ def walk(
     operand = lambda *s: plgpu.SMEM(s, p.dtype, transforms=_mgpu.swizzled(p.dtype))
     barrier = lambda n, arrivals=1: plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
     first, second = p.head_dim, p.head_dim_v
-    row_slots = STAGES if whole else 1
+    row_slots = stages if whole else 1
     sums = _mgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct(padded, jnp.float32) for _ in chosen),
         scratch_types=[
             operand(row_slots, rows, first),
             operand(row_slots, rows, second),
-            operand(STAGES, columns, first),
-            operand(STAGES, columns, second),
+            operand(stages, columns, first),
+            operand(stages, columns, second),
             barrier(row_slots, 2),
-            barrier(STAGES, 2),
+            barrier(stages, 2),
             barrier(row_slots, consumers),
-            barrier(STAGES, consumers),
+            barrier(stages, consumers),
         ],
         grid=(b * n * p.row_tiles * (p.column_blocks if whole else 1),),
         grid_names=("cta",),

@@ -1,4 +1,4 @@
-"""Options of the Hopper kernels through the door's own wiring, in the interpreter, against `xla`."""
+"""Options of the Hopper kernels through the door, in the interpreter, against the tiles."""
 
 import functools
 import types
