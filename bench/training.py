@@ -277,7 +277,11 @@ def main() -> None:
         for who in ((":aidx", ":torch") if case in CASES else ("",))
         if peers or who != ":torch"
     ]
-    begun, rows, device = time.perf_counter(), [], "cpu"
+    probe = "import jax; print(jax.devices()[0].device_kind)"
+    found = subprocess.run([sys.executable, "-c", probe], stdout=subprocess.PIPE, text=True)
+    device = found.stdout.strip()
+    folder = args.out or RESULTS / ("h200" if "H200" in device else "cpu")
+    begun, rows = time.perf_counter(), []
     for name in todo:
         if time.perf_counter() - begun > args.deadline:
             print(f"{name}: left out, the deadline has passed", flush=True)
@@ -291,11 +295,7 @@ def main() -> None:
             if line.startswith("ROW "):
                 keys = ("case", "implementation", "metric", "value", "unit")
                 rows.append(dict(zip(keys, json.loads(line[4:]), strict=True)))
-    if not args.tiny:
-        probe = "import jax; print(jax.devices()[0].device_kind)"
-        found = subprocess.run([sys.executable, "-c", probe], stdout=subprocess.PIPE, text=True)
-        device = found.stdout.strip()
-    write(rows, device, args.out or RESULTS / ("h200" if "H200" in device else "cpu"))
+        write(rows, device, folder)  # after every case: the machine may be taken away
 
 
 def write(rows: list[dict], device: str, folder: pathlib.Path) -> None:
