@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.core import Tracer
 
 MAGIC, VERSION = b"AIDXTREE", 1
 PREFIX = struct.Struct("<8sIIQ")
@@ -258,7 +259,7 @@ def _fields(cls: type) -> list[str]:
 
 
 def _encode_array(x: Any, arrays: list, where: str) -> Any:
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         raise TypeError(f"{where or 'the tree'} is traced: serialise outside jit")
     node: dict[str, Any] = {"array": len(arrays), "of": "numpy"}
     if isinstance(x, jax.Array):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from aidx.distill.divergence import log_softmax
 from aidx.distill.options import DistributedAggregation, EnsembleAggregation
@@ -81,7 +82,7 @@ def normalised_weights(weights: Array | Sequence[float] | None, k: int) -> Array
     w = jnp.asarray(weights, jnp.float32)
     if w.shape != (k,):
         raise ValueError(f"weights of shape {w.shape} for {k} teachers")
-    if not isinstance(w, jax.core.Tracer) and not (bool((w >= 0).all()) and float(w.sum()) > 0):
+    if not isinstance(w, Tracer) and not (bool((w >= 0).all()) and float(w.sum()) > 0):
         raise ValueError(f"weights {w.tolist()} must not be negative, nor all zero")
     return w / w.sum()
 

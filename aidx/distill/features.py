@@ -233,7 +233,7 @@ def factor_loss(
 ) -> Array:
     """Factors of the features, with F the `[n, D]` matrix of all examples.
 
-        factor_matching         mean_b ||t_b/||t_b|| - s_b/||s_b|| ||_p^p   (Kim et al., 2018, eq. 3)
+        factor_matching         mean_b |t_b/||t_b|| - s_b/||s_b|||_p^p  (Kim et al., 2018, eq. 3)
         low_rank_approximation  mean_b 1/D ||(s_b - t_b) V_k||^2, V_k the k first right singular
                                 vectors of F_t: the teacher's best approximation of rank k is
                                 F_t V_k V_k^T (Eckart and Young, 1936; Lee et al., 2018)

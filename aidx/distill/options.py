@@ -229,7 +229,7 @@ class KnowledgeDistillationOptions:
             option that the strategy does not read.
 
     Example:
-        >>> KnowledgeDistillationOptions("contrastive", contrastive_temperature=0.5).contrastive_mode
+        >>> KnowledgeDistillationOptions("contrastive").contrastive_mode
         <ContrastiveMode.INFO_NCE: 'info_nce'>
         >>> KnowledgeDistillationOptions("feature_based", margin=0.5)
         Traceback (most recent call last):

@@ -434,7 +434,7 @@ def distributed_teacher(
         Traceback (most recent call last):
         ValueError: 0 teachers over 1 devices of axis 'teachers'
     """
-    axis = mesh.axis_names[0] if axis is None else axis
+    axis = str(mesh.axis_names[0]) if axis is None else axis
     if axis not in mesh.shape:
         raise ValueError(f"axis {axis!r} is not one of {mesh.axis_names}")
     k, devices = len(params), mesh.shape[axis]

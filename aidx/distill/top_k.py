@@ -139,13 +139,13 @@ def read_top_k(path: str | Path) -> TopK:
     allowed = {"indices": ("uint16", "uint32"), "log_probs": ("float16",)}
     if not known or n < 1 or k < 1 or any(dtypes[a] not in allowed[a] for a in allowed):
         raise ValueError(f"{file}: {header} is not version {VERSION} of {FORMAT}")
-    arrays = []
+    arrays = {}
     for name, dtype in dtypes.items():
         part, wanted = folder / f"{name}.bin", n * k * np.dtype(dtype).itemsize
         if not part.is_file() or part.stat().st_size != wanted:
             raise ValueError(f"{part} does not hold the {wanted} bytes of [{n}, {k}] {dtype}")
-        arrays.append(np.memmap(part, dtype, "r", shape=(n, k)))
-    return TopK(*arrays, vocab_size)
+        arrays[name] = np.memmap(part, dtype, "r", shape=(n, k))
+    return TopK(arrays["indices"], arrays["log_probs"], vocab_size)
 
 
 def top_k_loss(
