@@ -3,11 +3,11 @@
     python bench/serialize.py                 # writes bench/results/cpu/serialize.json
     python bench/serialize.py --megabytes 16  # any machine: does it run
 
-Cases: one large NumPy array, the same bytes as 64 JAX arrays (a checkpoint; f32, for
-safetensors cannot read its own bf16 into NumPy), and a
-thousand small arrays (a cache, an agent).  `round trip` is bytes / (time to write + time to read);
-the JAX leaves are on the device at both ends.  pickle checks nothing and runs what it is given;
-safetensors has no checksum and no tree: it gets a flat dict.
+Cases: one large NumPy array, the same bytes as 64 JAX arrays (a checkpoint; f32, for safetensors
+cannot read its own bf16 into NumPy), and a thousand small arrays, where only the overhead per array
+counts.  `round trip` is bytes / (time to write + time to read); JAX leaves are on the device at
+both ends.  pickle checks nothing, runs what it is given, and its arrays are JAX's only after a
+copy through NumPy; safetensors has no checksum and no tree: it gets a flat dict.
 """
 
 import argparse

@@ -365,6 +365,9 @@ def test_numpy_arrays_are_read_only_views_and_jax_arrays_are_not(written):
     on_device = deserialize(source := bytearray(serialize(jnp.arange(4))))
     source[-16:] = bytes(16)
     assert on_device.tolist() == [0, 1, 2, 3]
+    large = deserialize(source := bytearray(serialize(jnp.ones(1 << 18))))
+    source[-(1 << 20) :] = bytes(1 << 20)
+    assert float(large.min()) == 1  # above the size where JAX takes over a copy of ours
 
 
 def test_large_tensors_have_a_checksum_per_chunk(monkeypatch):
