@@ -111,6 +111,12 @@ class SummaryWriter:
         summary_description: str = "",
     ) -> None:
         """A number of a curve."""
+        if isinstance(scalar_value, int | float) and not display_name + summary_description:
+            # A number is its own copy: most calls take this way.
+            now = time.time() if walltime is None else walltime
+            step = None if global_step is None else int(global_step)
+            self._put(lambda: self._write(scalar_event(tag, scalar_value), step, now, self.log_dir))
+            return
         texts = (display_name, summary_description)
         self._add(
             lambda value: summary.scalar(tag, scalar_of(tag, value), *texts),
@@ -480,7 +486,7 @@ class SummaryWriter:
         worker = self._worker
         if worker is not None:
             jax.effects_barrier()  # calls inside jit
-            worker.put(lambda: [f.flush() for f in self._files.values()])
+            worker.put(lambda: [f.sync() for f in self._files.values()])
             worker.drain()
 
     def close(self) -> None:
@@ -674,6 +680,15 @@ def draw(figure: Any, close: bool) -> np.ndarray:
 
 
 # --- summaries ---
+
+
+def scalar_event(tag: str, value: float) -> Any:
+    """An event of one number.
+
+    >>> scalar_event("loss", 0.5).summary.value[0].simple_value
+    0.5
+    """
+    return Event(summary=Summary(value=[Summary.Value(tag=tag, simple_value=float(value))]))
 
 
 def picture_summary(tag: str, frames: np.ndarray, fps: float = 1.0) -> Any:
