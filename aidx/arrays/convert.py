@@ -62,7 +62,7 @@ def from_dense[A: COO | CSR | CSC](
         raise ValueError(f"a matrix has two axes; {x.shape=}")
     if tolerance < 0:
         raise ValueError(f"{tolerance=} must not be negative")
-    keep = _kept(x, tolerance)
+    keep = exceeds(x, tolerance)
     nse = capacity(nse, jnp.sum(keep, axis=(-2, -1)))
     make = functools.partial(_from_dense, cls=cls, nse=nse)
     for _ in x.shape[:-2]:
@@ -70,8 +70,16 @@ def from_dense[A: COO | CSR | CSC](
     return make(x, keep)
 
 
-def _kept(x: Array, tolerance: float) -> Array:
-    return x if x.dtype == jnp.bool_ else ~(jnp.abs(x) <= tolerance)
+def exceeds(x: Array, tolerance: float) -> Array:
+    """bool: magnitudes above `tolerance`, NaN included.
+
+    >>> import jax.numpy as jnp
+    >>> exceeds(jnp.array([-2, 0, 1]), 1).tolist()
+    [True, False, False]
+    """
+    if tolerance == 0:
+        return x != 0  # exact for every dtype; |x| overflows at the least integer
+    return ~(jnp.abs(x) <= tolerance)
 
 
 @functools.partial(jax.jit, static_argnames=("cls", "nse"))
@@ -115,7 +123,7 @@ def bsr_from_dense(
         raise ValueError(f"blocks of {block_size} do not divide {x.shape=}")
     M, N = x.shape[-2:]
     grid = x.reshape(*x.shape[:-2], M // bh, bh, N // bw, bw).swapaxes(-3, -2)
-    keep = jnp.any(_kept(grid, tolerance), axis=(-2, -1))
+    keep = jnp.any(exceeds(grid, tolerance), axis=(-2, -1))
     nse = capacity(nse, jnp.sum(keep, axis=(-2, -1)))
 
     @jax.jit

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from .convert import _count_distinct, capacity, coalesce, distinct, poisoned, to_bsr, to_coo
+from .convert import _count_distinct, capacity, coalesce, distinct, exceeds, poisoned, to_bsr, to_coo
 from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
 
 
@@ -183,7 +183,7 @@ def prune[A: COO | CSR | CSC](a: A, *, tolerance: float = 0.0, nse: int | None =
     """
     if isinstance(a, CSC):
         return prune(a.T, tolerance=tolerance, nse=nse).T
-    kept = ~(jnp.abs(a.data) <= tolerance) & used_places(a)
+    kept = exceeds(a.data, tolerance) & used_places(a)
     nse = capacity(nse, jnp.sum(kept))
     return _prune(a, kept, nse=nse)
 

@@ -24,6 +24,7 @@ from aidx.ops import registry
 
 from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix
 
+PART = 2**24  # numbers that an `xla` product may hold between gathering and adding
 LAYOUTS = {COO: "coo", CSR: "csr", CSC: "csc", BSR: "csr"}
 
 
@@ -95,39 +96,79 @@ def accumulator(dtype: Any) -> Any:
 
 
 def _spmm_xla(spec: Spec, operands: Any) -> Array:
-    """Gather rows of x, multiply, add into rows of the result."""
+    """Gather rows of x, multiply, add into rows of the result; some entries at a time."""
     data, x, row, col, *_ = operands
     acc, n = accumulator(data.dtype), x.shape[1]
-    ordered = spec.layout == "csr"
-    with jax.named_scope("spmm"):
-        if spec.block is None:
-            terms = data.astype(acc)[:, None] * x.at[col].get(mode="clip").astype(acc)
-            out = jnp.zeros((spec.shape[0], n), acc)
+    (rows, cols), (bh, bw) = spec.grid, spec.block or (1, 1)
+    if spec.block is not None:
+        x, shape = x.reshape(cols, bw, n), (rows, bh, n)
+    elif n == 1:  # scalars are gathered and added much faster than vectors of one
+        x, shape = x[:, 0], (rows,)
+    else:
+        shape = (rows, n)
+
+    def add(out: Array, part: Any) -> tuple[Array, None]:
+        data, row, col = part
+        taken = x.at[col].get(mode="clip")
+        if spec.block is not None:
+            terms = jnp.einsum("ebc,ecn->ebn", data, taken, preferred_element_type=acc)
         else:
-            (rows, cols), (bh, bw) = spec.grid, spec.block
-            tiles = x.reshape(cols, bw, n).at[col].get(mode="clip")
-            terms = jnp.einsum("ebc,ecn->ebn", data, tiles, preferred_element_type=acc)
-            out = jnp.zeros((rows, bh, n), acc)
+            terms = _column(data, taken.ndim).astype(acc) * taken.astype(acc)
         # Padding has a row past the end, where nothing is added.
-        out = out.at[row].add(terms, mode="drop", indices_are_sorted=ordered)
+        ordered = spec.layout == "csr"
+        return out.at[row].add(terms, mode="drop", indices_are_sorted=ordered), None
+
+    with jax.named_scope("spmm"):
+        parts = _parts((data, row, col), (0, rows, 0), (bh + bw) * n)
+        zeros = jnp.zeros(shape, acc)
+        out = jax.lax.scan(add, zeros, parts)[0] if parts else add(zeros, (data, row, col))[0]
         return out.reshape(spec.shape[0], n).astype(data.dtype)
 
 
+def _parts(entries: tuple[Array, ...], fills: tuple[int, ...], width: int) -> Any:
+    """Entries as `[parts, each, ...]`, padded, or None where one part holds them.
+
+    `width` is how many numbers an entry becomes on its way.
+    """
+    count, each = entries[0].shape[0], max(1, PART // max(1, width))
+    if count <= each:
+        return None
+    parts = -(-count // each)
+    out = []
+    for x, fill in zip(entries, fills, strict=True):
+        pad = [(0, parts * each - count), *[(0, 0)] * (x.ndim - 1)]
+        out.append(jnp.pad(x, pad, constant_values=fill).reshape(parts, each, *x.shape[1:]))
+    return tuple(out)
+
+
+def _column(data: Array, ndim: int) -> Array:
+    return data.reshape(data.shape[0], *(1,) * (ndim - 1))
+
+
 def _sddmm_xla(spec: Spec, operands: Any) -> Array:
-    """Gather both sides and contract."""
+    """Gather both sides and contract; some entries at a time."""
     g, x, row, col, *_ = operands
     acc, n = accumulator(g.dtype), x.shape[1]
     (rows, cols), (bh, bw) = spec.grid, spec.block or (1, 1)
-    used = (row < rows) & (col < cols)
+    if spec.block is not None:
+        g, x = g.reshape(rows, bh, n), x.reshape(cols, bw, n)
+    elif n == 1:
+        g, x = g[:, 0], x[:, 0]
+
+    def take(place: Any) -> Array:
+        row, col = place
+        left, right = g.at[row].get(mode="clip"), x.at[col].get(mode="clip")
+        if spec.block is not None:
+            return jnp.einsum("ebn,ecn->ebc", left, right, preferred_element_type=acc)
+        out = left.astype(acc) * right.astype(acc)
+        return out if n == 1 else jnp.sum(out, axis=-1)
+
     with jax.named_scope("sddmm"):
-        if spec.block is None:
-            left, right = g.at[row].get(mode="clip"), x.at[col].get(mode="clip")
-            out = jnp.sum(left.astype(acc) * right.astype(acc), axis=-1)
-        else:
-            left = g.reshape(rows, bh, n).at[row].get(mode="clip")
-            right = x.reshape(cols, bw, n).at[col].get(mode="clip")
-            out = jnp.einsum("ebn,ecn->ebc", left, right, preferred_element_type=acc)
-            used = used[:, None, None]
+        parts = _parts((row, col), (rows, 0), (bh + bw) * n)
+        out = jax.lax.map(take, parts) if parts else take((row, col))
+        if parts:
+            out = out.reshape(-1, *out.shape[2:])[: row.shape[0]]
+        used = _column((row < rows) & (col < cols), out.ndim)
         return jnp.where(used, out, 0).astype(g.dtype)
 
 

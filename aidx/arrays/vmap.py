@@ -276,10 +276,10 @@ def _batch_size(b: BatchedFunction, named: Any) -> int:
     """The one size of all mapped axes."""
     first: tuple[str, int] | None = None
     for path, x, axis in named:
+        axes = _unit_axes(path, x, axis)
         if _is_row_mapped(x, axis):
             sizes = [x.num_rows]
         else:
-            axes = _unit_axes(path, x, axis)
             leaves = jax.tree.leaves(x)
             sizes = [jnp.shape(v)[a] for v, a in zip(leaves, axes, strict=True) if a is not None]
         for size in sizes:
