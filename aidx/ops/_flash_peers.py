@@ -37,6 +37,7 @@ def _mosaic_mask(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> dict[str,
         q_lens=ops.q_lens,
         kv_lens=ops.kv_lens,
         segments=None if ops.q_segments is None else (ops.q_segments, ops.kv_segments),
+        borders=None if ops.q_borders is None else (ops.q_borders, ops.kv_borders),
         positions=ops.q_positions,
     )
     return {
@@ -178,6 +179,7 @@ REFUSED = (
     "q_lens",
     "q_segments",
     "q_positions",
+    "q_borders",
 )
 
 

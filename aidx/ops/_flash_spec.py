@@ -125,6 +125,8 @@ class FlashOperands(NamedTuple):
     q_segments: Any = None  # [b, T] i32
     kv_segments: Any = None  # [b, S] i32
     q_positions: Any = None  # [b, T] i32
+    q_borders: Any = None  # [b, sequences + 1] i32: cu_seqlens, from which the segments are made
+    kv_borders: Any = None  # [b, sequences + 1] i32
     dropout_key: Any = None  # [b, 2] u32
     block_kinds: Any = None  # [b, n, T tiles, S tiles] i8
     score_captured: tuple[Any, ...] = ()
@@ -133,5 +135,5 @@ class FlashOperands(NamedTuple):
 
 
 NO_COTANGENTS = FlashOperands(None, None, None, score_captured=(), mask_captured=())
-BATCHED_FIELDS = FlashOperands._fields[:14]
-CAPTURED_FIELDS = FlashOperands._fields[14:]
+CAPTURED_FIELDS = FlashOperands._fields[-3:]
+BATCHED_FIELDS = FlashOperands._fields[:-3]

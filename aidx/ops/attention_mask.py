@@ -156,7 +156,9 @@ def segments_of(cu_seqlens: jax.Array, length: int, beyond: int) -> jax.Array:
     [ 0  0  2  2  2 -1 -1]
     """
     place = jnp.arange(length, dtype=jnp.int32)
-    number = jnp.searchsorted(cu_seqlens, place, side="right").astype(jnp.int32) - 1
+    # unrolled: a loop on a GPU launches kernels for every step
+    found = jnp.searchsorted(cu_seqlens, place, side="right", method="scan_unrolled")
+    number = found.astype(jnp.int32) - 1
     return jnp.where(place < cu_seqlens[-1], number, beyond)
 
 

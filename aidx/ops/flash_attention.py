@@ -208,8 +208,9 @@ def _prepare(
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(f"logits_soft_cap must be positive, not {logits_soft_cap}")
     fold = lambda x: x.reshape(B, *x.shape[len(lead) :])
-    segments, kv_segments, positions = _packing(
-        segment_ids, cu_seqlens, query_offset, lead, T, S, left is not None or right is not None
+    positional = left is not None or right is not None or alibi_slopes is not None
+    (segments, kv_segments), borders, positions = _packing(
+        segment_ids, cu_seqlens, query_offset, lead, T, S, positional
     )
     offset, positions = _offsets(query_offset, positions, lead, T, S)
     score_program, score_captured = trace_score_mod(score_mod) if score_mod else (None, ())
@@ -247,6 +248,8 @@ def _prepare(
         q_segments=segments,
         kv_segments=kv_segments,
         q_positions=positions,
+        q_borders=borders[0],
+        kv_borders=borders[1],
         dropout_key=_key_words(dropout_key) if spec.dropout_rate else None,
         block_kinds=None if block_mask is None else block_mask.kinds,
         score_captured=score_captured,
@@ -304,8 +307,9 @@ def _packing(
     T: int,
     S: int,
     positional: bool,
-) -> tuple[Any, Any, Any]:
-    """(q segments [b, T], kv segments [b, S], positions [1, T] or None)."""
+) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
+    """(segments [b, T] and [b, S], cu_seqlens [1, n + 1] twice, positions [1, T]); None without."""
+    no = (None, None)
     if segment_ids is not None and cu_seqlens is not None:
         raise ValueError("segment_ids and cu_seqlens exclude each other")
     if segment_ids is not None:
@@ -316,9 +320,9 @@ def _packing(
                     f"segment_ids of {name} must be {(*lead, size)}, not {jnp.shape(ids)}"
                 )
         q_ids, kv_ids = (_integers("segment_ids", x).reshape(-1, x.shape[-1]) for x in pair)
-        return q_ids, kv_ids, None
+        return (q_ids, kv_ids), no, None
     if cu_seqlens is None:
-        return None, None, None
+        return no, no, None
     one = not isinstance(cu_seqlens, tuple)
     cu_q, cu_kv = (_integers("cu_seqlens", x) for x in ((cu_seqlens,) * 2 if one else cu_seqlens))
     if cu_q.ndim != 1 or cu_q.shape != cu_kv.shape or cu_q.shape[0] < 2:
@@ -335,7 +339,8 @@ def _packing(
     _check_borders(cu_q, T, "T")
     _check_borders(cu_kv, S, "S")
     positions = None if one or not positional else packed_positions(cu_q, cu_kv, T)[None]
-    return segments_of(cu_q, T, -1)[None], segments_of(cu_kv, S, -2)[None], positions
+    segments = segments_of(cu_q, T, -1)[None], segments_of(cu_kv, S, -2)[None]
+    return segments, (cu_q[None], cu_kv[None]), positions
 
 
 def _check_borders(cu: Array, length: int, axis: str) -> None:

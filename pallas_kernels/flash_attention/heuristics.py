@@ -19,6 +19,8 @@ def forward_config(head_dim: int, head_dim_v: int, options: Options) -> ForwardC
         return ForwardConfig(consumers=3)
     if head_dim <= 128 and plain:
         return ForwardConfig(block_kv=192)
+    if head_dim <= 128 and options.even:
+        return ForwardConfig(persistent=True)
     if head_dim <= 128:
         return ForwardConfig()
     return ForwardConfig(block_kv=64, release="named", late_sum=True)

@@ -80,6 +80,7 @@ def dynamic_bounds(
     q_lens: jax.Array | None = None,
     kv_lens: jax.Array | None = None,
     segments: tuple[jax.Array, jax.Array] | None = None,
+    borders: tuple[jax.Array, jax.Array] | None = None,
     positions: jax.Array | None = None,
 ) -> Bounds:
     """The intervals of what only the device knows; a leading `b` below is 1 or the batch.
@@ -92,6 +93,8 @@ def dynamic_bounds(
       kv_lens: `[b]`, keys from there on are seen by nothing.
       segments: ids `[b, T]` and `[b, S]`, ascending; a query sees keys of its own id.  Negative ids
         may follow at the end: they match nothing.
+      borders: `cu_seqlens` of queries and keys `[b, sequences + 1]` where there are any; taken
+        before `segments`, since a short search is cheaper than one over all tokens.
       positions: `[b, T]`, where each query stands on the keys' axis; consecutive queries of a
         segment stand at consecutive positions.
 
@@ -106,7 +109,10 @@ def dynamic_bounds(
     s = jnp.arange(num_keys, dtype=jnp.int32)[None]
     key_lo, key_hi = jnp.zeros_like(t), jnp.full_like(t, num_keys)
     query_lo, query_hi = jnp.zeros_like(s), jnp.full_like(s, num_queries)
-    if segments is not None:
+    if borders is not None:
+        key_lo, key_hi = _between(borders[0], borders[1], num_queries)
+        query_lo, query_hi = _between(borders[1], borders[0], num_keys)
+    elif segments is not None:
         # two different ids past all others, so that the tails stay sorted and match nothing
         q_ids = jnp.where(segments[0] < 0, FAR, segments[0])
         kv_ids = jnp.where(segments[1] < 0, FAR + 1, segments[1])
@@ -136,6 +142,22 @@ def dynamic_bounds(
     bounds = [jnp.maximum(x, 0) for x in (key_lo, key_hi, query_lo, query_hi)]
     batch = max(x.shape[0] for x in bounds)
     return Bounds(*(jnp.broadcast_to(x, (batch, x.shape[1])).astype(jnp.int32) for x in bounds))
+
+
+def _between(own: jax.Array, other: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """`(lo, hi)` of the other side's tokens of the sequence that each token belongs to."""
+    at = jnp.arange(length, dtype=jnp.int32)
+    method = "compare_all" if own.shape[1] <= 1024 else "scan_unrolled"
+
+    def one(own, other):
+        number = jnp.searchsorted(own, at, side="right", method=method).astype(jnp.int32) - 1
+        inside = (at >= own[0]) & (at < own[-1])
+        number = jnp.clip(number, 0, own.shape[0] - 2)
+        return jnp.where(inside, other[number], 0), jnp.where(inside, other[number + 1], 0)
+
+    own, other = (x.astype(jnp.int32) for x in (own, other))
+    lo, hi = jax.vmap(one)(own, other)
+    return lo, hi
 
 
 def _search(ids: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:

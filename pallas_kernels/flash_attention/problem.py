@@ -61,6 +61,12 @@ class Options:
     blocks: BlockKinds | None = None
 
     @property
+    def even(self) -> bool:
+        """Whether all tiles cost the same: CTAs that walk many of them then end together."""
+        static = self.bounds is None and self.blocks is None
+        return static and self.band.left is not None and self.band.right is not None
+
+    @property
     def loads(self) -> bool:
         """Whether a block brings vectors of keys or whole tiles into registers."""
         kinds = [] if self.score is None else self.score.program.kinds

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.flash_attention import mask
 from pallas_kernels.flash_attention.mask import (
     FAR,
     Band,
@@ -103,3 +104,49 @@ def test_causal_and_window_combine():
     assert Band.make(causal=True, window=(5, None), offset=2) == Band(5, 0, 2)
     assert Band.make(causal=True, window=(None, 3), offset=0).right == 0
     assert Band.make(causal=False, window=(None, None), offset=0).unbounded
+
+
+def test_borders_are_the_segments_that_they_make():
+    cu_q, cu_kv = jnp.array([0, 3, 3, 9, 12]), jnp.array([0, 5, 7, 8, 20])
+    ids = mask.packed_segments(cu_q, 15), mask.packed_segments(cu_kv, 22, -2)
+    found = [
+        mask.dynamic_bounds(mask.Band(right=0, offset=2), 15, 22, **given)
+        for given in ({"segments": ids}, {"borders": (cu_q[None], cu_kv[None])})
+    ]
+    seen = [mask.visible(mask.Band(), bounds, 15, 22) for bounds in found]
+    assert seen[0].any() and (seen[0] == seen[1]).all()
+    by_key = [
+        (t >= b.query_lo[:, :, None]) & (t < b.query_hi[:, :, None])
+        for b in found
+        for t in [jnp.arange(15)[None, None]]
+    ]
+    assert (by_key[0] == by_key[1]).all()
+    assert (by_key[0].swapaxes(1, 2) == seen[0]).all()
+
+
+def test_lists_visit_what_is_needed_and_mask_what_is_not_full():
+    rng = np.random.default_rng(0)
+    kinds = jnp.asarray(rng.integers(0, 3, (1, 2, 5, 4)), jnp.int8)
+    blocks = mask.BlockKinds(kinds, 40, 48, 190, 170)
+    whole = np.repeat(np.repeat(np.asarray(kinds), 40, 2), 48, 3)[:, :, :190, :170]
+    band = mask.Band(left=60, right=20)
+    t, s = np.arange(190)[:, None], np.arange(170)[None]
+    near = (s - t <= 20) & (t - s <= 60)
+    for by_query in (True, False):
+        order, counts = mask.block_lists(blocks, band, None, 64, 128, by_query=by_query)
+        rows, columns = (64, 128) if by_query else (128, 64)
+        some = (whole > 0) & near
+        every = (whole == 2) & near
+        if not by_query:
+            some, every = some.swapaxes(2, 3), every.swapaxes(2, 3)
+        for n, i in np.ndindex(2, order.shape[2]):
+            partial, total = np.asarray(counts[0, n, i])
+            visited = np.asarray(order[0, n, i, :total])
+            for j in range(order.shape[3]):
+                part = some[0, n, i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+                assert j in visited or not part.any()
+            for j in visited[partial:]:
+                part = every[0, n, i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+                assert part.all()
+                if by_query:
+                    assert (j + 1) * columns <= 170
