@@ -47,6 +47,7 @@ from aidx.distill.progress import online_teacher as online_teacher
 from aidx.distill.step import distill_loss_fn as distill_loss_fn
 from aidx.distill.step import lm_distill_loss_fn as lm_distill_loss_fn
 from aidx.distill.step import make_distill_step as make_distill_step
+from aidx.distill.step import projected as projected
 from aidx.distill.teachers import decoder_apply as decoder_apply
 from aidx.distill.teachers import distributed_teacher as distributed_teacher
 from aidx.distill.teachers import ensemble_teacher as ensemble_teacher

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from aidx.cache import no_cache_attend
+from aidx.distill.features import project
 from aidx.distill.fused import linear_divergence
 from aidx.distill.losses import make_loss
 from aidx.distill.options import Divergence, KnowledgeDistillationOptions
@@ -61,6 +62,31 @@ def _count(outputs: Outputs) -> int:
     if outputs.logits is not None:
         return max(1, outputs.logits.size // outputs.logits.shape[-1])
     return (*outputs.features, outputs.embedding)[0].shape[0]  # pyright: ignore
+
+
+def projected(apply: Apply) -> Apply:
+    """A student whose features have another width than its teacher's.
+
+    Its parameters are `{"model": ..., "projections": one per feature}`, trained together; the
+    projections (`init_projection`) are dropped with the teacher.
+
+    Example:
+        >>> import jax
+        >>> from aidx.distill.features import init_projection
+        >>> apply = projected(lambda w, x: Outputs(features=(x * w,)))
+        >>> params = {"model": 2.0, "projections": [init_projection(jax.random.key(0), 4, 6)]}
+        >>> apply(params, jnp.ones((3, 4))).features[0].shape
+        (3, 6)
+    """
+
+    def with_projections(params: Params, inputs: Any) -> Outputs:
+        said = apply(params["model"], inputs)
+        if not isinstance(said, Outputs):
+            raise ValueError("the student says logits alone: there are no features to project")
+        pairs = zip(params["projections"], said.features, strict=True)
+        return said.replace(features=tuple(project(p, f) for p, f in pairs))  # pyright: ignore
+
+    return with_projections
 
 
 def make_distill_step(

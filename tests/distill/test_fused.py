@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aidx.distill import Divergence, linear_divergence, linear_response_loss, response_loss
+from aidx.distill import (
+    Divergence,
+    cross_entropy,
+    linear_divergence,
+    linear_response_loss,
+    response_loss,
+)
 
 B, T, DS, DT, V = 2, 3, 4, 6, 11
 LABELS = np.array([[1, -1, 10], [0, 5, 3]], np.int32)
@@ -64,6 +70,16 @@ def test_bf16_operands_keep_their_dtype_and_accumulate_in_f32():
     exact, _ = program(dense, "forward_kl")(*(a.astype(jnp.float32) for a in args))
     assert value.dtype == jnp.float32 and all(g.dtype == jnp.bfloat16 for g in grads)
     np.testing.assert_allclose(value, exact, rtol=1e-2)
+
+
+def test_a_token_without_a_label_has_no_cross_entropy_and_no_gradient_of_it():
+    hs, ws, ht, wt = operands()
+    loss = lambda h: linear_divergence(h, ws, ht, wt, LABELS, chunk=4)[0]
+    ce = lambda h: cross_entropy(h @ ws.T, LABELS)
+    np.testing.assert_allclose(jax.jit(loss)(hs), ce(hs), rtol=1e-5)
+    grads = [jax.jit(jax.grad(lambda h, f=f: f(h).sum()))(hs) for f in (loss, ce)]
+    np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-6)
+    assert not grads[0][0, 1].any() and grads[0][0, 0].any()
 
 
 def test_equal_models_have_no_loss_and_no_gradient():

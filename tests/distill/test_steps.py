@@ -14,16 +14,19 @@ import tokenizers
 
 from aidx.distill import (
     KnowledgeDistillationOptions,
+    Outputs,
     acceptance,
     distill_loss_fn,
     expected_tokens,
     gkd_loss,
+    init_projection,
     lm_distill_loss_fn,
     make_distill_step,
     make_teacher,
     matched_layers,
     measure_acceptance,
     on_policy_batch,
+    projected,
     read_top_k,
     response_loss,
     top_k_loss,
@@ -135,6 +138,33 @@ def test_microbatches_of_unequal_weight_are_one_batch():
         for n in (1, 2)
     ]
     np.testing.assert_allclose(*after, rtol=1e-5)
+
+
+def test_projections_are_trained_with_a_narrower_student():
+    """Features of width 2 fit those of width 3 once a projection is learned beside them."""
+    apply = projected(lambda w, x: Outputs(features=(x @ w,)))
+    params = {
+        "model": jnp.asarray(RNG.normal(size=(5, 2)), jnp.float32),
+        "projections": [init_projection(jax.random.key(0), 2, 3)],
+    }
+    teacher = make_teacher(
+        "neural_network",
+        lambda w, x: Outputs(features=(x @ w,)),
+        jnp.asarray(RNG.normal(size=(5, 1)) * [1.0, 2.0, -1.0], jnp.float32),  # of rank one
+    )
+    optimizer = optax.adam(5e-2)
+    step = make_distill_step(apply, KnowledgeDistillationOptions("feature_based"), optimizer)
+    state = init_state(params, optimizer, jax.random.key(0))
+    batch = {"inputs": jnp.asarray(RNG.normal(size=(8, 5)), jnp.float32)}
+    losses = []
+    for _ in range(150):
+        state, metrics = step(state, batch, teacher)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < 0.01 * losses[0]
+    kernels = params["projections"][0]["kernel"], state.params["projections"][0]["kernel"]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.1
+    with pytest.raises(ValueError, match="no features to project"):
+        projected(lambda w, x: x)(params, batch["inputs"])
 
 
 # --- on policy -----------------------------------------------------------------------------------
