@@ -283,6 +283,25 @@ def _padded(ops: FlashOperands, tiles: Tiles) -> FlashOperands:
     )
 
 
+def _ends(ops: FlashOperands) -> tuple[Any, Any]:
+    """How many queries and keys of a row exist, [b]; None: all."""
+    ends = lambda lens, borders: borders[:, -1] if lens is None and borders is not None else lens
+    return ends(ops.q_lens, ops.q_borders), ends(ops.kv_lens, ops.kv_borders)
+
+
+def _blank(x: Array, end: Any) -> Array:
+    """Zeros past the end of [B, T, *]: a NaN there, times a probability of 0, would be NaN."""
+    if end is None:
+        return x
+    there = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < end[:, None]
+    return jnp.where(there.reshape(*there.shape, *(1,) * (x.ndim - 2)), x, 0)
+
+
+def _blanked(ops: FlashOperands) -> FlashOperands:
+    q_end, kv_end = _ends(ops)
+    return ops._replace(q=_blank(ops.q, q_end), k=_blank(ops.k, kv_end), v=_blank(ops.v, kv_end))
+
+
 def _queries(x: Array, tiles: Tiles, K: int) -> Array:
     """[B, T, N, *] -> padded [B, K, G, T', *]."""
     B, T, N = x.shape[:3]
@@ -333,7 +352,7 @@ def forward(spec: FlashSpec, operands: FlashOperands) -> tuple[Array, Array]:
         out = jnp.zeros((*operands.q.shape[:3], operands.v.shape[3]), operands.q.dtype)
         return out, jnp.full(operands.q.shape[:3], NEG_INF, jnp.float32)
     tiles = choose_tiles(spec, operands)
-    ops = _padded(operands, tiles)
+    ops = _padded(_blanked(operands), tiles)
     q, k, v = _queries(ops.q, tiles, K), _keys(ops.k, tiles), _keys(ops.v, tiles)
     needed = needed_tiles(spec, ops, tiles)
     sinks = None if ops.sinks is None else ops.sinks.reshape(-1, K, G, 1)
@@ -452,9 +471,9 @@ def backward(
     if min(B, T, S, K) == 0:
         return no_gradients(operands)
     tiles = choose_tiles(spec, operands)
-    ops = _padded(operands, tiles)
+    ops = _padded(_blanked(operands), tiles)
     out, lse = outputs
-    d_out, d_lse = cotangents
+    d_out, d_lse = _blank(cotangents[0], _ends(operands)[0]), cotangents[1]
     q, k, v = _queries(ops.q, tiles, K), _keys(ops.k, tiles), _keys(ops.v, tiles)
     do = _queries(d_out, tiles, K)
     with jax.named_scope("delta"):
@@ -625,7 +644,7 @@ def weights(spec: FlashSpec, operands: FlashOperands) -> tuple[Array, Array, Arr
     B, K, G = _heads(operands)
     T, S = operands.q.shape[1], operands.k.shape[1]
     N, tiles = K * G, Tiles(T, S, 1, 1, T, S)
-    zero = jnp.int32(0)
+    operands, zero = _blanked(operands), jnp.int32(0)
     q, k, v = _queries(operands.q, tiles, K), _keys(operands.k, tiles), _keys(operands.v, tiles)
     raw = _dot(q, k, "bkgth,bksh->bkgts", spec)
     x = _masked_logits(spec, operands, tiles, zero, zero, raw)

@@ -421,6 +421,29 @@ def test_remat_saves_by_name_and_runs_the_forward_once():
     assert (calls(plain), calls(kept), calls(jax.checkpoint(plain))) == (2, 2, 3)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["lens", "cu_seqlens"])
+def test_nan_in_slots_that_do_not_exist_changes_nothing(packed):
+    q, k, v = qkv(b=1)
+    d_out = normal(22, 1, T, N, HV)
+    ends = dict(cu_seqlens=(jnp.array([0, 6, 9]), jnp.array([0, 8, 11])))
+    if not packed:
+        ends = dict(q_lens=jnp.array([9]), kv_lens=jnp.array([11]))
+    dead_q = (jnp.arange(T) >= 9)[None, :, None, None]
+    dead_k = (jnp.arange(S) >= 11)[None, :, None, None]
+
+    def run(q, k, v, d_out):
+        f = lambda *a: flash_attention(*a, **ends, logits_soft_cap=3.0, return_lse=True,
+                                       config=SMALL)  # fmt: skip
+        (out, lse), pull = jax.vjp(f, q, k, v)
+        return out, lse, pull((d_out, jnp.where(dead_q[..., 0], 0.0, jnp.cos(lse))))
+
+    bad = [jnp.where(dead_q, jnp.nan, q), *(jnp.where(dead_k, jnp.nan, x) for x in (k, v))]
+    run = jax.jit(run)
+    clean = run(q, k, v, d_out)
+    chex.assert_trees_all_equal(run(*bad, jnp.where(dead_q, jnp.nan, d_out)), clean)
+    assert not clean[0][:, 9:].any() and jnp.isfinite(clean[0]).all()
+
+
 def test_what_is_masked_for_every_row_is_not_computed():
     """NaN keys behind the window and after the causal border reach nothing only if never read."""
     q, k, v = qkv(t=64, s=64)

@@ -72,7 +72,12 @@ def both(name):
     return (got, _flash_peers.mosaic_backward(spec, ops, want, (d_out, d_lse))), (want, grads)
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("score_mod over alibi", "masks")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
+)
 def test_the_kernels_equal_the_tiles(name, interpreted):
     (got, grads), (want, want_grads) = both(name)
     np.testing.assert_allclose(got[1], want[1], atol=3e-3)

@@ -89,7 +89,12 @@ NAMES = ("dropout", "alibi", "cap", "hides", "integers", "documents", "not", "bl
          "blocks of heads", "bias")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+def quick(names, chosen):
+    """The other names are slow tests: the interpreter compiles for seconds."""
+    return [pytest.param(n, marks=() if n in chosen else pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", quick(NAMES, ("dropout", "hides", "not", "blocks")))
 def test_forward(name):
     q, k, v, _ = arrays(B, T, S, N, K, H, H)
     given = options(name)
@@ -129,13 +134,13 @@ def both(name, wanted=(), deterministic=False, config=None, head_dim=H):
 CONFIG = fa.BackwardConfig(consumers=1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, ("dropout", "hides", "blocks")))
 def test_backward(name):
     for got, want in zip(*both(name, config=CONFIG), strict=True):
         assert relative(got.astype(jnp.float32), want) < 1e-2
 
 
-@pytest.mark.parametrize("name", ["dropout", "cap", "blocks of heads"])
+@pytest.mark.parametrize("name", quick(["dropout", "cap", "blocks of heads"], ("dropout",)))
 def test_the_repeatable_backward_and_wide_heads(name):
     deterministic = name != "cap"
     config = None if deterministic else fa.BackwardConfig(split="columns", stages=1, do_stages=1)
@@ -144,7 +149,7 @@ def test_the_repeatable_backward_and_wide_heads(name):
         assert relative(got.astype(jnp.float32), want) < 1e-2
 
 
-@pytest.mark.parametrize("name", ["alibi", "hides", "blocks of heads"])
+@pytest.mark.parametrize("name", quick(["alibi", "hides", "blocks of heads"], ("alibi",)))
 def test_arrays_of_a_score_mod_get_gradients(name):
     got, want = both(name, (0,), config=CONFIG)
     assert got[3].shape == want[3].shape
