@@ -58,6 +58,7 @@ class Explanation:
 
 _TABLES: dict[str, tuple[Implementation, ...]] = {}
 _PREPARE: dict[str, Callable[..., tuple[Hashable, Any]]] = {}
+_PROVIDERS: dict[str, Callable[[], tuple[Implementation, ...]]] = {}
 
 
 def register(
@@ -66,12 +67,13 @@ def register(
     *,
     backward: Callable[..., Any] | None = None,
     platforms: Sequence[str] = (),
+    before: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator that appends `forward` to the table of `op`; the order of registration is the order
-    of preference.
+    """Decorator that appends `forward` to the table of `op`, or puts it in front of `before`; the
+    order of the table is the order of preference.
 
     Raises:
-      ValueError: the op has an implementation of that name already.
+      ValueError: the op has an implementation of that name already, or none named `before`.
 
     >>> @register("doc_double", "xla")
     ... def double(spec, operands):
@@ -81,18 +83,75 @@ def register(
     """
 
     def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
-        table = _TABLES.get(op, ())
-        if any(entry.name == name for entry in table):
-            raise ValueError(f"{op} has an implementation named {name!r} already")
-        _TABLES[op] = (*table, Implementation(op, name, forward, backward, tuple(platforms)))
+        if op in _PROVIDERS:
+            raise ValueError(f"{op} is a custom kernel: add to it with aidx.kernels.register")
+        entry = Implementation(op, name, forward, backward, tuple(platforms))
+        _TABLES[op] = with_entry(_TABLES.get(op, ()), entry, before)
         return forward
 
     return decorate
 
 
+def with_entry(
+    table: tuple[Implementation, ...], entry: Implementation, before: str | None
+) -> tuple[Implementation, ...]:
+    """`table` with `entry` in front of the implementation named `before` (None: at the end).
+
+    Raises:
+      ValueError: an implementation of that name is there already, or none named `before`.
+
+    >>> old, new = Implementation("op", "old", abs), Implementation("op", "new", abs)
+    >>> [i.name for i in with_entry((old,), new, before="old")]
+    ['new', 'old']
+    """
+    names = [other.name for other in table]
+    if entry.name in names:
+        raise ValueError(f"{entry.op} has an implementation named {entry.name!r} already")
+    if before is not None and before not in names:
+        raise ValueError(f"{entry.op} has no implementation {before!r}; it has {names}")
+    at = len(table) if before is None else names.index(before)
+    return (*table[:at], entry, *table[at:])
+
+
 def register_door(op: str, prepare: Callable[..., tuple[Hashable, Any]]) -> None:
     """Tell `explain` how the public arguments of `op` become `(spec, operands)`."""
     _PREPARE[op] = prepare
+
+
+def register_op(
+    op: str,
+    table: Callable[[], tuple[Implementation, ...]],
+    prepare: Callable[..., tuple[Hashable, Any]],
+) -> None:
+    """Make an op whose table is kept elsewhere known to `implementations` and `explain`.
+
+    Raises:
+      ValueError: there is an op of that name.
+
+    >>> table = (Implementation("doc_kept", "jnp", abs),)
+    >>> register_op("doc_kept", lambda: table, lambda x: (None, x))
+    >>> [i.name for i in implementations("doc_kept")]
+    ['jnp']
+    >>> unregister_op("doc_kept")
+    """
+    if op in _TABLES or op in _PROVIDERS:
+        raise ValueError(f"there is an op named {op!r} already")
+    _PROVIDERS[op], _PREPARE[op] = table, prepare
+
+
+def unregister_op(op: str) -> None:
+    """Forget what `register_op` was told.
+
+    Raises:
+      ValueError: no such op was registered by it.
+
+    >>> unregister_op("flash_attention")
+    Traceback (most recent call last):
+    ValueError: 'flash_attention' was not registered by register_op
+    """
+    if op not in _PROVIDERS:
+        raise ValueError(f"{op!r} was not registered by register_op")
+    del _PROVIDERS[op], _PREPARE[op]
 
 
 def implementations(op: str) -> tuple[Implementation, ...]:
@@ -105,13 +164,20 @@ def implementations(op: str) -> tuple[Implementation, ...]:
     >>> [i.name for i in implementations("flash_attention")]
     ['mosaic_gpu', 'cudnn', 'xla']
     """
+    if op in _PROVIDERS:
+        return _PROVIDERS[op]()
     if op not in _TABLES:
-        raise ValueError(f"no op named {op!r}; there are {sorted(_TABLES)}")
+        raise ValueError(f"no op named {op!r}; there are {sorted([*_TABLES, *_PROVIDERS])}")
     return _TABLES[op]
 
 
-def resolve(op: str, implementation: ImplementationChoice) -> tuple[Implementation, ...]:
-    """The candidates that `implementation` (None, a name or a sequence of names) stands for.
+def resolve(
+    op: str,
+    implementation: ImplementationChoice,
+    table: tuple[Implementation, ...] | None = None,
+) -> tuple[Implementation, ...]:
+    """The candidates that `implementation` (None, a name or a sequence of names) stands for, out of
+    `table` (None: what is registered for op).
 
     Raises:
       ValueError: an unknown name, or an empty sequence.
@@ -120,7 +186,7 @@ def resolve(op: str, implementation: ImplementationChoice) -> tuple[Implementati
     >>> [i.name for i in resolve("flash_attention", ("xla", "cudnn"))]
     ['xla', 'cudnn']
     """
-    table = implementations(op)
+    table = implementations(op) if table is None else table
     if implementation is None:
         return table
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
@@ -147,10 +213,15 @@ class Call:
     names: tuple[str, ...]
     spec: Hashable
     direction: Literal["forward", "residual", "backward"] = "forward"
+    table: tuple[Implementation, ...] | None = None  # None: what is registered for the op
+
+    def entries(self) -> tuple[Implementation, ...]:
+        """The named implementations."""
+        return resolve(self.op, self.names, self.table)
 
     def candidates(self, platform: str | None) -> tuple[Implementation, ...]:
         """The named implementations that may be lowered for `platform`."""
-        return tuple(i for i in resolve(self.op, self.names) if i.runs_on(platform))
+        return tuple(i for i in self.entries() if i.runs_on(platform))
 
     def bound(self, entry: Implementation) -> Callable[..., Any]:
         """The function of the operands that `entry` offers for this direction."""
@@ -211,9 +282,9 @@ def dispatch(call: Call, *args: Any) -> Any:
     -2.0
     """
     everywhere = call.candidates(None)
-    named = sorted({p for entry in resolve(call.op, call.names) for p in entry.platforms})
+    named = sorted({p for entry in call.entries() for p in entry.platforms})
     if not everywhere:
-        entry = first_that_can(call, resolve(call.op, call.names), args)
+        entry = first_that_can(call, call.entries(), args)
         branches = {p: call.bound(entry) for p in entry.platforms}
         refuse = _deferred(call, entry, args)
         return jax.lax.platform_dependent(*args, **branches, default=refuse)
@@ -244,10 +315,21 @@ def explain(op: str, *args: Any, **kwargs: Any) -> tuple[Explanation, ...]:
     """
     wanted = resolve(op, kwargs.pop("implementation", None))
     spec, operands = _PREPARE[op](*args, **kwargs)
-    call = Call(op, tuple(entry.name for entry in wanted), spec)
+    return explain_call(Call(op, tuple(entry.name for entry in wanted), spec), operands)
+
+
+def explain_call(call: Call, operands: Any) -> tuple[Explanation, ...]:
+    """`explain` of a call in its canonical form.
+
+    >>> @register("doc_explained", "xla")
+    ... def same(spec, operands):
+    ...     return operands
+    >>> explain_call(Call("doc_explained", ("xla",), None), 1.0)[0].chosen
+    True
+    """
     platform = platform_of(jax.default_backend())
     lines, found = [], False
-    for entry in wanted:
+    for entry in call.entries():
         reason = ""
         if not entry.runs_on(platform):
             reason = f"runs on {', '.join(entry.platforms)}; this is {platform}"
@@ -256,7 +338,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> tuple[Explanation, ...]:
                 jax.eval_shape(call.bound(entry), operands)
             except NotImplementedError as refusal:
                 reason = str(refusal)
-        lines.append(Explanation(op, entry.name, entry.platforms, not reason and not found, reason))
+        chosen = not reason and not found
+        lines.append(Explanation(call.op, entry.name, entry.platforms, chosen, reason))
         found = found or not reason
     return tuple(lines)
 
@@ -328,7 +411,7 @@ def _lowered(
     del candidates, state  # they tell apart what has to be lowered anew
     run = functools.partial(_run, call=call, in_tree=in_tree, platform=platform)
     leaves = [jax.ShapeDtypeStruct(s, d, weak_type=weak) for s, d, weak in avals]
-    lowered = jax.jit(run).trace(*leaves).lower(lowering_platforms=(platform,))
+    lowered = jax.jit(run, keep_unused=True).trace(*leaves).lower(lowering_platforms=(platform,))
     return mlir.module_to_bytecode(lowered.compiler_ir())
 
 
