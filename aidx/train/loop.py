@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..telemetry.profiler import profile_scope
 from ..typing import PyTree
 from .checkpoint import Checkpoints
 from .data import prefetch
@@ -161,9 +162,11 @@ def fit(
             c.on_begin(state, steps)
         coming = prefetch(batch, range(start, steps), depth=prefetch_depth, sharding=sharding)
         stack.callback(coming.close)
-        for number, data in coming:
+        while (made := next_batch(coming)) is not None:
+            number, data = made
             done = number + 1
-            state, metrics = step(state, data, *rest)
+            with profile_scope("step"):
+                state, metrics = step(state, data, *rest)
             run.pending.append((number, count_tokens(data), metrics))
             for c in callbacks:
                 c.on_state(number, state)
@@ -181,6 +184,16 @@ def fit(
                 kept.wait()
         run.reason = "terminated" if terminated.is_set() else stop or "done"
     return FitResult(state, run.reason, run.metrics, run.evaluation, run.found)
+
+
+@profile_scope("data")
+def next_batch(coming: Iterator[tuple[int, PyTree]]) -> tuple[int, PyTree] | None:
+    """The next of an iterator, or None: where the loop waits for data.
+
+    >>> next_batch(iter([(0, "a")]))
+    (0, 'a')
+    """
+    return next(coming, None)
 
 
 class _Run:
@@ -217,7 +230,8 @@ class _Run:
         ending = False
         while len(self.pending) > in_flight:
             number, tokens, metrics = self.pending.popleft()
-            found = host_metrics(jax.device_get(metrics))
+            with profile_scope("read"):
+                found = host_metrics(jax.device_get(metrics))
             check_finite(number, found, self.leaves)
             self.metrics = found | self.speed(tokens)
             ending |= any([c.on_step(number, self.metrics) for c in self.callbacks])
@@ -241,7 +255,9 @@ class _Run:
         if self.evaluate is None:
             return None
         ending = self.read(0) is not None
-        self.evaluation = {name: float(value) for name, value in self.evaluate(state).items()}
+        with profile_scope("evaluate"):
+            found = self.evaluate(state)
+        self.evaluation = {name: float(value) for name, value in found.items()}
         self.ended = None
         if self.monitor not in self.evaluation:
             raise ValueError(f"monitor={self.monitor!r} is not one of {sorted(self.evaluation)}")
@@ -261,7 +277,8 @@ class _Run:
         """Begin the checkpoint of a state, once it is known to be finite."""
         if self.checkpoints is not None:
             self.read(0)
-            self.checkpoints.save(number, state, self.meta())
+            with profile_scope("save"):
+                self.checkpoints.save(number, state, self.meta())
             for c in self.callbacks:
                 c.on_save(number)
 

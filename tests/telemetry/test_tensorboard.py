@@ -348,7 +348,7 @@ def test_events_survive_a_crash_in_mid_write(tmp_path):
 def test_an_error_of_the_thread_is_raised_by_the_next_call(tmp_path):
     writer = SummaryWriter(tmp_path)
     writer.add_histogram("h", jnp.array([jnp.nan]), 1)
-    with pytest.raises(ValueError, match="'h'.* has no finite value"):
+    with pytest.raises(ValueError, match=r"'h'.* has no finite value"):
         writer.flush()
     writer.add_scalar("x", 1.0, 1)
     writer.add_scalar("y", np.ones(2), 1)
