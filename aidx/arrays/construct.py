@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from .convert import sorted_order, to_coo
 from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix
@@ -247,7 +248,7 @@ def resize[A: SparseMatrix](a: A, nse: int) -> A:
     [1.0, 1.0, 0.0, 0.0, 0.0]
     """
     if nse < a.nse:
-        if isinstance(a.nnz, jax.core.Tracer):
+        if isinstance(a.nnz, Tracer):
             raise ValueError(f"{nse=} is less than {a.nse}, and what is in use is traced")
         if isinstance(a, COO):
             last = jnp.where(a.row < a.shape[0], jnp.arange(a.nse) + 1, 0).max(initial=0)
@@ -279,8 +280,10 @@ def resize[A: SparseMatrix](a: A, nse: int) -> A:
 def _with_ids(a: Any) -> Any:
     """CSR and CSC with their ids derived, so that all of a stack have the same leaves."""
     if isinstance(a, CSR):
-        return a.replace(row_ids=a.coordinates()[0])
-    return a.replace(col_ids=a.coordinates()[1]) if isinstance(a, CSC) else a
+        return CSR(a.data, a.indices, a.indptr, a.shape, a.coordinates()[0])
+    if isinstance(a, CSC):
+        return CSC(a.data, a.indices, a.indptr, a.shape, a.coordinates()[1])
+    return a
 
 
 def _describe(a: SparseMatrix) -> str:

@@ -86,6 +86,7 @@ def exceeds(x: Array, tolerance: float) -> Array:
 def _from_dense(x: Array, keep: Array, *, cls: Any, nse: int) -> Any:
     with jax.named_scope("from_dense"):
         M, N = x.shape
+        shape = (M, N)
         if cls is CSC:
             return _from_dense(x.T, keep.T, cls=CSR, nse=nse).T
         row, col = jnp.nonzero(keep, size=nse, fill_value=(M, N))
@@ -93,8 +94,8 @@ def _from_dense(x: Array, keep: Array, *, cls: Any, nse: int) -> Any:
         data = x.at[row, col].get(mode="fill", fill_value=0)
         data = poisoned(data, jnp.sum(keep) > nse)
         if cls is COO:
-            return COO(data, row, col, x.shape)
-        return CSR(data, col, offsets_of(row, M), x.shape, row)
+            return COO(data, row, col, shape)
+        return CSR(data, col, offsets_of(row, M), shape, row)
 
 
 def bsr_from_dense(
@@ -199,7 +200,8 @@ def sorted_order(row: Array, col: Array) -> tuple[Array, Array, Array]:
     [2, 1, 0]
     """
     order = jnp.arange(row.shape[0], dtype=jnp.int32)
-    return tuple(jax.lax.sort((row, col, order), num_keys=2))
+    row, col, order = jax.lax.sort((row, col, order), num_keys=2)
+    return row, col, order
 
 
 def to_bsr(a: SparseMatrix, block_size: tuple[int, int], *, nse: int | None = None) -> BSR:
@@ -254,7 +256,7 @@ def _transpose_bsr(a: BSR) -> BSR:
     col, row, order = sorted_order(col, row)
     data = a.data.at[order].get(mode="promise_in_bounds", unique_indices=True)
     pointers = offsets_of(col, a.shape[1] // a.block_size[1])
-    return BSR(data.swapaxes(-2, -1), row, pointers, a.shape[::-1])
+    return BSR(data.swapaxes(-2, -1), row, pointers, (a.shape[1], a.shape[0]))
 
 
 # --- sorting, duplicates -------------------------------------------------------------------------

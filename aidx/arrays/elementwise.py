@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from .convert import _count_distinct, capacity, coalesce, distinct, exceeds, poisoned, to_bsr, to_coo
+from .convert import (
+    _count_distinct,
+    capacity,
+    coalesce,
+    distinct,
+    exceeds,
+    poisoned,
+    to_bsr,
+    to_coo,
+)
 from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
 
 
@@ -250,6 +259,7 @@ def _total_capacity(a: Any, b: Any) -> int:
 
 
 def _add_sparse(a: Any, b: Any, *, nse: int | None) -> Any:
+    together: Any
     if isinstance(a, BSR):
         b = to_bsr(b, a.block_size, nse=None if _concrete(b) else to_coo(b).nse)
         together = _concatenated_blocks(a, b)
@@ -265,7 +275,7 @@ def _add_sparse(a: Any, b: Any, *, nse: int | None) -> Any:
         return coalesce(together, nse=nse)
     turned = together.T if isinstance(a, CSC) else together
     if nse is None:
-        nse = int(_count_distinct(turned.row, turned.col, turned.shape[0]))  # pyright: ignore
+        nse = int(_count_distinct(turned.row, turned.col, turned.shape[0]))
     out = coalesce(turned, nse=nse)
     csr = CSR(out.data, out.col, offsets_of(out.row, out.shape[0]), out.shape, out.row)
     return csr.T if isinstance(a, CSC) else csr

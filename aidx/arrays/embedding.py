@@ -100,7 +100,8 @@ def embedding_value_and_grad(
     def differentiated(table: Array, ids: Array, params: Any, *rest: Any) -> Any:
         if table.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"table [V, D] and integer ids are needed: {table.shape=} {ids.dtype}")
-        rows, places = distinct_rows(ids, table.shape[0], capacity)
+        V, D = table.shape
+        rows, places = distinct_rows(ids, V, capacity)
 
         def of_rows(values: Array, params: Any) -> Any:
             return loss(values.at[places].get(mode="fill", fill_value=0), params, *rest)
@@ -109,9 +110,9 @@ def embedding_value_and_grad(
             values = table.at[rows].get(mode="fill", fill_value=0)
         if params is None:
             value, g = value_and_grad(of_rows, has_aux=has_aux)(values, params)
-            return value, (RowSparse(g, rows, table.shape), None)
+            return value, (RowSparse(g, rows, (V, D)), None)
         value, grads = value_and_grad(of_rows, (0, 1), has_aux=has_aux)(values, params)
-        return value, (RowSparse(grads[0], rows, table.shape), grads[1])
+        return value, (RowSparse(grads[0], rows, (V, D)), grads[1])
 
     return differentiated
 

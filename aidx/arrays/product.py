@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -44,7 +45,8 @@ class Spec:
     def T(self) -> Spec:
         """The spec of the transpose."""
         turned = {"coo": "coo", "csr": "csc", "csc": "csr"}[self.layout]
-        return Spec(self.shape[::-1], self.block and self.block[::-1], turned)
+        block = None if self.block is None else (self.block[1], self.block[0])
+        return Spec((self.shape[1], self.shape[0]), block, turned)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -230,11 +232,11 @@ registry.register("sddmm", "xla")(_sddmm_xla)
 
 
 def _spmm_shape(data: Any, x: Any, *_: Any, spec: Spec, names: Any) -> Any:
-    return jax.core.ShapedArray((spec.shape[0], x.shape[1]), data.dtype)
+    return ShapedArray((spec.shape[0], x.shape[1]), data.dtype)
 
 
 def _sddmm_shape(g: Any, x: Any, row: Any, *_: Any, spec: Spec, names: Any) -> Any:
-    return jax.core.ShapedArray((*row.shape, *(spec.block or ())), g.dtype)
+    return ShapedArray((*row.shape, *(spec.block or ())), g.dtype)
 
 
 def _apply(op: str, *operands: Any, spec: Spec, names: tuple[str, ...]) -> Array:
@@ -263,7 +265,7 @@ def _bilinear(op: str, shape_rule: Any, xla: Any) -> Primitive:
         if not isinstance(db, ad.Zero):
             terms.append(p.bind(a, db, *pattern, **params))
         out = p.bind(a, b, *pattern, **params)
-        return out, sum(terms[1:], terms[0]) if terms else ad.Zero.from_primal_value(out)
+        return out, sum(terms[1:], terms[0])
 
     def batch(args: Any, axes: Any, *, spec: Spec, names: Any) -> Any:
         a, x, *pattern = args

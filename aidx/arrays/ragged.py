@@ -10,9 +10,9 @@
 from .ragged_array import NestedTensor as NestedTensor
 from .ragged_array import Ragged as Ragged
 from .ragged_array import RaggedTensor as RaggedTensor
-from .ragged_array import broadcast_rows as broadcast_rows
 from .ragged_array import checked as checked
-from .ragged_array import elementwise as elementwise
+from .ragged_elementwise import broadcast_rows as broadcast_rows
+from .ragged_elementwise import elementwise as elementwise
 from .ragged_layers import attention as attention
 from .ragged_layers import embedding_lookup as embedding_lookup
 from .ragged_layers import gelu as gelu
@@ -37,4 +37,9 @@ from .ragged_ops import reverse_rows as reverse_rows
 from .ragged_ops import stack as stack
 from .serialize import register as _register
 
-_register(Ragged, validate=checked)  # what `save_tree` wrote is checked when it is read
+
+def _validate(x: Ragged) -> None:
+    checked(x)
+
+
+_register(Ragged, validate=_validate)  # what `save_tree` wrote is checked when it is read

@@ -139,6 +139,7 @@ def getitem(a: SparseMatrix, key: Any) -> Any:
     ([0.0, 2.0], 2.0, [[1.0, 0.0]])
     """
     _single(a)
+    row_key: Any
     row_key, col_key = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
     if isinstance(row_key, slice):
         out = slice_rows(a, *_bounds(row_key, a.shape[0]))

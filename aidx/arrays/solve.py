@@ -131,7 +131,7 @@ def cg(
     >>> [f"{v:.4f}" for v in cg(a, jnp.array([1.0, 2.0]))]
     ['0.0909', '0.6364']
     """
-    options = dict(tol=tolerance, atol=absolute_tolerance, maxiter=max_steps)
+    options: Any = dict(tol=tolerance, atol=absolute_tolerance, maxiter=max_steps)
     M = None if preconditioner is None else operator(preconditioner)
     return linalg.cg(operator(a), b, x0, M=M, **options)[0]
 
@@ -158,7 +158,7 @@ def bicgstab(
     >>> [f"{v:.4f}" for v in bicgstab(a, jnp.array([6.0, 4.0]))]
     ['1.0000', '2.0000']
     """
-    options = dict(tol=tolerance, atol=absolute_tolerance, maxiter=max_steps)
+    options: Any = dict(tol=tolerance, atol=absolute_tolerance, maxiter=max_steps)
     M = None if preconditioner is None else operator(preconditioner)
     return linalg.bicgstab(operator(a), b, x0, M=M, **options)[0]
 
@@ -187,7 +187,7 @@ def gmres(
     >>> [f"{v:.4f}" for v in gmres(a, jnp.array([6.0, 4.0]))]
     ['1.0000', '2.0000']
     """
-    options = dict(tol=tolerance, atol=absolute_tolerance, maxiter=max_steps, restart=restart)
+    options: Any = dict(tol=tolerance, atol=absolute_tolerance, maxiter=max_steps, restart=restart)
     M = None if preconditioner is None else operator(preconditioner)
     return linalg.gmres(operator(a), b, x0, M=M, solve_method="incremental", **options)[0]
 

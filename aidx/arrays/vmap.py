@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from .formats import Array, SparseMatrix
+from .formats import Array
 from .ragged_array import Ragged
+from .vmap_axes import along, is_axis, is_unit, unit_axes
 from .vmap_ragged import Bucket, buckets_of, merge_outputs, rows_as_stack
 
 
@@ -128,7 +129,7 @@ class BatchedFunction:
         size = _batch_size(self, named)
         leaves, axes = _flatten(self, named, size)
         tree = jax.tree.structure((args, kwargs))
-        out_leaves, out_tree = jax.tree.flatten(self.out_axes, is_leaf=_is_axis)
+        out_leaves, out_tree = jax.tree.flatten(self.out_axes, is_leaf=is_axis)
         plan = _Plan(
             self.f,
             tree,
@@ -181,24 +182,16 @@ class _Plan:
         )
 
 
-def _is_axis(x: Any) -> bool:
-    return x is None or isinstance(x, int)
-
-
-def _is_unit(x: Any) -> bool:
-    return isinstance(x, SparseMatrix | Ragged)
-
-
 def _named_axes(b: BatchedFunction, args: Any, kwargs: Any) -> list[tuple[str, Any, Any]]:
     """(path, array or container, its axis or tree of axes), in flattening order."""
     in_axes = b.in_axes
     if isinstance(in_axes, list):
         in_axes = tuple(in_axes)
-    if _is_axis(in_axes):
+    if is_axis(in_axes):
         in_axes = (in_axes,) * len(args)
     if not isinstance(in_axes, tuple) or len(in_axes) != len(args):
         raise ValueError(f"{in_axes=} for {len(args)} positional arguments")
-    if _is_axis(b.kwarg_axes):
+    if is_axis(b.kwarg_axes):
         by_name = {name: b.kwarg_axes for name in kwargs}
     else:
         assert isinstance(b.kwarg_axes, Mapping)
@@ -208,64 +201,10 @@ def _named_axes(b: BatchedFunction, args: Any, kwargs: Any) -> list[tuple[str, A
         by_name = {name: b.kwarg_axes.get(name) for name in kwargs}
     out = []
     for i, (axes, arg) in enumerate(zip(in_axes, args, strict=True)):
-        out += _along(f"args[{i}]", axes, arg)
+        out += along(f"args[{i}]", axes, arg)
     for name in sorted(kwargs):
-        out += _along(name, by_name[name], kwargs[name])
+        out += along(name, by_name[name], kwargs[name])
     return out
-
-
-def _along(name: str, axes: Any, arg: Any) -> list[tuple[str, Any, Any]]:
-    """Every unit of one argument with its axis."""
-    stop = lambda x: _is_axis(x) or _is_unit(x)
-    units, tree = jax.tree_util.tree_flatten_with_path(arg, is_leaf=_is_unit)
-    try:
-        spread = jax.tree.broadcast(axes, jax.tree.unflatten(tree, [0] * len(units)), is_leaf=stop)
-    except ValueError as problem:
-        raise ValueError(f"in_axes {axes} is no prefix of {name}: {problem}") from None
-    found = jax.tree.leaves(spread, is_leaf=stop)
-    path = lambda keys: name + jax.tree_util.keystr(keys)
-    return [(path(keys), x, axis) for (keys, x), axis in zip(units, found, strict=True)]
-
-
-def _unit_axes(path: str, x: Any, axis: Any) -> list[int | None]:
-    """One non-negative axis (or None) for every array of the unit.
-
-    Raises:
-      ValueError: an axis that x does not have.
-    """
-    count = len(jax.tree.leaves(x))
-    if axis is None:
-        return [None] * count
-    if not isinstance(axis, int):  # a container of axes
-        fields = jax.tree.leaves(axis, is_leaf=lambda a: a is None)
-        kept = [a for a, field in zip(fields, _fields(x), strict=True) if field is not None]
-        return [
-            None if a is None else _checked_axis(path, a, jnp.ndim(leaf))
-            for a, leaf in zip(kept, jax.tree.leaves(x), strict=True)
-        ]
-    if isinstance(x, SparseMatrix):
-        at = _checked_axis(path, axis, x.ndim)
-        if at >= len(x.batch_shape):
-            raise ValueError(
-                f"{path} is mapped along axis {axis} of a {type(x).__name__}, which is none of its "
-                f"{len(x.batch_shape)} stack axes"
-            )
-        return [at] * count
-    if isinstance(x, Ragged):
-        if axis != 0 and (x.offsets.ndim != 1 or axis != -x.ndim):
-            raise ValueError(f"{path} is ragged: axis 0 is mapped, not {axis}")
-        return [0] * count
-    return [_checked_axis(path, axis, jnp.ndim(x))]
-
-
-def _fields(x: Any) -> list[Any]:
-    return jax.tree.leaves(x, is_leaf=lambda leaf: leaf is None)
-
-
-def _checked_axis(path: str, axis: int, ndim: int) -> int:
-    if not -ndim <= axis < ndim:
-        raise ValueError(f"{path} has {ndim} axes; axis {axis} is none of them")
-    return axis % ndim
 
 
 def _is_row_mapped(x: Any, axis: Any) -> bool:
@@ -276,7 +215,7 @@ def _batch_size(b: BatchedFunction, named: Any) -> int:
     """The one size of all mapped axes."""
     first: tuple[str, int] | None = None
     for path, x, axis in named:
-        axes = _unit_axes(path, x, axis)
+        axes = unit_axes(path, x, axis)
         if _is_row_mapped(x, axis):
             sizes = [x.num_rows]
         else:
@@ -304,7 +243,7 @@ def _flatten(b: BatchedFunction, named: Any, size: int) -> tuple[list[Any], list
     for path, x, axis in named:
         of_unit = [0] * len(jax.tree.leaves(x))
         if not _is_row_mapped(x, axis):
-            of_unit = _unit_axes(path, x, axis)
+            of_unit = unit_axes(path, x, axis)
         for leaf, at in zip(jax.tree.leaves(x), of_unit, strict=True):
             if at is None and _is_key(leaf):
                 leaf, at = _shared_key(b.randomness, path, leaf, size)
@@ -368,8 +307,8 @@ def _run_chunks(plan: _Plan, *leaves: Any) -> Any:
             return jnp.concatenate([flat[: (count - 1) * chunk], x[-1, overlap:]])
 
         axes = jax.tree.unflatten(plan.out_axes[1], plan.out_axes[0])
-        spread = jax.tree.broadcast(axes, stacked, is_leaf=_is_axis)
-        return jax.tree.map(join, spread, stacked, is_leaf=_is_axis)
+        spread = jax.tree.broadcast(axes, stacked, is_leaf=is_axis)
+        return jax.tree.map(join, spread, stacked, is_leaf=is_axis)
 
 
 def _run_buckets(plan: _Plan, leaves: list[Any], named: Any, max_length: int | None) -> Any:
@@ -385,7 +324,7 @@ def _run_buckets(plan: _Plan, leaves: list[Any], named: Any, max_length: int | N
     if not any(axis is not None for axis in plan.out_axes[0]):
         raise ValueError("out_axes=None cannot be asked of rows that run in buckets")
     buckets = buckets_of(rows, max_length, traced)
-    units = jax.tree.leaves(jax.tree.unflatten(plan.tree, leaves), is_leaf=_is_unit)
+    units = jax.tree.leaves(jax.tree.unflatten(plan.tree, leaves), is_leaf=is_unit)
     outputs = [_run_bucket(plan, units, bucket) for bucket in buckets]
     return merge_outputs(buckets, outputs, rows[0])
 
@@ -399,7 +338,8 @@ def _run_bucket(plan: _Plan, units: list[Any], bucket: Bucket) -> Any:
         if isinstance(x, Ragged) and of_unit[0] is not None and x.offsets.ndim == 1:
             parts = jax.tree.leaves(rows_as_stack(x, bucket.rows, next(lengths)))
         elif bucket.rows is not None:
-            take = lambda v, a: v if a is None else jnp.take(v, bucket.rows, axis=a, mode="clip")
+            rows = bucket.rows
+            take = lambda v, a: v if a is None else jnp.take(v, rows, axis=a, mode="clip")
             parts = [take(v, a) for v, a in zip(parts, of_unit, strict=True)]
         leaves += parts
     size = plan.size if bucket.rows is None else len(bucket.rows)
@@ -430,14 +370,14 @@ def _place_outputs(out_axes: Any, out: Any) -> Any:
     """The batch axis, which comes first, moved to where it was asked for."""
     if isinstance(out_axes, int) and out_axes == 0:
         return out
-    stop = lambda x: _is_axis(x) or _is_unit(x)
-    skeleton = jax.tree.map(lambda x: 0, out, is_leaf=_is_unit)
+    stop = lambda x: is_axis(x) or is_unit(x)
+    skeleton = jax.tree.map(lambda x: 0, out, is_leaf=is_unit)
     spread = jax.tree.broadcast(out_axes, skeleton, is_leaf=stop)
 
     def place(axis: Any, x: Any) -> Any:
         if axis is None or axis == 0:
             return x
-        places = _unit_axes("the result", x, axis)
+        places = unit_axes("the result", x, axis)
         leaves = zip(jax.tree.leaves(x), places, strict=True)
         moved = [jnp.moveaxis(leaf, 0, at or 0) for leaf, at in leaves]
         return jax.tree.unflatten(jax.tree.structure(x), moved)

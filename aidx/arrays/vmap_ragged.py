@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .formats import Array
 from .ragged_array import Ragged, _offsets_of_lengths
@@ -105,7 +106,7 @@ def _pack(buckets: Sequence[Bucket], parts: Sequence[Ragged], like: Ragged) -> R
         lengths = lengths.at[row].set(part.offsets[: bucket.count, 1])
     offsets = _offsets_of_lengths(lengths)
     capacity = like.capacity
-    if not isinstance(offsets, jax.core.Tracer):
+    if not isinstance(offsets, Tracer):
         capacity = max(capacity, int(offsets[-1]))
     offsets = jnp.minimum(offsets, capacity)
     values: Array = jnp.zeros((capacity, *parts[0].values.shape[2:]), parts[0].dtype)

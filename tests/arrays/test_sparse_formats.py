@@ -101,7 +101,7 @@ def test_conversions_with_jax_and_scipy():
     with pytest.raises(ValueError, match="nse=2"):
         COO.from_scipy(source, nse=2)
     with pytest.raises(ValueError, match="block_size"):
-        BSR.from_scipy(source)
+        BSR.from_scipy(source.tocsr())
 
 
 @every_format
