@@ -62,10 +62,9 @@ LARGE_VARIANTS = {"c132t128": S(ctas=132, stages=3, key_tile=128)}
 NARROW = ("int8", "float8_e4m3fn")
 NARROW_ROWS = ("64x4k", "256x4k", "16x32k")
 NARROW_VARIANTS = {
-    "c264s3": S(ctas=264, stages=3),
-    "c132s6": S(ctas=132, stages=6),
+    "c264s4": S(ctas=264, stages=4),
+    "a264s5": S(ctas=264, stages=5, alone=True),
     "c132t128s4": S(ctas=132, stages=4, key_tile=128),
-    "c264t128s2": S(ctas=264, stages=2, key_tile=128),
 }
 SHARED = 2048  # tokens of the prefix that the rows of `cascade` share
 CASCADE = {"64x(2k+512)": [2560] * 64, "256x(2k+256)": [2304] * 256}

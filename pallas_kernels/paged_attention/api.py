@@ -24,7 +24,9 @@ Plan = tuple[Config] | tuple[SplitConfig, PrefillConfig]
 # can hold more keys than this a row go to the kernel of equal shares
 MAX_UNEVEN = 4096
 FIXED_CHUNK = 4096  # keys between the borders of the deterministic mode
-MAX_COLS = 64  # query columns of a tile: beyond, accumulators spill
+MAX_COLS = 64  # query columns of a tile
+ACCUMULATOR = 8192  # values of a tile's output: beyond, it spills
+SPECIAL_ACCUMULATOR = 4096  # where registers also hold converted keys, or masks of bits
 
 
 def paged_attention(
@@ -129,13 +131,12 @@ def paged_attention(
         None if k_scale is None or v_scale is None else (k_scale, v_scale),
     )
     special = quantised.is_quantised(k_pool.dtype) or arrays.explicit
-    pool_bytes = k_pool.dtype.itemsize
     if deterministic:
-        plan = (_deterministic(geom, pool_bytes),)
+        plan = (_deterministic(geom, k_pool.dtype, special),)
     elif config is not None:
         plan = (config,)
     elif special:
-        plan = (_split_config(_in_columns(geom, geom.max_q), pool_bytes),)
+        plan = (_split_config(_in_columns(geom, geom.max_q, special=True), k_pool.dtype),)
     else:
         plan = default_plan(geom)
     if special and not isinstance(plan[0], SplitConfig):
@@ -216,6 +217,11 @@ class _Call:
         """Whether masks are not those of queries at the end of all keys, in order."""
         return self.positions is not None or self.tree_mask is not None or self.first is not None
 
+    @property
+    def special(self) -> bool:
+        """Whether the kernel needs more registers than a plain one."""
+        return self.explicit or quantised.is_quantised(self.k_pool.dtype)
+
     def options(self, geom: Geometry, pack: Callable) -> dict[str, Any]:
         """Keyword arguments that every kernel takes."""
         packed = [None if x is None else pack(x, geom) for x in (self.slopes, self.sinks)]
@@ -264,7 +270,8 @@ def _run_cluster(call: _Call, config: ClusterConfig):
 
 def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
     """The rows that own at most `max_tokens` tokens, and zeros for the tokens of no row."""
-    geom = _in_columns(call.geom, max_tokens, fixed=config.fixed_chunk is not None)
+    fixed = config.fixed_chunk is not None
+    geom = _in_columns(call.geom, max_tokens, fixed=fixed, special=call.special)
     work = wl.make_work_list(
         call.context_lens,
         call.q_indptr,
@@ -369,7 +376,7 @@ def _run_cascade(arrays: _Arrays, geom: Geometry, scoring: Scoring, config, inte
         wide = dataclasses.replace(
             geom, num_rows=groups, blocks_per_row=shared_tables.shape[1], max_q=t
         )
-        config = _fitting(config, _in_columns(wide, t), arrays.k_pool.dtype.itemsize)
+        config = _fitting(config, _in_columns(wide, t, special=True), arrays.k_pool.dtype)
         call = _Call(*shared, geom=wide, **common, shared=True)
         prefix, prefix_lse = _run_split(call, config, t)
         back = jnp.zeros_like(order).at[order].set(token)
@@ -471,13 +478,19 @@ def _check_extras(geom, k_pool, positions, tree_mask, cascade, k_scale, v_scale)
             raise NotImplementedError(f"cascade of {tables.shape=}: empty")
 
 
-def _in_columns(geom: Geometry, max_tokens: int, fixed: bool = False) -> Geometry:
+def _in_columns(
+    geom: Geometry, max_tokens: int, fixed: bool = False, special: bool = False
+) -> Geometry:
     """Query tiles for the kernels of `columns.py`: as many tokens as the columns hold.
 
     `fixed`: the same tile for every `max_tokens`, so that the kernel is one and the same.
+    `special`: one-byte pools, or queries that do not stand at the end of their keys.
     """
-    tokens = MAX_COLS // geom.group if fixed else min(max_tokens, MAX_COLS // geom.group)
-    return dataclasses.replace(geom, max_q=max_tokens, q_tokens=tokens)
+    room = (SPECIAL_ACCUMULATOR if special else ACCUMULATOR) // geom.value_dim
+    most = max(1, min(MAX_COLS, room) // geom.group)
+    return dataclasses.replace(
+        geom, max_q=max_tokens, q_tokens=most if fixed else min(max_tokens, most)
+    )
 
 
 def few_tokens(geom: Geometry) -> int:
@@ -511,28 +524,39 @@ def default_plan(geom: Geometry) -> Plan:
     return _split_config(_in_columns(geom, few_tokens(geom))), config
 
 
-def _deterministic(geom: Geometry, pool_bytes: int = 2) -> SplitConfig:
+def _deterministic(geom: Geometry, pool_dtype: Any, special: bool = False) -> SplitConfig:
     """Large query tiles and chunks of fixed size, whatever the call."""
-    config = _split_config(_in_columns(geom, geom.max_q, fixed=True), pool_bytes)
-    return dataclasses.replace(config, fixed_chunk=FIXED_CHUNK)
+    columns = _in_columns(geom, geom.max_q, fixed=True, special=special)
+    return dataclasses.replace(_split_config(columns, pool_dtype), fixed_chunk=FIXED_CHUNK)
 
 
-def _fitting(config: SplitConfig, geom: Geometry, pool_bytes: int) -> SplitConfig:
+def _fitting(config: SplitConfig, geom: Geometry, pool_dtype: Any) -> SplitConfig:
     """`config`, or the default one where its rings do not fit beside these query tiles."""
-    at_once = -(-config.ctas // HOPPER_SMS)
-    if split.smem_bytes(config, geom, pool_bytes) * at_once <= SMEM_BYTES:
+    need = split.smem_bytes(config, geom, jnp.dtype(pool_dtype).itemsize)
+    if need * -(-config.ctas // HOPPER_SMS) <= SMEM_BYTES:
         return config
-    return dataclasses.replace(_split_config(geom, pool_bytes), fixed_chunk=config.fixed_chunk)
+    return dataclasses.replace(_split_config(geom, pool_dtype), fixed_chunk=config.fixed_chunk)
 
 
-def _split_config(geom: Geometry, pool_bytes: int = 2) -> SplitConfig:
-    """Two CTAs per SM where their rings fit; tiles of half the bytes, one stage more."""
-    more = 1 if pool_bytes == 1 else 0
-    for ctas, stages in ((2 * HOPPER_SMS, 3 + more), (HOPPER_SMS, 3), (HOPPER_SMS, 2)):
-        config = SplitConfig(ctas=ctas, stages=stages)
-        if split.smem_bytes(config, geom, pool_bytes) * (ctas // HOPPER_SMS) <= SMEM_BYTES:
+def _candidates(geom: Geometry, pool_dtype: Any) -> list[SplitConfig]:
+    """Configurations whose registers fit (ptxas says), the preferred first."""
+    values = geom.cols * geom.value_dim
+    one = [SplitConfig(ctas=HOPPER_SMS, stages=s) for s in (6, 3, 2, 1)]
+    if not quantised.is_quantised(pool_dtype):
+        two = [SplitConfig(ctas=2 * HOPPER_SMS, stages=3)]
+        return two + one if values <= 2048 and geom.cols <= 24 else one
+    if values > 1024 or geom.head_dim > 128:
+        return one
+    # 168 registers a thread for three CTAs of one warpgroup
+    more = pool_dtype == jnp.int8 and geom.block_size < 32
+    ctas, stages = (2, 4) if more else (3, 3)
+    return [SplitConfig(ctas=ctas * HOPPER_SMS, stages=stages, alone=True), *one]
+
+
+def _split_config(geom: Geometry, pool_dtype: Any = jnp.bfloat16) -> SplitConfig:
+    """As many CTAs per SM as their registers and rings allow."""
+    for config in _candidates(geom, pool_dtype):
+        need = split.smem_bytes(config, geom, jnp.dtype(pool_dtype).itemsize)
+        if need * (config.ctas // HOPPER_SMS) <= SMEM_BYTES:
             return config
-    config = SplitConfig(ctas=HOPPER_SMS, stages=1)
-    if split.smem_bytes(config, geom, pool_bytes) <= SMEM_BYTES:
-        return config
     raise NotImplementedError(f"no configuration fits shared memory for {geom}")

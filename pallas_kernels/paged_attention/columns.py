@@ -86,6 +86,12 @@ class TileRefs(NamedTuple):
     v_scale: Any = None
 
 
+def _row_parts(ref) -> list[Any]:
+    """What goes to registers at once of a tile of one-byte values: whole swizzled rows."""
+    size = 128 if ref.shape[1] % 128 == 0 else 64
+    return [pl.ds(c, size) for c in range(0, ref.shape[1], size)]
+
+
 def spread_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A per-row vector over the columns of a tile."""
     return lax.broadcast_in_dim(x, shape, [0])
@@ -220,19 +226,26 @@ class Columns:
         ops, shape = self.ops, (self.tile, self.geom.cols)
         if not quantised.is_quantised(k.dtype):
             return ops.with_acc(lambda a: ops.load(ops.wgmma(a, k, q.T)), shape)
-        x = k[...] if ops.interpret else plgpu.load(k, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        x = quantised.convert(x, self.dtype)
-        x = plgpu.layout_cast(x, ROWS)
-        return ops.with_acc(lambda a: ops.load(ops.wgmma(a, x, q.T)), shape)
+        layout, parts = plgpu.Layout.WGMMA_UPCAST_2X, _row_parts(k)
+
+        def sliced(acc):
+            for i, at in enumerate(parts):
+                part = k.at[:, at]
+                x = part[...] if ops.interpret else plgpu.load(part, layout=layout)
+                x = plgpu.layout_cast(quantised.convert(x, self.dtype), ROWS)
+                acc = ops.wgmma(acc, x, q.at[:, at].T)
+                if i + 1 < len(parts):
+                    ops.wait(0)  # the registers of this part are those of the next
+            return ops.load(acc)
+
+        return ops.with_acc(sliced, shape)
 
     def widen(self, v, wide):
         """V at 16 bits."""
         layout = plgpu.Layout.WGMMA_UPCAST_4X
-        size = 128 if v.shape[1] % 128 == 0 else 64  # whole swizzled rows
-        for c in range(0, v.shape[1], size):
-            part = v.at[:, pl.ds(c, size)]
-            x = part[...] if self.ops.interpret else plgpu.load(part, layout=layout)
-            wide[:, pl.ds(c, size)] = quantised.convert(x, self.dtype)
+        for at in _row_parts(v):
+            x = v[:, at] if self.ops.interpret else plgpu.load(v.at[:, at], layout=layout)
+            wide[:, at] = quantised.convert(x, self.dtype)
 
     def scales(self, refs: TileRefs, head):
         """(scale of each key, log2 of that of each value, its inverse), `[tile]` each or None."""

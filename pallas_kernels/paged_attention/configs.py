@@ -24,7 +24,7 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
     """(name, function, abstract arguments).
 
     >>> sorted({name.split()[0] for name, _, _ in compile_cases()})
-    ['paged/chunk', 'paged/cluster', 'paged/decode', 'paged/deterministic', 'paged/mixed', ...]
+    ['paged/cascade', 'paged/chunk', 'paged/cluster', 'paged/decode', ..., 'paged/write']
     """
     everything = dict(window=1000, logits_soft_cap=30.0, return_lse=True)
     for dim, kv_heads in ((64, 8), (128, 8), (256, 8)):
@@ -50,6 +50,7 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
                 ("decode b64", shapes(64, 64, dtype=dtype), {}),
                 ("decode b16", shapes(64, 64, dtype=dtype, size=16, width=256), {}),
                 ("verify", shapes(320, 64, dtype=dtype), dict(max_q=5)),
+                ("chunk", shapes(2048, 4, dtype=dtype), dict(max_q=512)),
             ):
                 f = functools.partial(scaled, **{"max_q": 1, **options})
                 scale = jax.ShapeDtypeStruct(args[1].shape[:3], jnp.float32)

@@ -44,8 +44,10 @@ class SplitConfig:
     """How the split-KV kernel runs.
 
     `stages` key tiles of `key_tile` keys in flight per CTA, `ctas` CTAs; with 2 CTAs an SM one
-    computes while the other waits.  With `fixed_chunk` keys are cut at its multiples and `ctas` is
-    not used: a CTA per chunk, and a row's output does not depend on what else is in the batch.
+    computes while the other waits.  `alone`: a CTA is one warpgroup that starts its own copies and
+    computes; three of them fit an SM where keys have to be converted.  With `fixed_chunk` keys are
+    cut at its multiples and `ctas` is not used: a CTA per chunk, and a row's output does not depend
+    on what else is in the batch.
 
     >>> SplitConfig().ctas
     264
@@ -55,6 +57,7 @@ class SplitConfig:
     stages: int = 3
     ctas: int = 2 * HOPPER_SMS
     fixed_chunk: int | None = None
+    alone: bool = False
 
     def __post_init__(self):
         if self.key_tile % 64 or self.key_tile <= 0:
@@ -73,8 +76,13 @@ def smem_bytes(config: SplitConfig, geom: Geometry, pool_bytes: int = 2) -> int:
     ring = config.stages * tile * (h + hv) * pool_bytes
     if pool_bytes == 1:
         ring += tile * hv * 2 + config.stages * 2 * scale_words(geom, tile) * 4
-    small = (2 * cols * h + cols * tile + cols * hv) * 2
+    small = (query_slots(config) * cols * h + cols * tile + cols * hv) * 2
     return ring + small + 4 * reduce_scratch(cols) + 1024
+
+
+def query_slots(config: SplitConfig) -> int:
+    """Query tiles in shared memory: the producer is one ahead of the consumer."""
+    return 1 if config.alone else 2
 
 
 def scale_words(geom: Geometry, tile: int) -> int:
@@ -139,7 +147,7 @@ def split_attention(
     )
     copies = (2 if scales is None else 4) * pages.per_tile
     scratch = dict(
-        q=smem((2, cols, geom.head_dim), q.dtype, transforms=swz),
+        q=smem((query_slots(config), cols, geom.head_dim), q.dtype, transforms=swz),
         k=ring(geom.head_dim),
         v=ring(hv),
         p=smem((cols, tile), q.dtype, transforms=swz),
@@ -194,7 +202,7 @@ def split_attention(
             scratch_types=tuple(scratch.values()),
             grid=(ctas,),
             grid_names=("cta",),
-            num_threads=2,
+            num_threads=1 if config.alone else 2,
             thread_name="wg",
             interpret=interpret_params(interpret),
             compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -264,6 +272,11 @@ class _Split:
         share = _read(refs.shares, cta, wl.LENGTH, wl.TILE, wl.HEAD, wl.OFFSET)
         share = (*share, _read(refs.shares, cta, *range(wl.FACTS, wl.FACTS + 8)))
 
+        if self.config.alone:
+            self.consume(cta, share, refs, smem, outputs)
+            self.clear(cta, refs.dead, outputs[0])
+            return
+
         @pl.when(wg == 0)
         def _():
             self.consume(cta, share, refs, smem, outputs)
@@ -280,17 +293,23 @@ class _Split:
         ops, stages = math.ops, self.config.stages
         length, *first, fact = share
 
+        feeder = None
+        if self.config.alone:
+            feeder = self.start_feeding(share, refs, smem)
+
         def segment(carry):
-            done, u, head, offset, seen, fact = carry
+            (done, u, head, offset, seen, fact), feeder = carry
             count, first_tile = fact[wl.COUNT], fact[wl.KEY_TILE]
             n = lax.min(count - offset, length - done)
-            q_slot = seen & 1
+            q_slot = seen & (query_slots(self.config) - 1)
+            if feeder is not None:
+                self.load_q(refs, smem, u, head, q_slot, fact[wl.FIRST_TOKEN])
             seg = self.segment(refs, u, head, fact)
             plgpu.barrier_wait(smem.q_full.at[q_slot])
 
             def attend(acc):
                 def step(j, carry):
-                    m, sums, a = carry
+                    m, sums, a, feeder = carry
                     slot = lax.rem(done + j, jnp.int32(stages))
                     plgpu.barrier_wait(smem.kv_full.at[slot])
                     key = (first_tile + offset + j) * tile
@@ -298,15 +317,21 @@ class _Split:
                         ops.uncarry(acc, a), m, sums, _tile(smem, q_slot, slot), key, seg, head
                     )
                     ops.load(a)
-                    plgpu.barrier_arrive(smem.kv_free.at[slot])
-                    return m, sums, ops.carry(a)
+                    if feeder is None:
+                        plgpu.barrier_arrive(smem.kv_free.at[slot])
+                    else:
+                        plgpu.commit_smem()  # all four warps are through with the slot
+                        feeder = self.feed(length, feeder, refs, smem)
+                    return m, sums, ops.carry(a), feeder
 
-                m, sums, a = lax.fori_loop(0, n, step, (*math.start(), ops.carry(acc)))
-                return m, sums, ops.load(ops.uncarry(acc, a))
+                carry = (*math.start(), ops.carry(acc), feeder)
+                m, sums, a, fed = lax.fori_loop(0, n, step, carry)
+                return m, sums, ops.load(ops.uncarry(acc, a)), fed
 
-            m, sums, o = ops.with_acc(attend, (geom.value_dim, geom.cols))
+            m, sums, o, feeder = ops.with_acc(attend, (geom.value_dim, geom.cols))
 
-            plgpu.barrier_arrive(smem.q_free.at[q_slot])
+            if feeder is None:
+                plgpu.barrier_arrive(smem.q_free.at[q_slot])
             o, lse = math.finish(m, sums, o, smem.red)
             ended = offset + n == count
             where = (cta, u, head, offset == 0, ended)
@@ -317,10 +342,11 @@ class _Split:
             fact = lax.cond(wrap, lambda: _facts_of(refs.tiles, u), lambda: fact)
             head = jnp.where(wrap, 0, head)
             offset = jnp.where(ended, 0, offset + n)
-            return done + n, u, head, offset, seen + 1, fact
+            return (done + n, u, head, offset, seen + 1, fact), feeder
 
         zero = jnp.int32(0)
-        lax.while_loop(lambda c: c[0] < length, segment, (zero, *first, zero, fact))
+        start = (zero, *first, zero, fact)
+        lax.while_loop(lambda c: c[0][0] < length, segment, (start, feeder))
         plgpu.wait_smem_to_gmem(0)
 
     def segment(self, refs: Namespace, u, head, fact) -> Segment:
@@ -382,53 +408,29 @@ class _Split:
     # ---------------------------------------------------------------- producer
 
     def produce(self, share, refs: Namespace, smem: Namespace):
-        pages, geom = self.pages, self.math.geom
-        q_full, q_free, kv_full, kv_free = smem.q_full, smem.q_free, smem.kv_full, smem.kv_free
+        q_free, kv_free = smem.q_free, smem.kv_free
         length, *first, fact = share
         stages = self.config.stages
 
-        def load_q(u, head, seen, token):
-            slot = seen & 1
-            pl.when(seen >= 2)(lambda: plgpu.barrier_wait(q_free.at[slot]))
-            index = u if geom.q_tokens > 1 else token
-            source = refs.q.at[index, geom.column_block(head)]
-            plgpu.copy_gmem_to_smem(source, smem.q.at[slot], q_full.at[slot])
-
-        def scales(slot):
-            return tuple((refs.refs[x], smem.refs[x].at[slot]) for x in ("k_scale", "v_scale"))
-
         def step(i, carry):
-            u, head, offset, seen, fact, ids = carry
-            token, first_tile, count, following = (
-                fact[x] for x in (wl.FIRST_TOKEN, wl.KEY_TILE, wl.COUNT, wl.NEXT)
-            )
-            last = offset + 1 == count
-            next_head = jnp.where(last, head + 1, head)
-            wrap = next_head == geom.num_kv_heads
-            next_head = jnp.where(wrap, 0, next_head)
-            next_u = jnp.where(wrap, following, u)
-            next_fact = lax.cond(wrap, lambda: _facts_of(refs.tiles, next_u), lambda: fact)
-            next_offset = jnp.where(last, 0, offset + 1)
-            next_ids = self.block_ids(refs, next_fact, next_offset)  # a tile ahead of its use
-            pl.when((offset == 0) | (i == 0))(lambda: load_q(u, head, seen, token))
-            slot = lax.rem(i, jnp.int32(stages))
-            pl.when(i >= stages)(lambda: plgpu.barrier_wait(kv_free.at[slot]))
-            pages.fetch(
-                first_tile + offset,
-                ids,
-                head,
-                ((refs.k, smem.k.at[slot]), (refs.v, smem.v.at[slot])),
-                kv_full.at[slot],
-                scales=() if refs.k_scale is None else scales(slot),
-            )
-            seen = jnp.where(last, seen + 1, seen)
-            return next_u, next_head, next_offset, seen, next_fact, next_ids
+            fetched, seen = carry
+            u, head, offset, fact, _ = fetched
 
-        u, head, offset = first
-        ids = self.block_ids(refs, fact, offset)
-        carry = (u, head, offset, jnp.int32(0), fact, ids)
-        carry = lax.fori_loop(0, length, step, carry)
-        offset, seen = carry[2:4]
+            def load_q():
+                slot = seen & 1
+                pl.when(seen >= 2)(lambda: plgpu.barrier_wait(q_free.at[slot]))
+                self.load_q(refs, smem, u, head, slot, fact[wl.FIRST_TOKEN])
+
+            pl.when((offset == 0) | (i == 0))(load_q)
+            pl.when(i >= stages)(
+                lambda: plgpu.barrier_wait(kv_free.at[lax.rem(i, jnp.int32(stages))])
+            )
+            last = offset + 1 == fact[wl.COUNT]
+            return self.fetch(i, fetched, refs, smem), jnp.where(last, seen + 1, seen)
+
+        begin = (*first, fact, self.block_ids(refs, fact, first[2]))
+        fetched, seen = lax.fori_loop(0, length, step, (begin, jnp.int32(0)))
+        offset = fetched[2]
         seen = jnp.where(offset == 0, seen, seen + 1)  # a segment that the next share goes on with
 
         @pl.loop(lax.max(length - stages, 0), length)
@@ -438,6 +440,54 @@ class _Split:
         @pl.loop(lax.max(seen - 2, 0), jnp.where(length > 0, seen, 0))
         def _(x):
             plgpu.barrier_wait(q_free.at[x & 1])
+
+    def load_q(self, refs: Namespace, smem: Namespace, u, head, slot, token):
+        """Start the copy of a query tile."""
+        geom = self.math.geom
+        index = u if geom.q_tokens > 1 else token
+        source = refs.q.at[index, geom.column_block(head)]
+        plgpu.copy_gmem_to_smem(source, smem.q.at[slot], smem.q_full.at[slot])
+
+    def fetch(self, i, place, refs: Namespace, smem: Namespace):
+        """Start the copies of the share's tile i, which lies at `place`; returns the next place.
+
+        A place is (query tile, head, offset, facts of the query tile, block ids).
+        """
+        u, head, offset, fact, ids = place
+        slot = lax.rem(i, jnp.int32(self.config.stages))
+        scales = ()
+        if refs.k_scale is not None:
+            scales = tuple((refs.refs[x], smem.refs[x].at[slot]) for x in ("k_scale", "v_scale"))
+        last = offset + 1 == fact[wl.COUNT]
+        next_head = jnp.where(last, head + 1, head)
+        wrap = next_head == self.math.geom.num_kv_heads
+        next_u = jnp.where(wrap, fact[wl.NEXT], u)
+        next_fact = lax.cond(wrap, lambda: _facts_of(refs.tiles, next_u), lambda: fact)
+        next_offset = jnp.where(last, 0, offset + 1)
+        next_ids = self.block_ids(refs, next_fact, next_offset)  # a tile ahead of its use
+        self.pages.fetch(
+            fact[wl.KEY_TILE] + offset,
+            ids,
+            head,
+            ((refs.k, smem.k.at[slot]), (refs.v, smem.v.at[slot])),
+            smem.kv_full.at[slot],
+            scales=scales,
+        )
+        return next_u, jnp.where(wrap, 0, next_head), next_offset, next_fact, next_ids
+
+    def start_feeding(self, share, refs: Namespace, smem: Namespace):
+        """(tiles fetched, place of the next) with the ring filled, for a warpgroup alone."""
+        length, *first, fact = share
+        feeder = jnp.int32(0), (*first, fact, self.block_ids(refs, fact, first[2]))
+        for _ in range(self.config.stages):
+            feeder = self.feed(length, feeder, refs, smem)
+        return feeder
+
+    def feed(self, length, feeder, refs: Namespace, smem: Namespace):
+        """Fetch one more tile, if there is one, into the slot that is free."""
+        i, place = feeder
+        place = lax.cond(i < length, lambda: self.fetch(i, place, refs, smem), lambda: place)
+        return i + 1, place
 
     def block_ids(self, refs: Namespace, fact, offset):
         row, tile, window = fact[wl.ROW], fact[wl.KEY_TILE] + offset, self.math.scoring.window

@@ -166,6 +166,14 @@ def test_int8_verification_with_options(capfd):
     check_quantised(args, 3, jnp.int8, capfd, window=100, logits_soft_cap=20.0, **vectors)
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_warpgroup_alone_feeds_itself(stages, capfd):
+    """Shares that begin and end inside rows, and rows of one tile after another."""
+    args = make([130, 0, 1, 300], [1, 1, 0, 1], size=32)
+    config = pa.SplitConfig(ctas=3, stages=stages, alone=True)
+    check_quantised(args, 1, jnp.float8_e4m3fn, capfd, config=config)
+
+
 def test_fixed_scales_of_heads(capfd):
     args = make([130, 40], [1, 1], size=32)
     sinks = jnp.linspace(-1, 2, 8)
