@@ -247,6 +247,31 @@ def _chunked_bwd(options: tuple[float, float], saved: Any, cotangents: Any) -> A
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
+@jax.custom_vjp
+def lookup(table: Array, tokens: Array) -> Array:
+    """`table[tokens]`, whose gradient is accumulated in f32: `[*B, D]` of a table `[V, D]`.
+
+    >>> table, tokens = jnp.zeros((2, 1), jnp.bfloat16), jnp.zeros(1000, jnp.int32)
+    >>> jax.grad(lambda t: lookup(t, tokens).sum())(table)[0, 0].item()  # 256 in bf16 sums
+    1000.0
+    """
+    return jnp.take(table, tokens, axis=0, mode="clip")
+
+
+def _lookup_fwd(table: Array, tokens: Array) -> Any:
+    return lookup(table, tokens), (tokens, jnp.zeros((table.shape[0], 0), table.dtype))
+
+
+def _lookup_bwd(saved: Any, d: Array) -> Any:
+    tokens, like = saved
+    with jax.named_scope("d_embed"):
+        zeros = jnp.zeros((like.shape[0], d.shape[-1]), jnp.float32)
+        return zeros.at[tokens].add(d.astype(jnp.float32), mode="clip").astype(like.dtype), None
+
+
+lookup.defvjp(_lookup_fwd, _lookup_bwd)
+
+
 def language_model_loss(
     forward: Callable[..., Any],
     *,
@@ -303,7 +328,12 @@ def language_model_loss(
         attend = no_cache_attend(
             segment_ids=batch.get("segment_ids"), implementation=implementation
         )
-        hidden, _ = forward(model, tokens, positions, attend, None, hidden=True, remat=wrap)
+        # The model looks its rows up in a table that has one for every token of the batch: the
+        # gradient of a frequent token is a sum of thousands, which bf16 cannot accumulate.
+        rows = lookup(model["embed"], tokens).reshape(tokens.size, -1)
+        order = jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape)
+        looked_up = {**model, "embed": rows}
+        hidden, _ = forward(looked_up, order, positions, attend, None, hidden=True, remat=wrap)
         return fused_cross_entropy(
             hidden,
             model.get("lm_head", model["embed"]),

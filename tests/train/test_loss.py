@@ -1,5 +1,6 @@
 """The fused loss against the plain one, and against float64."""
 
+import dataclasses
 import functools
 
 import chex
@@ -188,7 +189,17 @@ def test_the_loss_is_the_models_logits_through_cross_entropy():
     assert lm(model(), apart)[0] == pytest.approx(float(wanted), rel=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["full", "attention", "dots", "dots_attention"])
+def test_the_gradient_of_a_frequent_token_is_accumulated_in_f32():
+    tokens = jnp.full((1, 512), 3, jnp.int32)  # one token in a model that tells no others apart
+    batch = {"tokens": tokens, "targets": (tokens + 1).at[:, ::2].set(5)}
+    untied = init_params(dataclasses.replace(CONFIG, tied=False), jax.random.key(0), std=0.3)
+    _, exact = lm(untied, batch)
+    _, half = lm(jax.tree.map(lambda x: x.astype(jnp.bfloat16), untied), batch)
+    wanted, found = (np.asarray(g["embed"][3], np.float32) for g in (exact, half))
+    assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("policy", ["full", "dots_attention"])
 def test_remat_changes_no_gradient(policy):
     _, apart = packed()
     wanted = lm(model(), apart)
