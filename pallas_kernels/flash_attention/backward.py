@@ -56,8 +56,7 @@ class Problem(common.Problem):
     @property
     def tight(self) -> bool:
         """Whether registers are short."""
-        more = self.score is not None or self.mask is not None or self.rate > 0
-        return self.config.parts > 1 or more
+        return self.score is not None or self.mask is not None or self.rate > 0
 
     @property
     def kv_tiles(self) -> int:

@@ -22,6 +22,16 @@ KNOWN_SPILLS = {
     "flash/H256 window bwd deterministic": 124,
     "flash/H256 packed bwd": 60,
     "flash/H256 packed bwd deterministic": 116,
+    "flash/H64 soft cap bwd": 428,
+    "flash/H64 bias bwd": 4,
+    "flash/H64 blocks bwd": 4,
+    "flash/H128 soft cap bwd": 36,
+    "flash/H256 soft cap bwd": 92,
+    "flash/H256 dropout bwd": 96,
+    "flash/H256 dropout bwd deterministic": 160,
+    "flash/H256 score_mod bwd": 40,
+    "flash/H256 bias bwd": 64,
+    "flash/H256 blocks bwd": 8,
 }
 
 
