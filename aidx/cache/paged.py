@@ -194,6 +194,104 @@ class PagedKVCache:
         return values(self.k, self.k_scale), values(self.v, self.v_scale)
 
 
+@struct.dataclass
+class SwappedBlocks:
+    """Blocks of all layers in pinned host memory, as `swap_out` left them."""
+
+    values: PagedKVCache  # every pool [n, ...], n the count rounded up to a power of two
+    count: int = struct.field(pytree_node=False)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of host memory."""
+        return self.values.memory_bytes
+
+
+def swap_out(cache: PagedKVCache, blocks: Sequence[int] | np.ndarray) -> SwappedBlocks:
+    """Copy `blocks` (of a sequence that is to wait) to pinned host memory; the pools stay.
+
+    Returns once the copies are issued; a later write to the pools waits for them.  The number of
+    blocks is rounded up to a power of two, so that a handful of compiled programs serve every call.
+
+    Args:
+        cache: the pools.
+        blocks: distinct blocks of the pool, in the order in which `swap_in` gives them back.
+
+    Raises:
+        ValueError: no block, or one outside the pool.
+
+    Example:
+        >>> cache = PagedKVCache.create(
+        ...     num_layers=1, num_blocks=6, block_size=2, num_kv_heads=1, head_dim=2
+        ... )
+        >>> swapped = swap_out(cache, [3, 1, 4])
+        >>> swapped.count, swapped.values.k[0].shape, swapped.values.k[0].sharding.memory_kind
+        (3, (4, 1, 2, 2), 'pinned_host')
+    """
+    blocks = _checked_blocks(cache, blocks)
+    taken = _take_blocks(cache, _padded_blocks(blocks, 0))
+    return SwappedBlocks(_in_memory(taken, "pinned_host"), len(blocks))
+
+
+def swap_in(
+    cache: PagedKVCache, swapped: SwappedBlocks, blocks: Sequence[int] | np.ndarray
+) -> PagedKVCache:
+    """Write what `swap_out` took into `blocks`, bit for bit; donates `cache`.
+
+    Args:
+        cache: the pools, of the same geometry but for the number of blocks.
+        swapped: what `swap_out` gave.
+        blocks: as many distinct blocks as were taken, anywhere in the pool.
+
+    Raises:
+        ValueError: another number of blocks, one named twice, or one outside the pool.
+
+    Example:
+        >>> cache = PagedKVCache.create(
+        ...     num_layers=1, num_blocks=6, block_size=2, num_kv_heads=1, head_dim=2
+        ... )
+        >>> cache = swap_in(cache, swap_out(cache, [3, 1, 4]), [5, 2, 1])
+        >>> cache.num_blocks
+        6
+    """
+    blocks = _checked_blocks(cache, blocks)
+    if len(blocks) != swapped.count:
+        raise ValueError(f"{swapped.count} blocks were taken, not {blocks.tolist()}")
+    values = _in_memory(swapped.values, "device")
+    return _put_blocks(cache, values, _padded_blocks(blocks, cache.num_blocks))
+
+
+def _checked_blocks(cache: PagedKVCache, blocks: Sequence[int] | np.ndarray) -> np.ndarray:
+    blocks = np.asarray(blocks, np.int32).reshape(-1)
+    if not len(blocks) or blocks.min() < 0 or blocks.max() >= cache.num_blocks:
+        raise ValueError(f"blocks {blocks.tolist()} in a pool of {cache.num_blocks}")
+    if len(np.unique(blocks)) != len(blocks):
+        raise ValueError(f"a block is named twice: {blocks.tolist()}")
+    return blocks
+
+
+def _padded_blocks(blocks: np.ndarray, value: int) -> np.ndarray:
+    """`blocks` with `value` behind, up to a power of two."""
+    padding = (1 << (len(blocks) - 1).bit_length()) - len(blocks)
+    return np.pad(blocks, (0, padding), constant_values=value)
+
+
+def _in_memory(values: PagedKVCache, kind: str) -> PagedKVCache:
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), values)
+
+
+@jax.jit
+def _take_blocks(cache: PagedKVCache, blocks: jax.Array) -> PagedKVCache:
+    with jax.named_scope("swap_out"):
+        return jax.tree.map(lambda pool: pool[blocks], cache)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put_blocks(cache: PagedKVCache, values: PagedKVCache, blocks: jax.Array) -> PagedKVCache:
+    with jax.named_scope("swap_in"):  # a destination past the end writes nothing
+        return jax.tree.map(lambda p, x: p.at[blocks].set(x, mode="drop"), cache, values)
+
+
 @partial(jax.jit, donate_argnums=0)
 def _copy_blocks(cache: PagedKVCache, pairs: jax.Array) -> PagedKVCache:
     src, dst = pairs

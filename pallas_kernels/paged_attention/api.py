@@ -548,9 +548,7 @@ def _candidates(geom: Geometry, pool_dtype: Any) -> list[SplitConfig]:
     if values > 1024 or geom.head_dim > 128:
         return one
     # 168 registers a thread for three CTAs of one warpgroup
-    more = pool_dtype == jnp.int8 and geom.block_size < 32
-    ctas, stages = (2, 4) if more else (3, 3)
-    return [SplitConfig(ctas=ctas * HOPPER_SMS, stages=stages, alone=True), *one]
+    return [SplitConfig(ctas=3 * HOPPER_SMS, stages=3, alone=True), *one]
 
 
 def _split_config(geom: Geometry, pool_dtype: Any = jnp.bfloat16) -> SplitConfig:
