@@ -17,6 +17,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "parallel": ({"typing"}, {"numpy"}),
     "telemetry": ({"typing"}, {"numpy", "tensorboardX"}),
     "ops": ({"pallas_kernels", "typing"}, {"numpy", "flax"}),
+    "kernels": ({"ops", "typing"}, {"numpy", "hypothesis"}),
     "cache": (BELOW_CACHE, {"numpy", "flax"}),
     "arrays": (BELOW_CACHE, {"numpy", "flax", "safetensors"}),
     "models": (
