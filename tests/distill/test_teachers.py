@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aidx.cache import no_cache_attend
 from aidx.distill import (
     CurriculumOrder,
     DistributedAggregation,
@@ -26,9 +27,10 @@ from aidx.distill import (
     make_teacher,
 )
 from aidx.distill.make_teacher import CONSTRUCTORS
+from aidx.distill.outputs import attention_map
 from aidx.distill.progress import difficulty
 from aidx.distill.teachers import Int8, dequantize_params, quantize_params
-from aidx.models import LlamaConfig, Model, init_params, save_model
+from aidx.models import LlamaConfig, Model, init_params, save_model, stack_layers
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)
@@ -223,6 +225,17 @@ def test_a_transformer_teaches_with_features_and_maps(model):
         np.testing.assert_array_equal(np.take(a, range(4), axis), np.take(b, range(4), axis))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, dict(window=2, scale=0.7, soft_cap=1.5, sinks=np.float32([0.5, -1, 2, 0]))]
+)
+def test_the_maps_are_those_that_the_model_attends_with(options):
+    q, k, v = (jnp.asarray(RNG.normal(size=(2, 5, n, 8)), jnp.float32) for n in (4, 2, 2))
+    out, _ = no_cache_attend()(None, 0, q, k, v, **options)
+    maps = attention_map(q, k, **options)
+    mixed = np.einsum("bnts,bsnh->btnh", maps, np.repeat(v, 2, axis=2))
+    np.testing.assert_allclose(mixed, out, rtol=1e-4, atol=1e-5)
+
+
 def test_packed_documents_do_not_see_each_other(model):
     teacher = make_teacher("transformer", model)
     places = jnp.asarray([[0, 1, 2, 0, 1, 2]], jnp.int32)
@@ -241,8 +254,6 @@ def test_a_pretrained_directory_teaches(model, tmp_path):
 
 
 def test_layers_that_are_not_there_are_refused(model):
-    from aidx.cache import no_cache_attend
-    from aidx.models import stack_layers
 
     call = lambda params, **which: decoder_outputs(
         model.forward, params, TOKENS, TOKENS, no_cache_attend(), **which
