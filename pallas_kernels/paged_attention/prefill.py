@@ -232,7 +232,9 @@ class _Prefill:
         head = rem(cta, heads)
         fact = tuple(refs.tiles[u, x] for x in range(8))
         busy = fact[wl.COUNT] > 0
-        computing, loading = _mgpu.registers(consumers, producer=32 if consumers == 3 else 40)
+        wide = self.geom.head_dim + self.geom.value_dim > 256
+        producer = 32 if consumers == 3 else 24 if wide else 40  # whichever spills with fewer
+        computing, loading = _mgpu.registers(consumers, producer=producer)
 
         @pl.when(wg < consumers)
         def _():
