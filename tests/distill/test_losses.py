@@ -18,7 +18,7 @@ from aidx.distill import (
     distill_loss,
     make_loss,
 )
-from aidx.distill.features import factor_loss, init_projection, project
+from aidx.distill.features import init_projection, project
 from aidx.distill.losses import TERMS
 from aidx.distill.options import CHOICES
 from aidx.distill.relations import contrastive_loss
@@ -44,6 +44,7 @@ def draw(seed):
 
 
 STUDENT, TEACHER = draw(0), draw(1)
+ONES = np.ones(B, np.float32)
 
 
 def outputs(fields):
@@ -204,9 +205,10 @@ CASES = {
 
 @functools.cache
 def program(name):
-    """Loss, and its gradients by student and teacher, at the shapes of `draw`."""
+    """Loss, and its gradients by student and teacher, at the shapes of `draw`: one compile."""
     loss = make_loss(CASES[name][0])
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    run = jax.jit(jax.value_and_grad(lambda s, t, w: loss(s, t, weights=w), argnums=(0, 1)))
+    return lambda s, t, weights=ONES: run(s, t, weights)
 
 
 def test_the_table_has_every_strategy_and_every_mode_of_every_enum():
@@ -310,11 +312,12 @@ def test_temperature_is_squared_in_loss_and_gradient():
     norms = []
     for T in (20.0, 200.0):
         loss = make_loss(opt("response_based", temperature=T))
-        norms.append(float(jnp.linalg.norm(jax.grad(loss)(s, t).logits)))
+        grad = jax.jit(jax.grad(loss))(s, t).logits
+        norms.append(float(np.linalg.norm(grad)))
     assert norms[0] == pytest.approx(norms[1], rel=0.1)
     centred = lambda x: x - x.mean(-1, keepdims=True)  # at high T: 1/(B V) (s - t), eq. 4
     limit = (centred(s.logits) - centred(t.logits)) / (B * V)
-    np.testing.assert_allclose(jax.grad(loss)(s, t).logits, limit, rtol=0.1, atol=2e-4)
+    np.testing.assert_allclose(grad, limit, rtol=0.1, atol=2e-4)
 
 
 def test_labels_alpha_and_the_soft_part_alone():
@@ -343,7 +346,7 @@ def test_an_example_of_weight_zero_is_as_if_it_were_not_there(name):
     for leaf in jax.tree.leaves(poisoned):
         leaf[3:] = np.nan
     weights = np.array([1, 1, 1, 0, 0], np.float32)
-    value = jax.jit(make_loss(CASES[name][0]))(*poisoned, weights=weights)
+    value, _ = program(name)(*poisoned, weights)
     np.testing.assert_allclose(value, formula(cut(STUDENT), cut(TEACHER)), rtol=3e-5)
 
 
@@ -397,25 +400,41 @@ def test_examples_of_one_label_are_no_negatives():
     s, t = STUDENT["embedding"], TEACHER["embedding"]
     labels = np.array([0, 0, 1, 1, 2])
     for mode in ("info_nce", "triplet", "nt_xent"):
-        value = contrastive_loss(jnp.float32(s), jnp.float32(t), mode=mode, labels=labels)
+        value = jax.jit(contrastive_loss, static_argnames="mode")(
+            np.float32(s), np.float32(t), mode=mode, labels=labels
+        )
         assert float(value) == pytest.approx(np64.contrastive(s, t, mode, labels=labels), rel=2e-5)
 
 
-def test_degenerate_features_have_finite_gradients():
-    zero, one = jnp.zeros((B, D)), jnp.ones((B, D))
-    for name in ("relation euclidean", "contrastive triplet", "mmd", "moments"):
-        s, t = Outputs(embedding=zero), Outputs(embedding=one)
-        grad = jax.grad(make_loss(CASES[name][0]))(s, t)
-        assert jnp.isfinite(grad.embedding).all(), name
-    for mode in ("low_rank_approximation", "nuclear_norm_matching", "factor_matching"):
-        grad = jax.grad(lambda s, m=mode: factor_loss(s, one, mode=m, rank=2))(zero)
-        assert jnp.isfinite(grad).all(), mode
+DEGENERATE = [
+    *("relation euclidean", "contrastive triplet", "mmd", "moments", "similarity", "flow"),
+    *("factor low_rank_approximation", "factor nuclear_norm_matching", "factor factor_matching"),
+    *("selectivity sparsity", "selectivity peak_to_average"),
+]
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_features_have_finite_gradients(name):
+    zeros = {k: jax.tree.map(np.zeros_like, STUDENT[k]) for k in ("features", "embedding")}
+    ones = {k: jax.tree.map(np.ones_like, STUDENT[k]) for k in zeros}
+    value, (grad, _) = program(name)(outputs(STUDENT | zeros), outputs(TEACHER | ones))
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grad))
+
+
+@pytest.mark.parametrize("strategy", ["response_based", "feature_based", "flow_based",
+                                      "relation_based", "probabilistic_transfer"])  # fmt: skip
+def test_no_weights_are_equal_weights(strategy):
+    name = next(n for n, case in CASES.items() if case[0].strategy == strategy)
+    plain = jax.jit(make_loss(CASES[name][0]))(outputs(STUDENT), outputs(TEACHER))
+    value, _ = program(name)(outputs(STUDENT), outputs(TEACHER), np.full(B, 3, np.float32))
+    np.testing.assert_allclose(plain, value, rtol=1e-5)
 
 
 def test_a_class_that_the_teacher_excludes_costs_no_nan():
     t = Outputs(logits=jnp.array([[0.0, 1.0, -jnp.inf]]))
     s = Outputs(logits=jnp.array([[0.0, 1.0, 2.0]]))
-    value, grad = jax.value_and_grad(make_loss(opt("response_based")))(s, t)
+    value, grad = jax.jit(jax.value_and_grad(make_loss(opt("response_based"))))(s, t)
     assert jnp.isfinite(value) and jnp.isfinite(grad.logits).all() and float(value) > 0
     both = make_loss(opt("response_based"))(t, t)
     assert float(both) == 0
