@@ -78,6 +78,7 @@ CHUNKS = {
     "8x512 over 8k": [(8704, 512)] * 8,
     "64x4k + 512 over 8k": [(8704, 512)] + [(4096, 1)] * 64,
 }
+CHUNK_VARIANTS = {"kv64s4": P(2, 64, 4), "kv64s3": P(2, 64, 3), "kv192s1": P(2, 192, 1)}
 # context lengths, new tokens, heads, KV heads, head size, block size, options, configurations
 CHECKS = [
     ([5000, 1, 65, 64, 63, 0, 700, 17], None, 32, 8, 128, 16, {}, [S(), S(ctas=132, stages=6)]),
@@ -411,6 +412,8 @@ def jobs_of(sections, variants, pattern):
     decode = lambda lens: [(n, 1) for n in lens]
     for name, rows in CHUNKS.items() if "chunk" in sections else ():
         yield "chunk", name, rows, "aidx", aidx_call(None, 512), "bf16"
+        for label, config in CHUNK_VARIANTS.items() if variants and len(rows) < 9 else ():
+            yield "chunk", name, rows, label, aidx_call(config, 512), "bf16"
     for section, shapes, configs in (
         ("large", LARGE, LARGE_VARIANTS),
         ("small", SMALL, SMALL_VARIANTS),
