@@ -15,6 +15,7 @@ repeatable at the price of two more matmuls.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +36,9 @@ from pallas_kernels.flash_attention.problem import (
     Options,
     at_index,
     extra_operands,
+    group_program,
     load_values,
     pad_tokens,
-    run_program,
     statistics,
 )
 from pallas_kernels.flash_attention.program import Program
@@ -54,9 +55,15 @@ class Problem(common.Problem):
     slope: Program | None  # of the score_mod: (value, d value / d score)
 
     @property
+    def sloped(self) -> bool:
+        """Whether the score is bent between Q K^T and the softmax."""
+        return self.soft_cap is not None or (self.slope is not None and not self.slope.additive)
+
+    @property
     def tight(self) -> bool:
         """Whether registers are short."""
-        return self.score is not None or self.mask is not None or self.rate > 0
+        more = self.score is not None or self.mask is not None or self.rate > 0
+        return more or self.soft_cap is not None
 
     @property
     def kv_tiles(self) -> int:
@@ -287,32 +294,38 @@ class Consumer:
         return acc
 
     def probabilities(self, s, slot, head, query0, masked: bool, loaded: Loaded):
-        """P^T, and the factor that soft cap and score_mod put on dS (None without)."""
+        """(P^T, factor that soft cap and score_mod put on dS or None, kept or None) a group.
+
+        Each group of 8 queries is carried to its end before the next: whole tiles of what lies
+        between would not fit in registers.
+        """
         p = self.p
-        lse = self.statistic(slot, 0)
-        multiplier, slack = p.scale * LOG2E, None
-        if p.soft_cap is not None:
-            s = jnp.tanh(s * (p.scale / p.soft_cap))
-            multiplier, slack = p.soft_cap * LOG2E, 1.0 - s * s
-        modified = functools.partial(run_program, query0=query0, key0=self.key0, by_query=False)
-        if p.slope is not None:
-            natural = s * (multiplier * (1 / LOG2E))
-            s, slope = modified(p.slope, natural, loaded.score)
-            if not p.slope.additive:
-                slack = slope if slack is None else slack * slope
-            s, multiplier = jnp.maximum(s, MASKED), LOG2E
-        elif p.alibi:
+        factor = p.scale if p.soft_cap is None else p.soft_cap
+        multiplier = factor * LOG2E
+        program = lambda f, values: group_program(f, values, query0, self.key0, by_query=False)
+        sloped = None if p.slope is None else program(p.slope, loaded.score)
+        hidden = program(p.mask, loaded.mask) if masked and p.mask is not None else None
+        bounds = self.row_bounds(query0) if masked else (None, None)
+        if p.alibi:
             shift = query0 + p.band.offset - self.key0
             distance = (tile.iota(64, 1) - tile.iota(64, 0) + shift).astype(jnp.float32)
-            slope = self.refs.extra.slopes[head] * LOG2E
-            s = tile.add_distance(s * multiplier, -distance, slope)
-            multiplier = 1.0
-        if masked:
-            if p.mask is not None:
-                (s,) = modified(p.mask, s, loaded.mask, hide=True)
-            s = tile.mask(s, *self.row_bounds(query0))
-        prob = [jnp.exp2(x * multiplier - y) for (_, x), y in zip(tile.groups(s), lse, strict=True)]
-        return lax.concatenate(prob, 1), slack
+            per_key = self.refs.extra.slopes[head] * LOG2E
+        kept = self.kept(slot) if p.rate else itertools.repeat(None)
+        for (c, x), lse, keep in zip(tile.groups(s), self.statistic(slot, 0), kept, strict=False):
+            slack, times = None, multiplier
+            if p.soft_cap is not None:
+                x = jnp.tanh(x * (p.scale / p.soft_cap))
+                slack = 1.0 - x * x
+            if sloped is not None:
+                x, slope = sloped(c, x * factor)
+                if not p.slope.additive:
+                    slack = slope if slack is None else slack * slope
+                x, times = jnp.maximum(x, MASKED), LOG2E
+            elif p.alibi:
+                x, times = x * multiplier - jnp.abs(distance + float(c)) * per_key, 1.0
+            if hidden is not None:
+                x = jnp.where(hidden(c, x)[0], x, MASKED)
+            yield jnp.exp2(tile.mask_group(x, c, *bounds) * times - lse), slack, keep
 
     def sync(self, which: int = 0) -> None:
         """All consumers have written what they share; `which` of the two barriers of a step."""
@@ -376,16 +389,16 @@ class Consumer:
             dp_acc = self.scores(dp_acc, r.v_smem, r.do_smem, do_slot)
             s = ops.load(s_acc, 1)
             loaded = early or self.load(head, query0, masked)
-            prob, slack = self.probabilities(s, q_slot, head, query0, masked, loaded)
-            if slack is None and p.rate:  # dropped: marked by the sign of P until dP is there
-                prob = tile.where(self.kept(q_slot), prob, lambda x: -x)
-                return None, prob, ops.load(dp_acc, 0)
-            if slack is None:
-                return None, prob, ops.load(dp_acc, 0)
-            # two forms of P wait for dP: narrow for dV, and with the slope for dS
-            left = tile.where(self.kept(q_slot), prob) if p.rate else prob
-            left = lax.optimization_barrier(left.astype(p.dtype))
-            return left, prob * slack, ops.load(dp_acc, 0)
+            lefts, probs = [], []
+            for prob, slack, keep in self.probabilities(s, q_slot, head, query0, masked, loaded):
+                if p.sloped:  # two forms of P wait for dP: narrow for dV, and with the slope
+                    left = prob if keep is None else jnp.where(keep, prob, 0.0)
+                    lefts.append(left.astype(p.dtype))
+                    probs.append(prob * slack)
+                else:  # one, which marks by its sign what was dropped
+                    probs.append(prob if keep is None else jnp.where(keep, prob, -prob))
+            left = lax.optimization_barrier(lax.concatenate(lefts, 1)) if lefts else None
+            return left, lax.concatenate(probs, 1), ops.load(dp_acc, 0)
 
         shape = (64, c.block_q)
         left, prob, dp = ops.with_acc(scores, shape, shape)
@@ -411,16 +424,20 @@ class Consumer:
             issue = lambda acc: ops.load(self.scores(acc, r.k_smem, r.q_smem, q_slot))
             loaded = self.load(head, query0, masked)
             s = ops.with_acc(issue, (64, c.block_q))
-            prob, slack = self.probabilities(s, q_slot, head, query0, masked, loaded)
-            left = tile.where(self.kept(q_slot), prob) if p.rate else prob
-            high = left.astype(p.dtype)
-            r.p_smem[slot] = high
-            if p.apart:
+            lefts, highs, lows = [], [], []
+            for prob, slack, keep in self.probabilities(s, q_slot, head, query0, masked, loaded):
+                if p.apart:
+                    left = prob if keep is None else jnp.where(keep, prob, 0.0)
+                    lefts.append(left.astype(p.dtype))
                 prob = prob if slack is None else prob * slack
                 high = prob.astype(p.dtype)
-                r.p_smem[for_ds] = high
-            # dS needs P better than rounded: what rounding took away follows it
-            r.p_smem[2] = (prob - high.astype(jnp.float32)).astype(p.dtype)
+                highs.append(high)
+                # dS needs P better than rounded: what rounding took away follows it
+                lows.append((prob - high.astype(jnp.float32)).astype(p.dtype))
+            r.p_smem[for_ds] = lax.concatenate(highs, 1)
+            r.p_smem[2] = lax.concatenate(lows, 1)
+            if p.apart:
+                r.p_smem[slot] = lax.concatenate(lefts, 1)
             self.sync(0)
 
         @pl.when(self.wg == 1)
@@ -428,7 +445,7 @@ class Consumer:
             issue = lambda acc: ops.load(self.scores(acc, r.v_smem, r.do_smem, do_slot))
             dp = ops.with_acc(issue, (64, c.block_q))
             if p.rate:
-                dp = tile.where(self.kept(q_slot), dp)
+                dp = tile.dropped(self.kept(q_slot), dp)
             self.sync(0)
             layout = plgpu.Layout.WGMMA
             read = lambda at: plgpu.load(r.p_smem.at[at], layout=layout, optimized=False)

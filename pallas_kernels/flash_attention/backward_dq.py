@@ -80,7 +80,10 @@ class Consumer(fwd.Consumer):
         prob = jnp.exp2(s * p.multiplier - tile.by_row(self.statistic(0), s.shape[1]))
         if p.rate:
             kept = tile.keeps_by_query(block.words, self.key0(i), s.shape[1], p.rate)
-            prob = tile.where(kept, prob, lambda x: -x)  # until dP is there
+            marked = [
+                jnp.where(k, x, -x) for (_, x), k in zip(tile.groups(prob), kept, strict=True)
+            ]
+            prob = lax.concatenate(marked, 1)  # until dP is there
         dp = ops.load(dp_acc, 0)
         plgpu.barrier_arrive(r.v_free.at[slot])
         if p.rate:

@@ -238,7 +238,7 @@ class Consumer:
         value = tile.mask(value, *self.row_bounds(where))
         prob = jnp.exp2(value * LOG2E - self.statistic(where, 0))
         if p.rate:
-            dp = tile.where(self.kept(where), dp)
+            dp = tile.dropped(self.kept(where), dp)
         ds = prob * (dp - self.statistic(where, 1)) * (1.0 / p.kept)
         fresh = [ds * slope for slope in slopes]
         if not p.whole:

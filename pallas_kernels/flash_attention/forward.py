@@ -384,7 +384,7 @@ class Consumer:
         fresh = self.row_sum(prob)
         if p.rate:
             kept = tile.keeps_by_query(block.words, self.key0(i), s.shape[1], p.rate)
-            prob = tile.where(kept, prob)
+            prob = tile.dropped(kept, prob)
         if m is None:
             return m_new, fresh, None, prob
         rescale = jnp.exp2(m - m_new)

@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
+from pallas_kernels._mgpu import MASKED
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.mask import (
     TILE,
@@ -233,17 +235,29 @@ def load_values(
     return found
 
 
-def run_program(
-    program: Program, x, values: Sequence[Any], query0, key0, *, by_query: bool, hide: bool = False
-) -> tuple[Any, ...]:
-    """The outputs of a program on the tile x, whose rows are queries (`by_query`) or keys.
-
-    With `hide` the one output is x, MASKED where a mask_mod hides it.
-    """
+def group_program(
+    program: Program, values: Sequence[Any], query0, key0, *, by_query: bool
+) -> Callable[[int, Any], tuple[Any, ...]]:
+    """`f(c, score)`: the outputs of a program on a group of columns; rows are queries (`by_query`)
+    or keys."""
     row0, column0 = (query0, key0) if by_query else (key0, query0)
     kinds = ["query", "key"] if by_query else ["key", "query"]
     forms = [kinds.index(k) if k in kinds else k for k in program.kinds]
-    return tile.evaluate(program, x, values, forms, row0, column0, by_query, hide)
+    return tile.evaluator(program, values, forms, TILE, row0, column0, by_query)
+
+
+def run_program(
+    program: Program, x, values: Sequence[Any], query0, key0, *, by_query: bool, hide: bool = False
+) -> tuple[Any, ...]:
+    """The outputs of a program on the tile x; with `hide` x, MASKED where a mask_mod hides it.
+
+    Group by group, each to its end: a tile of bools would take as many registers as one of floats.
+    """
+    f, found = group_program(program, values, query0, key0, by_query=by_query), []
+    for c, score in tile.groups(x):
+        outs = f(c, score)
+        found.append((jnp.where(outs[0], score, MASKED),) if hide else outs)
+    return tuple(lax.concatenate(parts, 1) for parts in zip(*found, strict=True))
 
 
 def statistics(

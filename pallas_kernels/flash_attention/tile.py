@@ -7,7 +7,7 @@ comparisons and distances are against immediate numbers.  A full-width iota woul
 spill.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -41,20 +41,22 @@ def groups(s):
     return [(c, s[:, c : c + GROUP]) for c in range(0, s.shape[1], GROUP)]
 
 
-def mask(s, lo, hi):
-    """MASKED where a column lies outside `lo <= c < hi`.
+def mask_group(x, c, lo, hi):
+    """The group x that starts at column c, MASKED where a column lies outside `lo <= c < hi`.
 
     lo and hi are None or `[rows, 8]` i32: the row's bound minus the column's index in its group.
     """
-    out = []
-    for c, x in groups(s):
-        seen = None
-        if hi is not None:
-            seen = hi > c
-        if lo is not None:
-            seen = lo <= c if seen is None else seen & (lo <= c)
-        out.append(x if seen is None else jnp.where(seen, x, MASKED))
-    return lax.concatenate(out, 1)
+    seen = None
+    if hi is not None:
+        seen = hi > c
+    if lo is not None:
+        seen = lo <= c if seen is None else seen & (lo <= c)
+    return x if seen is None else jnp.where(seen, x, MASKED)
+
+
+def mask(s, lo, hi):
+    """`mask_group` of every group."""
+    return lax.concatenate([mask_group(x, c, lo, hi) for c, x in groups(s)], 1)
 
 
 def add_distance(s, distance, slope):
@@ -100,34 +102,31 @@ def fold(p):
     return parts[0]
 
 
-def evaluate(
+def evaluator(
     program: Program,
-    x,
     values: Sequence[Any],
     forms: Sequence[Any],
+    rows: int,
     row0,
     column0,
     by_query: bool,
-    hide: bool,
-) -> tuple[Any, ...]:
-    """The outputs of a program on the tile x; with `hide` x, MASKED where its output is false.
+) -> Callable[[int, Any], tuple[Any, ...]]:
+    """`f(c, score)`: the outputs of a program on the group that starts at column c.
 
-    Group by group, each to its end: a tile of bools would take as many registers as one of floats.
     `forms` says how a value meets the tile: 0 by its rows, 1 by its columns, "tile" or "scalar".
     """
-    rows, shape = x.shape[0], (x.shape[0], GROUP)
     row, column = iota(rows, 0) + row0, iota(rows, 1) + column0
     row_float, column_float = row.astype(jnp.float32), column.astype(jnp.float32)
     along_rows = index(row, floats=row_float)
     fixed = [
         by_row(v, GROUP) if form == 0
-        else lax.broadcast_in_dim(v, shape, ()) if form == "scalar"
+        else lax.broadcast_in_dim(v, (rows, GROUP), ()) if form == "scalar"
         else by_column(v, rows) if form == 1 and not callable(v)
         else v
         for v, form in zip(values, forms, strict=True)
     ]  # fmt: skip
-    found = []
-    for c, score in groups(x):
+
+    def outputs(c: int, score):
         along_columns = index(column, c, column_float)
         here = []
         for v, form in zip(fixed, forms, strict=True):
@@ -135,12 +134,11 @@ def evaluate(
                 v = by_column(v(c), rows) if form == 1 else v(c)
             elif form not in (0, "scalar"):
                 v = v[:, c : c + GROUP]
-            here.append(v)
-        here = [v.astype(jnp.float32) if v.dtype in NARROW else v for v in here]
+            here.append(v.astype(jnp.float32) if v.dtype in NARROW else v)
         t, s = (along_rows, along_columns) if by_query else (along_columns, along_rows)
-        outs = program.on_tile(score, t, s, here)
-        found.append((jnp.where(outs[0], score, MASKED),) if hide else outs)
-    return tuple(lax.concatenate(parts, 1) for parts in zip(*found, strict=True))
+        return program.on_tile(score, t, s, here)
+
+    return outputs
 
 
 NARROW = (jnp.bfloat16, jnp.float16)
@@ -171,10 +169,7 @@ def keeps_by_key(words: Iterable[Any], key0, rows: int, rate: float) -> Iterator
         yield (mix(word ^ column) << shift) >= border
 
 
-def where(kept: Iterable[Any], x, other=None):
-    """x where `kept`, else 0 or, given `other`, that function of the group; group by group."""
-    parts = [
-        jnp.where(k, g, 0.0 if other is None else other(g))
-        for (_, g), k in zip(groups(x), kept, strict=True)
-    ]
+def dropped(kept: Iterable[Any], x):
+    """x where `kept`, else 0, group by group."""
+    parts = [jnp.where(k, g, 0.0) for (_, g), k in zip(groups(x), kept, strict=True)]
     return lax.concatenate(parts, 1)

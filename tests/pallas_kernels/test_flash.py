@@ -135,7 +135,7 @@ def test_wide_heads_send_p_unrounded():
 
     rows = lse.transpose(0, 2, 1)
     dq, dk, _ = backward(
-        q, k, v, do, rows, delta, band=full, bounds=None, scale=0.2, config=config, interpret=True
+        q, k, v, do, rows, delta, options=fa.Options(full, 0.2), config=config, interpret=True
     )
     # rounding dS alone leaves 1.8e-3; dS of a rounded P left 2.4e-3
     assert relative(dq * 0.2, want[0]) < 2.1e-3
