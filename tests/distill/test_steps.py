@@ -33,7 +33,7 @@ from aidx.distill import (
     top_k_of,
     write_top_k,
 )
-from aidx.models import LlamaConfig, Model, init_params
+from aidx.models import LlamaConfig, Model, Tokenizer, init_params, load_model, save_model
 from aidx.train import init_state, make_train_step
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -41,8 +41,8 @@ RNG = np.random.default_rng(0)
 V, T = 24, 8
 
 
-def tiny(seed, dim=16, layers=1):
-    config = LlamaConfig(V, dim, 16, layers, 2, 1, 8, tied=True)
+def tiny(seed, dim=16, vocab=V):
+    config = LlamaConfig(vocab, dim, 16, 1, 2, 1, 8, tied=True)
     return Model(config, init_params(config, jax.random.key(seed), std=0.6))
 
 
@@ -338,20 +338,23 @@ def example():
 
 
 def test_the_example_distils_measures_and_writes_a_draft(example, tmp_path):
-    from aidx.models import load_model
-
     lib = tmp_path / "lib"
     lib.mkdir()
     for i in range(4):  # file0.py is held out
         (lib / f"file{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\n" * 40)
+    words = example.aidx.embedded_path("embedded-draft")
+    for seed, name in enumerate(("target", "student")):
+        model = tiny(seed, vocab=4096)
+        save_model(model.replace(tokenizer=Tokenizer.from_directory(words)), tmp_path / name)
     report = example.main(["--out", str(tmp_path / "draft"), "--tiny", "--root", str(lib),
-                           "--divergences", "forward_kl", "--steps", "2"])  # fmt: skip
+                           "--target", str(tmp_path / "target"), "--steps", "2",
+                           "--draft", str(tmp_path / "student"),
+                           "--divergences", "forward_kl"])  # fmt: skip
     model = load_model(tmp_path / "draft")
-    assert model.tokenizer is not None and model.config == load_model(example.aidx.embedded_path(
-        "embedded-draft")).config  # fmt: skip
+    assert model.tokenizer is not None and model.config.dim == 16
     written = json.loads((tmp_path / "draft" / "training.json").read_text())
-    assert written["before"]["acceptance"] == report["before"]["acceptance"] > 0.3
-    assert 0.3 < written["acceptance"] < 1 and written["steps"] == 2
+    assert 0 < written["before"]["acceptance"] == report["before"]["acceptance"] < 1
+    assert 0 < written["acceptance"] < 1 and written["steps"] == 2
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}))
     words.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="are not those of"):
