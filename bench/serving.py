@@ -251,6 +251,7 @@ def on_gpu(args: argparse.Namespace) -> None:
             mark = MARKS.get((name, VLLM), {}).get(run)
             if mark:
                 rows.append(row(case, VLLM, "output tokens/s", mark * scale, "tokens/s"))
+            write(rows, device, args.out, extra)  # a run that is cut short keeps what it measured
             if run == "chat512":
                 continue
             ms = decode_step_ms(llm, requests, temperature=0)
