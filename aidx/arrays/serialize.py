@@ -30,7 +30,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
@@ -402,7 +401,7 @@ def _shaped(flat: np.ndarray, shape: list[int]) -> np.ndarray:
 
 
 def _dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name, None) or name)
+    return np.dtype(getattr(jnp, name, name))  # JAX knows the dtypes that NumPy has no name for
 
 
 def _decode(node: Any, arrays: dict[int, np.ndarray], numpy: bool, depth: int) -> Any:
