@@ -211,7 +211,7 @@ def split(jaxpr: Any, scored: bool, sizes: tuple[int, int, int, int], period: in
     >>> traced = jax.make_jaxpr(lambda b, n, t, s: doc[t] == doc[s])(*[jnp.int32(0)] * 4)
     >>> parts = split(traced.jaxpr, False, (1, 1, 3, 3))
     >>> parts.program.kinds, [x.tolist() for x in parts.arrays([doc])]
-    (('query', 'key'), ([[0, 0, 1]]), ([[0, 0, 1]]))
+    (('query', 'key'), [[[[0, 0, 1]]], [[[0, 0, 1]]]])
     """
     names = ("score",) * scored + INDICES
     nodes = [Node(v.aval, frozenset([n]), name=n) for v, n in zip(jaxpr.invars, names, strict=True)]
