@@ -117,17 +117,19 @@ def paged_attention(
         raise ValueError(f"deterministic=True brings its own configuration, not {config=}")
     if window is None and alibi_slopes is None:
         positions = None  # nothing asks for a distance
-    i32 = lambda *xs: tuple(None if x is None else x.astype(jnp.int32) for x in xs)
+    i32 = lambda x: None if x is None else x.astype(jnp.int32)
     arrays = _Arrays(
         q,
         k_pool,
         v_pool,
-        *i32(block_tables, context_lens, q_indptr),
+        block_tables.astype(jnp.int32),
+        context_lens.astype(jnp.int32),
+        q_indptr.astype(jnp.int32),
         alibi_slopes,
         sinks,
-        *i32(positions),
+        i32(positions),
         tree_mask,
-        None if cascade is None else i32(*cascade),
+        None if cascade is None else tuple(x.astype(jnp.int32) for x in cascade),
         None if k_scale is None or v_scale is None else (k_scale, v_scale),
     )
     special = quantised.is_quantised(k_pool.dtype) or arrays.explicit
@@ -177,9 +179,9 @@ class _Arrays(NamedTuple):
 def _jitted(arrays, *, geom, scoring, plan, interpret, return_lse):
     """One trace and one lowering for all layers of a model that make the same call."""
     if arrays.cascade is not None:
-        out, lse = _run_cascade(arrays, geom, scoring, plan[0], interpret)
+        out, lse = _run_cascade(arrays, arrays.cascade, geom, scoring, plan[0], interpret)
         return (out, lse) if return_lse else out
-    call = _Call(*arrays, geom=geom, scoring=scoring, interpret=interpret)
+    call = _Call(**arrays._asdict(), geom=geom, scoring=scoring, interpret=interpret)
     out, lse = _run(call, plan)
     out = out.reshape(geom.num_tokens, geom.num_heads, geom.value_dim)
     return (out, lse()) if return_lse else out
@@ -199,7 +201,7 @@ class _Call:
     sinks: jax.Array | None
     positions: jax.Array | None
     tree_mask: jax.Array | None
-    cascade: None
+    cascade: tuple[jax.Array, ...] | None
     scales: tuple[jax.Array, jax.Array] | None
     geom: Geometry
     scoring: Scoring
@@ -324,7 +326,7 @@ def _scales(call: _Call, geom: Geometry, key_tile: int) -> dict[str, Any]:
 
 
 def _explicit(call: _Call, geom: Geometry, tiles: jax.Array, key_tile: int):
-    if call.shared:
+    if call.shared and call.positions is not None:
         return explicit.pack_old_keys(tiles, call.context_lens, geom, key_tile, call.positions)
     if not call.explicit:
         return None
@@ -340,18 +342,22 @@ def _explicit(call: _Call, geom: Geometry, tiles: jax.Array, key_tile: int):
     )
 
 
-def _run_cascade(arrays: _Arrays, geom: Geometry, scoring: Scoring, config, interpret):
+def _run_cascade(
+    arrays: _Arrays, cascade, geom: Geometry, scoring: Scoring, config: SplitConfig, interpret
+):
     """(out, lse): every row past what it shares, every group over its prefix, merged by lse.
 
     The queries of a group are the row of a call of their own, over the shared table.
     """
-    shared_tables, shared_lens, group = arrays.cascade
+    shared_tables, shared_lens, group = cascade
     t = geom.num_tokens
     indptr = arrays.q_indptr
     first = jnp.where(group >= 0, shared_lens[jnp.maximum(group, 0)], 0)
     bare = arrays._replace(cascade=None, sinks=None)
-    common = dict(scoring=scoring, interpret=interpret)
-    own, own_lse = _run_split(_Call(*bare, geom=geom, **common, first=first), config, geom.max_q)
+    common: dict[str, Any] = dict(scoring=scoring, interpret=interpret)
+    own, own_lse = _run_split(
+        _Call(**bare._asdict(), geom=geom, **common, first=first), config, geom.max_q
+    )
 
     with jax.named_scope("paged_attention.cascade"):
         token = jnp.arange(t, dtype=jnp.int32)
@@ -377,7 +383,7 @@ def _run_cascade(arrays: _Arrays, geom: Geometry, scoring: Scoring, config, inte
             geom, num_rows=groups, blocks_per_row=shared_tables.shape[1], max_q=t
         )
         config = _fitting(config, _in_columns(wide, t, special=True), arrays.k_pool.dtype)
-        call = _Call(*shared, geom=wide, **common, shared=True)
+        call = _Call(**shared._asdict(), geom=wide, **common, shared=True)
         prefix, prefix_lse = _run_split(call, config, t)
         back = jnp.zeros_like(order).at[order].set(token)
         parts = (own, own_lse()), (prefix[back], prefix_lse()[back])

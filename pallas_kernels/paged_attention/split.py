@@ -211,7 +211,10 @@ def split_attention(
 
     def combine(*refs):
         given, refs = refs[: 3 + len(last)], refs[3 + len(last) :]
-        call.combine_body(*given[:3], Namespace(dict(zip(last, given[3:], strict=True))), *refs)
+        shares, part_o, part_lse, *factors = given
+        out_ref, lse_ref, o_s = refs
+        own = Namespace(dict(zip(last, factors, strict=True)))
+        call.combine_body(shares, part_o, part_lse, own, out_ref, lse_ref, o_s)
 
     with jax.named_scope("paged_attention.combine"):
         out, lse = jax.new_ref(out), jax.new_ref(lse)

@@ -165,7 +165,7 @@ class _Part:
     """Q, K or V: rows of a flat array and where they go."""
 
     name: str
-    shape: tuple[int, int]  # heads, features
+    shape: tuple[int, ...]  # heads, features
     dtype: Any  # stored
     rotate: bool
     pool_heads: int  # 0: back to an array of the same shape
@@ -212,7 +212,7 @@ class _Write:
 
     def scratch(self, dtype: Any) -> tuple[Any, ...]:
         """A tile as it comes, one as it goes, and a barrier, for every part."""
-        out = [plgpu.Barrier()]
+        out: list[Any] = [plgpu.Barrier()]
         for part in self.parts:
             for kind in (dtype, part.dtype):
                 tile = (ROWS, part.features)
