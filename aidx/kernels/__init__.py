@@ -3,6 +3,8 @@
 from .builder import KernelBuilder as KernelBuilder
 from .catalog import REGISTRY as REGISTRY
 from .catalog import CustomKernelRegistry as CustomKernelRegistry
+from .foreign import build_library as build_library
+from .foreign import load_library as load_library
 from .kernel import CustomKernel as CustomKernel
 from .kernel import Fold as Fold
 from .kernel import Tolerance as Tolerance
