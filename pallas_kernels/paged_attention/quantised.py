@@ -9,12 +9,13 @@ Queries in bf16 may not fit f16.  They are divided by a power of two, one per to
 is exact and comes back as a factor of the scores.
 """
 
+import itertools
+import math
 from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 INT8 = jnp.dtype(jnp.int8)
@@ -94,8 +95,9 @@ def load_rows(ref: Any, block_size: int, offset: Any, size: int, interpret: bool
         index = ir.IndexType.get()
         const = lambda x: arith.constant(index, x)
         start = arith.index_cast(index, begin.registers.item())
-        registers = np.empty(layout.registers_shape((size,)), object)
-        where = zip(np.ndindex(registers.shape), layout.thread_idxs((size,)), strict=True)
+        sizes = layout.registers_shape((size,))
+        registers = begin.registers.reshape(-1).repeat(math.prod(sizes)).reshape(sizes)
+        where = zip(itertools.product(*map(range, sizes)), layout.thread_idxs((size,)), strict=True)
         for at, (row,) in where:
             copy = arith.muli(arith.divui(row, const(block_size)), const(SCALES_PER_ROW))
             inside = arith.addi(arith.remui(row, const(block_size)), start)

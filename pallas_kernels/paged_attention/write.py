@@ -6,13 +6,14 @@ once.  K, V and (to be rotated) Q are the parts of one grid.
 """
 
 import dataclasses
+import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels._mgpu import Ops, cdiv, div, interpret_params, rem, swizzled
@@ -364,8 +365,9 @@ def _gathered(source, first, heads: int, tokens: int | None, shape: tuple[int, .
     index = ir.IndexType.get()
     const = lambda x: arith.constant(index, x)
     begin = arith.index_cast(index, first.registers.item())
-    registers = np.empty(layout.registers_shape(shape), object)
-    where = zip(np.ndindex(registers.shape), layout.thread_idxs(shape), strict=True)
+    sizes = layout.registers_shape(shape)
+    registers = first.registers.reshape(-1).repeat(math.prod(sizes)).reshape(sizes)
+    where = zip(itertools.product(*map(range, sizes)), layout.thread_idxs(shape), strict=True)
     for at, (row, *column) in where:
         row = arith.addi(row, begin)
         if tokens is None:
