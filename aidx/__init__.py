@@ -3,6 +3,7 @@
 Everything is a pure function over pytrees; the names below are the public ones.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 from aidx.cache import BlockPool as BlockPool
@@ -43,14 +44,72 @@ from aidx.ops.sampling import sample as sample
 from aidx.ops.write_kv import write_kv as write_kv
 
 if TYPE_CHECKING:
+    from aidx import arrays as arrays
+    from aidx import distill as distill
+    from aidx import kernels as kernels
+    from aidx import rl as rl
+    from aidx import telemetry as telemetry
+    from aidx import train as train
+    from aidx.arrays import BSR as BSR
+    from aidx.arrays import COO as COO
+    from aidx.arrays import CSC as CSC
+    from aidx.arrays import CSR as CSR
+    from aidx.arrays import BatchedFunction as BatchedFunction
+    from aidx.arrays import NestedTensor as NestedTensor
+    from aidx.arrays import Ragged as Ragged
+    from aidx.arrays import TwoFour as TwoFour
+    from aidx.arrays import deserialize as deserialize
+    from aidx.arrays import elementwise_multiply as elementwise_multiply
+    from aidx.arrays import get_slice as get_slice
+    from aidx.arrays import grad as grad
+    from aidx.arrays import load_tree as load_tree
+    from aidx.arrays import save_tree as save_tree
+    from aidx.arrays import serialize as serialize
+    from aidx.arrays import slice_along as slice_along
+    from aidx.arrays import value_and_grad as value_and_grad
+    from aidx.arrays import vmap as vmap
     from aidx.cache import CachedMultiHeadAttention as CachedMultiHeadAttention
+    from aidx.ops.attention_drop_ins import attention_fn as attention_fn
+    from aidx.ops.attention_drop_ins import dot_product_attention as dot_product_attention
+    from aidx.ops.attention_layer import FlashAttentionLayer as FlashAttentionLayer
 
 __version__ = "0.1.0"
 
+# Rooms that not everybody needs, some of which import optional packages: imported when asked for.
+_ROOMS = ("arrays", "distill", "kernels", "rl", "telemetry", "train")
+_LAZY = {
+    "BSR": "aidx.arrays",
+    "COO": "aidx.arrays",
+    "CSC": "aidx.arrays",
+    "CSR": "aidx.arrays",
+    "BatchedFunction": "aidx.arrays",
+    "CachedMultiHeadAttention": "aidx.cache",
+    "FlashAttentionLayer": "aidx.ops.attention_layer",
+    "NestedTensor": "aidx.arrays",
+    "Ragged": "aidx.arrays",
+    "TwoFour": "aidx.arrays",
+    "attention_fn": "aidx.ops.attention_drop_ins",
+    "deserialize": "aidx.arrays",
+    "dot_product_attention": "aidx.ops.attention_drop_ins",
+    "elementwise_multiply": "aidx.arrays",
+    "get_slice": "aidx.arrays",
+    "grad": "aidx.arrays",
+    "load_tree": "aidx.arrays",
+    "save_tree": "aidx.arrays",
+    "serialize": "aidx.arrays",
+    "slice_along": "aidx.arrays",
+    "value_and_grad": "aidx.arrays",
+    "vmap": "aidx.arrays",
+}
+
 
 def __getattr__(name: str):
-    if name == "CachedMultiHeadAttention":  # imports flax.nnx, which few need
-        from aidx.cache import CachedMultiHeadAttention
-
-        return CachedMultiHeadAttention
+    if name in _ROOMS:
+        return importlib.import_module(f"aidx.{name}")
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS, *_LAZY})

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from aidx.models import LlamaConfig, init_params, load_model, stack_layers
 
@@ -56,7 +57,6 @@ def test_the_corpus_is_distinct_files_of_the_standard_library(scripts, data):
 
 
 def test_the_tokenizer_survives_any_text_and_splits_at_line_ends(scripts, data):
-    tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer.from_file(str(data[0] / "tokenizer.json"))
     for text in ("def f(x):\n    return x\n", "naïve 漢字 🙂 \t\r\n x", "\x00\x7f", "   lead"):
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text

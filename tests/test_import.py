@@ -38,10 +38,13 @@ def test_import_starts_no_backend():
 def test_every_public_name_is_there_and_documented():
     import aidx
 
-    public = [name for name in vars(aidx) if name[0] != "_" and name not in ("TYPE_CHECKING",)]
+    public = [name for name in dir(aidx) if name[0] != "_" and name != "TYPE_CHECKING"]
     objects = {name: getattr(aidx, name) for name in public}
     undocumented = [
         name for name, value in objects.items() if callable(value) and not value.__doc__
     ]
-    assert {"LLM", "flash_attention", "paged_attention", "KVCache"} <= set(objects)
+    expected = {"LLM", "flash_attention", "paged_attention", "KVCache", "train", "Ragged", "vmap"}
+    assert expected <= set(objects)
+    with pytest.raises(AttributeError, match="nothing_such"):
+        aidx.nothing_such  # noqa: B018
     assert undocumented == []

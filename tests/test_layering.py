@@ -19,7 +19,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "ops": ({"pallas_kernels", "typing"}, {"numpy", "flax"}),
     "kernels": ({"ops", "typing"}, {"numpy", "hypothesis"}),
     "cache": (BELOW_CACHE, {"numpy", "flax"}),
-    "arrays": (BELOW_CACHE, {"numpy", "flax", "safetensors"}),
+    "arrays": (
+        BELOW_CACHE | {"cache"},
+        {"numpy", "flax", "safetensors", "scipy"},
+    ),
     "models": (
         BELOW_CACHE,
         {"numpy", "flax", "safetensors", "tokenizers", "jinja2", "huggingface_hub"},

@@ -1,4 +1,6 @@
-"""Ragged and sparse arrays as pytrees, and `vmap` over them."""
+"""Ragged and sparse arrays as pytrees, `vmap` over them, and their bytes."""
+
+from aidx.cache import KVCache, KVCacheConfig, PagedKVCache
 
 from . import ragged as ragged
 from . import sparse as sparse
@@ -26,3 +28,6 @@ from .slicing import slice_along as slice_along
 from .two_four import TwoFour as TwoFour
 from .vmap import BatchedFunction as BatchedFunction
 from .vmap import vmap as vmap
+
+for _cls in (KVCache, KVCacheConfig, PagedKVCache):  # the caches stand below and cannot do it
+    register(_cls)

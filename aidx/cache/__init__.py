@@ -24,7 +24,10 @@ from aidx.cache.contiguous import CacheOverflow as CacheOverflow
 from aidx.cache.contiguous import KVCache as KVCache
 from aidx.cache.contiguous import KVCacheStats as KVCacheStats
 from aidx.cache.paged import PagedKVCache as PagedKVCache
+from aidx.cache.paged import SwappedBlocks as SwappedBlocks
 from aidx.cache.paged import defragment as defragment
+from aidx.cache.paged import swap_in as swap_in
+from aidx.cache.paged import swap_out as swap_out
 
 if TYPE_CHECKING:
     from aidx.cache.cached_attention import CachedMultiHeadAttention as CachedMultiHeadAttention

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from aidx.rl.features import TileCoding, one_hot
@@ -72,6 +71,7 @@ class OneHot:
         return hash((self.size, self.start))
 
     def __call__(self, observation: Array) -> Array:
+        """`[size]`, one at the observation's place."""
         return one_hot(observation - self.start, self.size)
 
 

@@ -1,11 +1,10 @@
 """Linear Q-learning in real Gymnasium environments."""
 
+import gymnasium
 import jax.numpy as jnp
 import pytest
 
 from aidx.rl import LinearQConfig, evaluate_gym, features_for, init, q_values, train_gym
-
-gymnasium = pytest.importorskip("gymnasium")
 
 
 def test_frozen_lake_is_solved():

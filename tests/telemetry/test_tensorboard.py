@@ -27,10 +27,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TensorBoard's own imports
-    event_accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
     from PIL import Image
+    from tensorboard.backend.event_processing import event_accumulator
     from tensorboard.plugins.custom_scalar import layout_pb2
     from tensorboard.plugins.hparams import plugin_data_pb2
     from tensorboard.plugins.mesh import metadata as mesh_metadata
