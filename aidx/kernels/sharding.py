@@ -74,7 +74,9 @@ def partitioned(rule: ShardingRule | None, call: ops.Call, args: tuple[Any, ...]
     if rule is None or any(_varying(x) for x in leaves):
         return ops.dispatch(call, *args)
     run = lambda *leaves: jax.tree.leaves(ops.dispatch(call, *jax.tree.unflatten(tree, leaves)))
-    shapes = jax.eval_shape(lambda *a: ops.dispatch(call, *a), *args)
+    closed, shapes = jax.make_jaxpr(lambda *a: ops.dispatch(call, *a), return_shape=True)(*args)
+    if closed.effects:  # callbacks (an interpreted kernel) cannot be split
+        return ops.dispatch(call, *args)
     ins, outs = _axes_of(rule, call, args, shapes)
     split = custom_partitioning(run)
     split.def_partition(

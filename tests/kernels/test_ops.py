@@ -28,6 +28,6 @@ def test_the_ops_of_aidx_keep_every_law():
     checked = re.findall(r"^op_check (\w+): (\d+) ok$", run.stdout, re.MULTILINE)
     counts = {name: int(count) for name, count in checked}
     ops = ("rms_norm", "layer_norm", "turned", "flash", "paged", "write_kv", "drawn")
-    assert all(counts[name] >= 8 for name in ops), counts
+    assert all(counts[name] >= 7 for name in ops), counts
     assert run.stdout.count("devices  ") >= 7 and run.stdout.count("there is one device") == 0
     assert run.stdout.splitlines()[-1] == "-- check_custom --"
