@@ -38,7 +38,7 @@ class Subject:
         return tuple(i for i, x in enumerate(self.case.make(0, self.dtype)) if is_float(x))
 
     @functools.cached_property
-    def run(self) -> Callable[..., Any]:
+    def run(self) -> Any:
         """The implementation, jitted."""
         return jax.jit(self.call)
 
@@ -305,7 +305,9 @@ def donation_changes_nothing(subject: Subject, operands: tuple[Any, ...]) -> Out
     given = tuple(subject.case.donate) or _donatable(subject, operands, want)
     if not given:
         return "no operand has the type of an output"
-    copies = tuple(None if x is None else jnp.array(x, copy=True) for x in operands)
+    copies: tuple[Any, ...] = tuple(
+        None if x is None else jnp.array(x, copy=True) for x in operands
+    )
     places = {i: copies[i].unsafe_buffer_pointer() for i in given}
     with warnings.catch_warnings():  # "not usable" is found out, and said, below
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
@@ -398,7 +400,7 @@ def compilations() -> Iterator[list[int]]:
     """
     count = [0]
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         count[0] += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_duration_secs_listener(listen)

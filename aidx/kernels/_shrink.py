@@ -33,6 +33,7 @@ def shrink(
     if importlib.util.find_spec("hypothesis") is None or not floats:
         return operands
     import hypothesis
+    from hypothesis import errors
     from hypothesis import strategies as st
 
     host = {i: np.asarray(operands[i]).astype(np.float64) for i in floats}
@@ -61,14 +62,15 @@ def shrink(
         best = candidate  # hypothesis goes from simple to simpler
         return True
 
+    every: Any = hypothesis.HealthCheck
     settings = hypothesis.settings(
         max_examples=60,
         deadline=None,
         database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=list(every),
     )
     # Out of tries, the condition fails where it held before.
-    with contextlib.suppress(hypothesis.errors.NoSuchExample, hypothesis.errors.Flaky):
+    with contextlib.suppress(errors.NoSuchExample, errors.Flaky):
         hypothesis.find(levels, condition, settings=settings, random=random.Random(0))
     return best
 

@@ -343,7 +343,8 @@ def _batched(kernel: CustomKernel, direction: Any, names: Any, spec: KernelSpec)
         elif isinstance(kernel.batching, Fold):
             out = _folded(apply, kernel, size, flags, args)
         elif callable(kernel.batching) and direction != "backward":
-            out, out_batched = kernel.batching(apply_to(apply), size, flags[0], *args[0])
+            own: Any = kernel.batching
+            out, out_batched = own(apply_to(apply), size, flags[0], *args[0])
             return out, _full(out_batched, out)
         else:
             moved, leaves = _with_axis(size, flags, args)

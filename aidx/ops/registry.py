@@ -397,10 +397,11 @@ def _lower(ctx: Any, *operands: Any, call: Call, in_tree: Any, out_avals: Any) -
     state = (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
     code = _lowered(call, call.candidates(platform), in_tree, platform, avals, state)
     module = ir.Module.parse(code, ctx.module_context.context)
-    types = ir.SymbolTable(module.operation)["main"].type.results
+    main: Any = ir.SymbolTable(module.operation)["main"]
+    types = main.type.results  # merging moves the function out of its module
     context = ctx.module_context
     name = mlir.merge_mlir_modules(context.module, call.op, module, context.symbol_table)
-    return func.CallOp(types, ir.FlatSymbolRefAttr.get(name), operands).results
+    return func.CallOp(types, ir.FlatSymbolRefAttr.get(name), list(operands)).results
 
 
 @functools.lru_cache(maxsize=256)
@@ -412,7 +413,8 @@ def _lowered(
     run = functools.partial(_run, call=call, in_tree=in_tree, platform=platform)
     leaves = [jax.ShapeDtypeStruct(s, d, weak_type=weak) for s, d, weak in avals]
     lowered = jax.jit(run, keep_unused=True).trace(*leaves).lower(lowering_platforms=(platform,))
-    return mlir.module_to_bytecode(lowered.compiler_ir())
+    module: Any = lowered.compiler_ir()
+    return mlir.module_to_bytecode(module)
 
 
 _deferred_p.def_abstract_eval(lambda *_, call, in_tree, out_avals: list(out_avals))
