@@ -95,7 +95,8 @@ class KernelBuilder:
         """The gradient of implementations that have none of their own (default: the reference's).
 
         `backward(operands, outputs, cotangents, **static)` gives one cotangent for each operand,
-        None where there is none.  What it needs besides operands has to be an output.
+        None where there is none; outputs that are no floats have the cotangent None.  What it needs
+        besides operands has to be an output.
         """
         return dataclasses.replace(self, _backward=backward)
 

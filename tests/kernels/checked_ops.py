@@ -248,7 +248,11 @@ def check_custom():
     def normalised(x, scale):
         return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True)) * scale[None]
 
-    own = lambda x, scale: scale[None] * normalised(x, jnp.ones_like(scale))
+    def own(x, scale):
+        # A carry that is replicated at first and differs between devices after one trip.
+        scale = jax.lax.fori_loop(0, 1, lambda _, carry: carry + 0.0 * x[0], scale)
+        return scale[None] * normalised(x, jnp.ones_like(scale))
+
     builder = KernelBuilder("split").reference(normalised).implementation("own", own)
     kernel = builder.sharding("n d, d -> n d", replicated=("d",)).batching(Fold(("x",))).build(None)
     shard = by_rows(True, False)

@@ -136,6 +136,15 @@ def test_every_batching_rule_is_the_loop(batching):
     chex.assert_trees_all_close(*twice, rtol=1e-6)
 
 
+@pytest.mark.parametrize("batching", ["vmap", "sequential", Fold(("x",))], ids=str)
+def test_cotangents_alone_are_vmapped(batching):
+    builder = KernelBuilder("pulled").reference(reference).implementation("own", own)
+    kernel = builder.batching(batching).build(registry=None)
+    rows = jnp.stack([X, X - 1])
+    ours, theirs = (jax.vmap(jax.vjp(f, X, SCALE)[1])(rows) for f in (kernel, reference))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6)
+
+
 def test_a_fold_is_one_call():
     builder = KernelBuilder("folded").reference(reference).batching(Fold(("x",)))
     shapes = []
@@ -185,6 +194,11 @@ def test_integers_none_and_trees_are_operands():
     gradient, bias = jax.grad(loss, (0, 1))(tree, jnp.ones((2, 3)))
     assert gradient["x"].tolist() == [[0, 0, 0], [4, 4, 4]] and (bias == 2).all()
     assert (jax.grad(loss)(tree, None)["y"] == 4).all()
+    given = []
+    backward = lambda operands, outputs, cotangents: given.append(cotangents) or (None,) * 3
+    own = KernelBuilder("pick").reference(pick).vjp(backward).implementation("own", pick)
+    jax.grad(lambda tree: jnp.sum(own.build(None)(tree, index)[0]))(tree)
+    assert given[0][0].shape == (2, 3) and given[-1][1] is None  # integers have no cotangent
 
 
 def test_remat_saves_the_named_output():
