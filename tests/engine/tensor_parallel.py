@@ -26,15 +26,20 @@ def tokens(served) -> list[tuple[int, ...]]:
     return [done[name].token_ids for name in names]
 
 
-config = dataclasses.replace(CONFIG, vocab_size=96)  # 97 does not divide over two devices
-params = jax.tree.map(np.asarray, model().params)
-params["embed"], params["lm_head"] = params["embed"][:96], params["lm_head"][:96]
-forward = dataclasses.replace(model(), config=config).forward
-alone = engine(forward=forward, params=jax.device_put(params), vocab_size=96)
-mesh = jax.make_mesh((2,), ("tensor",))
-spread = engine(forward=forward, params=shard_params(config, params, mesh), vocab_size=96)
-assert len(jax.devices()) == 2
-assert tokens(alone) == tokens(spread)
-pool = spread._cache.k[0]
-assert pool.sharding.shard_shape(pool.shape)[1] == pool.shape[1] // 2  # half of the KV heads each
-print("equal")
+def main() -> None:
+    config = dataclasses.replace(CONFIG, vocab_size=96)  # 97 does not divide over two devices
+    params = jax.tree.map(np.asarray, model().params)
+    params["embed"], params["lm_head"] = params["embed"][:96], params["lm_head"][:96]
+    forward = dataclasses.replace(model(), config=config).forward
+    alone = engine(forward=forward, params=jax.device_put(params), vocab_size=96)
+    mesh = jax.make_mesh((2,), ("tensor",))
+    spread = engine(forward=forward, params=shard_params(config, params, mesh), vocab_size=96)
+    assert len(jax.devices()) == 2
+    assert tokens(alone) == tokens(spread)
+    pool = spread._cache.k[0]
+    assert pool.sharding.shard_shape(pool.shape)[1] == pool.shape[1] // 2
+    print("equal")
+
+
+if __name__ == "__main__":
+    main()

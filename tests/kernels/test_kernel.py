@@ -118,7 +118,11 @@ def full_rule(apply, size, batched, x, scale):
     return apply(x.reshape(-1, 3), scale).reshape(x.shape), True
 
 
-@pytest.mark.parametrize("batching", ["vmap", "sequential", Fold(("x",)), full_rule], ids=str)
+@pytest.mark.parametrize(
+    "batching",
+    ["vmap", "sequential", Fold(("x",)), full_rule],
+    ids=["vmap", "sequential", "fold", "rule"],
+)
 def test_every_batching_rule_is_the_loop(batching):
     builder = KernelBuilder("batched").reference(reference).implementation("own", own)
     kernel = builder.batching(batching).build(registry=None)
