@@ -8,7 +8,7 @@ import pytest
 
 from aidx.ops import registry
 from aidx.ops.flash_attention import flash_attention
-from aidx.ops.paged_attention import paged_attention
+from aidx.ops.paged_attention import PagedAttentionConfig, paged_attention
 
 
 @pytest.fixture
@@ -164,15 +164,16 @@ def test_an_option_cudnn_lacks_is_refused_not_ignored(options, word):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"positions": jnp.zeros(3, jnp.int32)}, "positions"),
-        ({"tree_mask": jnp.zeros((3, 1), jnp.uint32)}, "tree_mask"),
-        ({"deterministic": True}, "deterministic"),
+        ({"config": PagedAttentionConfig(chunk_size_kv=64)}, "chunk_size_kv=64"),
+        ({"dtype": jnp.float32}, "float32"),
     ],
 )
-def test_an_option_the_paged_kernels_lack_is_refused(options, word):
-    pool = jnp.zeros((2, 1, 16, 64), jnp.bfloat16)
+def test_what_the_paged_kernels_lack_is_refused(options, word):
+    options = {"dtype": jnp.bfloat16, **options}
+    dtype = options.pop("dtype")
+    pool = jnp.zeros((2, 1, 16, 64), dtype)
     rows = jnp.array([[0]]), jnp.array([3]), jnp.array([0, 3])
-    q = jnp.zeros((3, 2, 64), jnp.bfloat16)
+    q = jnp.zeros((3, 2, 64), dtype)
     with pytest.raises(ExceptionGroup) as caught:
         paged_attention(q, pool, pool, *rows, implementation="mosaic_gpu", **options)
     assert word in str(caught.value.exceptions[0])
@@ -182,6 +183,17 @@ def test_return_weights_needs_the_tiles():
     x = jnp.zeros((8, 2, 64), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="return_weights"):
         flash_attention(x, x, x, return_weights=True, implementation="mosaic_gpu")
+
+
+def test_a_lowered_kernel_keeps_operands_that_it_does_not_read(table):
+    registry.register("op", "xla")(lambda spec, operands: operands[0] + 3.0)
+    first = lambda spec, operands: operands[0] + 17.0
+    registry.register("op", "gpu", platforms=("cuda",), before="xla")(first)
+    assert [i.name for i in registry.implementations("op")] == ["gpu", "xla"]
+    call = registry.Call("op", ("gpu", "xla"), None)
+    x = jnp.float32(0)
+    traced = jax.jit(lambda x, y: registry.dispatch(call, (x, y))).trace(x, x)
+    assert "1.7" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_equal_layers_are_traced_once():
