@@ -11,7 +11,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Scripts that tests run in a process of their own (another Python, eight devices).
-collect_ignore_glob = ["oracles/*.py", "ops/sharded_attention.py"]
+collect_ignore_glob = [
+    "oracles/*.py",
+    "ops/sharded_attention.py",
+    "engine/tensor_parallel.py",
+    "kernels/checked_ops.py",
+]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache" / jax.__version__))
