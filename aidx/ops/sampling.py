@@ -330,6 +330,12 @@ def sample(
     [1, 0]
     """
     _check(logits, rows, positions, state, banned, variant, num_logprobs)
+    return _sample(logits, rows, positions, state, banned, variant, num_logprobs)
+
+
+# Compiled here, since called eagerly the loops of the truncation would be compiled at every call.
+@functools.partial(jax.jit, static_argnames=("variant", "num_logprobs"), inline=True)
+def _sample(logits, rows, positions, state, banned, variant, num_logprobs) -> Sampled:
     raw = logits.astype(jnp.float32)
     if variant == "greedy":
         scores = raw
