@@ -2,9 +2,19 @@
 
 import os
 import pathlib
+import sys
 
 os.environ.setdefault("NPROC", "16")  # threads of the kernel interpreter: two cores would deadlock
 os.environ.setdefault("JAX_PLATFORMS", "cpu" if not os.environ.get("AIDX_TEST_GPU") else "")
+# Most of the suite's time is compilation of programs that run once: LLVM need not optimise them.
+# (Workers inherit this; code for a GPU is compiled as it is shipped.)
+if (
+    "PYTEST_XDIST_WORKER" not in os.environ
+    and os.environ["JAX_PLATFORMS"] == "cpu"
+    and "sm90a" not in sys.argv
+):
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 
 import jax
 import pytest

@@ -103,6 +103,7 @@ def test_every_matrix_of_a_layer_is_orthogonalised_by_itself(scripts):
         assert (singular / (0.2 * 4)).min() > 0.5 and (singular / (0.2 * 4)).max() < 1.3
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_two_checkpoints_that_load(scripts, data, tmp_path, monkeypatch):
     train, _ = scripts
     monkeypatch.setattr(train, "TINY", LlamaConfig(300, 16, 24, 1, 1, 1, 8, tied=True,

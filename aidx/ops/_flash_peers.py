@@ -60,7 +60,7 @@ def _mosaic_options(
         **_mosaic_mask(kernels, spec, ops),
         "scale": spec.scale,
         "soft_cap": spec.soft_cap,
-        "alibi_slopes": ops.alibi_slopes[0] if own_alibi else None,
+        "alibi_slopes": None if ops.alibi_slopes is None or not own_alibi else ops.alibi_slopes[0],
         "sinks": None if ops.sinks is None else ops.sinks[0],
         "score": None if score is None else score.modifier,
         "mask": _flash_mods.mask(kernels, spec, ops),

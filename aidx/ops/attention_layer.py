@@ -148,7 +148,7 @@ class FlashAttentionLayer(nnx.Module):
         elif token_positions is not None:
             raise ValueError(f"token_positions need positions='rotary', not {self.positions!r}")
         active = self.dropout_rate > 0 and not deterministic
-        if active and dropout_key is None:
+        if active and dropout_key is None and self.rngs is not None:
             dropout_key = self.rngs()
         given: dict[str, Any] = dict(
             causal=self.causal,

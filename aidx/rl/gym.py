@@ -57,7 +57,7 @@ class OneHot:
     """`one_hot` of observations that begin at `start`; equal sizes are equal, as jit wants it.
 
     Example:
-        >>> OneHot(3, 1)(jnp.int32(2)).tolist()
+        >>> OneHot(3, 1)(np.int32(2)).tolist()
         [0.0, 1.0, 0.0]
     """
 

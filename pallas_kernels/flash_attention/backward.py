@@ -318,7 +318,7 @@ class Consumer:
                 slack = 1.0 - x * x
             if sloped is not None:
                 x, slope = sloped(c, x * factor)
-                if not p.slope.additive:
+                if p.slope is not None and not p.slope.additive:
                     slack = slope if slack is None else slack * slope
                 x, times = jnp.maximum(x, MASKED), LOG2E
             elif p.alibi:
@@ -394,7 +394,7 @@ class Consumer:
                 if p.sloped:  # two forms of P wait for dP: narrow for dV, and with the slope
                     left = prob if keep is None else jnp.where(keep, prob, 0.0)
                     lefts.append(left.astype(p.dtype))
-                    probs.append(prob * slack)
+                    probs.append(prob if slack is None else prob * slack)
                 else:  # one, which marks by its sign what was dropped
                     probs.append(prob if keep is None else jnp.where(keep, prob, -prob))
             left = lax.optimization_barrier(lax.concatenate(lefts, 1)) if lefts else None

@@ -67,6 +67,8 @@ class Problem(fwd.Problem):
 class Consumer(fwd.Consumer):
     """One consumer warpgroup at one tile."""
 
+    p: Problem
+
     def gradient(self, s_acc, dp_acc, i, masked: bool):
         """dS of block i: both matmuls, then what lies between them and dQ."""
         p, r, ops = self.p, self.refs, self.ops

@@ -231,7 +231,7 @@ class Consumer:
         else:
             s = s * p.scale
         run = functools.partial(run_program, query0=query0, key0=key0, by_query=p.by_query)
-        value, *slopes = run(p.partials, s, values)
+        value, *slopes = run(p.partials, s, values or [])
         value = jnp.maximum(value, MASKED)
         if p.mask is not None:
             (value,) = run(p.mask, value, hidden, hide=True)

@@ -118,7 +118,7 @@ def evaluator(
     row, column = iota(rows, 0) + row0, iota(rows, 1) + column0
     row_float, column_float = row.astype(jnp.float32), column.astype(jnp.float32)
     along_rows = index(row, floats=row_float)
-    fixed = [
+    fixed: list[Any] = [
         by_row(v, GROUP) if form == 0
         else lax.broadcast_in_dim(v, (rows, GROUP), ()) if form == "scalar"
         else by_column(v, rows) if form == 1 and not callable(v)

@@ -337,6 +337,7 @@ def example():
         sys.path.remove(str(ROOT / "examples"))
 
 
+@pytest.mark.slow
 def test_the_example_distils_measures_and_writes_a_draft(example, tmp_path):
     lib = tmp_path / "lib"
     lib.mkdir()

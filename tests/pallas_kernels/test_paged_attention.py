@@ -160,6 +160,7 @@ def test_fp8_decode_in_small_blocks(capfd):
     check_quantised((q, *rest), 1, jnp.float8_e4m3fn, capfd, scale=1e-6)
 
 
+@pytest.mark.slow
 def test_int8_verification_with_options(capfd):
     args = make([130, 300, 1], [3, 1, 1], heads=6, kv_heads=2, size=64, dim=128)
     vectors = dict(alibi_slopes=jnp.linspace(0.1, 1, 6), sinks=jnp.linspace(-1, 2, 6))
@@ -213,6 +214,7 @@ def test_trees_see_their_ancestors(capfd):
     check(args, 5, capfd, config=SPLIT, **options)
 
 
+@pytest.mark.slow
 def test_a_tree_beyond_one_word(capfd):
     """More than 32 query tokens in a tile and more than 32 nodes: two words of both."""
     args = make([90], [40], heads=1, kv_heads=1)

@@ -21,6 +21,7 @@ def example(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_an_nnx_module_and_plain_functions_train_to_the_same_classifier(example):
     found = example("train_nnx").main(["--steps", "150"])
     assert found["nnx"]["accuracy"] > 0.9
