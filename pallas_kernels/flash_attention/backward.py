@@ -567,7 +567,7 @@ def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
 
     def one_head(head_i, before):
         head = kv_head * p.group + head_i
-        first, end, *_ = walk(p, refs, b, head, kv_tile)
+        first, end = walk(p, refs, b, head, kv_tile)[:2]
 
         @pl.loop(first, end)
         def _(i):

@@ -231,10 +231,10 @@ class Consumer:
         else:
             s = s * p.scale
         run = functools.partial(run_program, query0=query0, key0=key0, by_query=p.by_query)
-        value, *slopes = run(p.partials, s, values or [])
+        value, *slopes = run(p.partials, s, values)
         value = jnp.maximum(value, MASKED)
         if p.mask is not None:
-            (value,) = run(p.mask, value, hidden, hide=True)
+            (value,) = run(p.mask, value, hidden or [], hide=True)
         value = tile.mask(value, *self.row_bounds(where))
         prob = jnp.exp2(value * LOG2E - self.statistic(where, 0))
         if p.rate:

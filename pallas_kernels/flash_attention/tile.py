@@ -128,7 +128,8 @@ def evaluator(
 
     def outputs(c: int, score):
         along_columns = index(column, c, column_float)
-        here = []
+        here: list[Any] = []
+        v: Any
         for v, form in zip(fixed, forms, strict=True):
             if callable(v):
                 v = by_column(v(c), rows) if form == 1 else v(c)
