@@ -78,28 +78,16 @@ __version__ = "0.1.0"
 # Rooms that not everybody needs, some of which import optional packages: imported when asked for.
 _ROOMS = ("arrays", "distill", "kernels", "rl", "telemetry", "train")
 _LAZY = {
-    "BSR": "aidx.arrays",
-    "COO": "aidx.arrays",
-    "CSC": "aidx.arrays",
-    "CSR": "aidx.arrays",
-    "BatchedFunction": "aidx.arrays",
-    "CachedMultiHeadAttention": "aidx.cache",
-    "FlashAttentionLayer": "aidx.ops.attention_layer",
-    "NestedTensor": "aidx.arrays",
-    "Ragged": "aidx.arrays",
-    "TwoFour": "aidx.arrays",
-    "attention_fn": "aidx.ops.attention_drop_ins",
-    "deserialize": "aidx.arrays",
-    "dot_product_attention": "aidx.ops.attention_drop_ins",
-    "elementwise_multiply": "aidx.arrays",
-    "get_slice": "aidx.arrays",
-    "grad": "aidx.arrays",
-    "load_tree": "aidx.arrays",
-    "save_tree": "aidx.arrays",
-    "serialize": "aidx.arrays",
-    "slice_along": "aidx.arrays",
-    "value_and_grad": "aidx.arrays",
-    "vmap": "aidx.arrays",
+    name: module
+    for module, names in {
+        "aidx.arrays": "BSR COO CSC CSR BatchedFunction NestedTensor Ragged "
+        "TwoFour deserialize elementwise_multiply get_slice grad load_tree "
+        "save_tree serialize slice_along value_and_grad vmap",
+        "aidx.cache": "CachedMultiHeadAttention",
+        "aidx.ops.attention_drop_ins": "attention_fn dot_product_attention",
+        "aidx.ops.attention_layer": "FlashAttentionLayer",
+    }.items()
+    for name in names.split()
 }
 
 

@@ -42,16 +42,19 @@ def swizzled(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
     return (transforms.TilingTransform(tiling), transforms.SwizzleTransform(swizzle))
 
 
-def registers(consumers: int, producer: int) -> tuple[int, int]:
+def registers(consumers: int, producer: int | None = None) -> tuple[int, int]:
     """Registers a thread of (each consumer, the producer), for `plgpu.set_max_registers`.
 
     A CTA is launched with an equal share for each of its `consumers + 1` warpgroups, in steps of 8
     and at most 255 a thread.  What the producer gives back is all that there is to take: a consumer
-    that asks for more waits for ever, which neither the interpreter nor ptxas can see.
+    that asks for more waits for ever, which neither the interpreter nor ptxas can see.  None leaves
+    the producer the least that costs the consumers nothing.
 
-    >>> registers(2, 24), registers(2, 40), registers(3, 32), registers(1, 40)
+    >>> registers(2), registers(2, producer=40), registers(3), registers(1, producer=40)
     ((240, 24), (232, 40), (160, 32), (240, 40))
     """
+    if producer is None:
+        producer = 32 if consumers == 3 else 24
     warpgroups = consumers + 1
     launch = min(REGISTERS // (WARPGROUP * warpgroups), 255) // 8 * 8
     share = (launch * warpgroups - producer) // consumers // 8 * 8

@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu" if not os.environ.get("AIDX_TEST_GP
 if (
     "PYTEST_XDIST_WORKER" not in os.environ
     and os.environ["JAX_PLATFORMS"] == "cpu"
-    and "sm90a" not in sys.argv
+    and not any("sm90a" in word and "not sm90a" not in word for word in sys.argv)
 ):
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"

@@ -560,7 +560,7 @@ def load_parts(p: Problem, src, at, dst, full) -> None:
 def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
     """The warpgroup that loads: K and V once, then Q, its statistics and dO tile by tile."""
     c = p.config
-    plgpu.set_max_registers(32 if c.consumers == 3 else 24, action="decrease")
+    plgpu.set_max_registers(_mgpu.registers(c.consumers)[1], action="decrease")
     kv = (b, pl.ds(kv_tile * c.block_kv, c.block_kv), kv_head)
     load_parts(p, refs.k, kv, refs.k_smem, refs.k_full)
     load_parts(p, refs.v, kv, refs.v_smem, refs.v_full)
@@ -678,8 +678,7 @@ def backward(
 
         @pl.when(wg < config.consumers)
         def _():
-            registers = {1: 240, 2: 240, 3: 160}[config.consumers]
-            plgpu.set_max_registers(registers, action="increase")
+            plgpu.set_max_registers(_mgpu.registers(config.consumers)[0], action="increase")
             Consumer(p, refs, wg, b, kv_head, kv_tile).run()
 
         @pl.when(wg == config.consumers)

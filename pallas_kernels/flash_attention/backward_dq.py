@@ -171,7 +171,7 @@ class Consumer(fwd.Consumer):
 def produce(p: Problem, refs: Refs, b, head, q_tile, end, blocks) -> None:
     """The warpgroup that loads: Q and dO of every consumer, then K and V block by block."""
     c = p.config
-    plgpu.set_max_registers(32 if c.consumers == 3 else 24, action="decrease")
+    plgpu.set_max_registers(_mgpu.registers(c.consumers)[1], action="decrease")
     for w in range(c.consumers):
         rows = (b, pl.ds(q_tile * c.block_q + w * TILE, TILE), head)
         plgpu.copy_gmem_to_smem(refs.q.at[rows], refs.q_smem.at[w], refs.q_full.at[w])
@@ -242,8 +242,7 @@ def backward_dq(
 
         @pl.when(wg < config.consumers)
         def _():
-            registers = {1: 240, 2: 240, 3: 160}[config.consumers]
-            plgpu.set_max_registers(registers, action="increase")
+            plgpu.set_max_registers(_mgpu.registers(config.consumers)[0], action="increase")
             place = fwd.place(p, refs, wg, b, head, q_tile, first, end, jnp.int32(0))
             Consumer(*place).run(end - first)
 

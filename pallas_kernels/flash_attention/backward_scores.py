@@ -282,7 +282,7 @@ class Consumer:
 
 def produce(p: Problem, refs: Refs, cta) -> None:
     """The warpgroup that loads both operands of the rows and of the columns."""
-    plgpu.set_max_registers(24, action="decrease")
+    plgpu.set_max_registers(_mgpu.registers(p.config.consumers)[1], action="decrease")
     queries, keys = (refs.q, refs.do), (refs.k, refs.v)
     along_rows, along_columns = (queries, keys) if p.by_query else (keys, queries)
 
@@ -363,7 +363,7 @@ def walk(
 
         @pl.when(wg < consumers)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(_mgpu.registers(consumers)[0], action="increase")
             Consumer(p, refs, wg, cta).run()
 
         pl.when(wg == consumers)(lambda: produce(p, refs, cta))

@@ -582,8 +582,7 @@ def place(p: Problem, refs: Any, wg, b, head, q_tile, first, end, done) -> tuple
 def consume(p: Problem, refs: Refs, wg) -> None:
     """A consumer warpgroup."""
     c = p.config
-    regs = {1: 240, 2: 240, 3: 160}[c.consumers]
-    plgpu.set_max_registers(regs, action="increase")
+    plgpu.set_max_registers(_mgpu.registers(c.consumers)[0], action="increase")
     if c.pingpong and c.consumers > 1:
         pl.when(wg == c.consumers - 1)(lambda: give_turn(p, refs, wg))
 
@@ -604,7 +603,7 @@ def consume(p: Problem, refs: Refs, wg) -> None:
 def produce(p: Problem, refs: Refs) -> None:
     """The warpgroup that loads: Q of every consumer, K and V from the last block to the first."""
     c = p.config
-    plgpu.set_max_registers(32 if c.consumers == 3 else 24, action="decrease")
+    plgpu.set_max_registers(_mgpu.registers(c.consumers)[1], action="decrease")
 
     def one(j, t, done):
         b, head, q_tile = decode(p, t)
