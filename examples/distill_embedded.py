@@ -2,7 +2,8 @@
 
     python examples/distill_embedded.py --out DIR                  # a GPU: minutes
     python examples/distill_embedded.py --out DIR --tiny           # a CPU: whether it works
-    python examples/distill_embedded.py --out DIR --on-policy 20   # then on the draft's own text
+    python examples/distill_embedded.py --out DIR --on-policy 200  # then on the draft's own text
+    python examples/distill_embedded.py --out DIR --steps 0 --on-policy 200   # on that alone
 
 The target takes a drafted token with probability min(1, p/q), so a draft is worth
 
@@ -19,7 +20,6 @@ for a slice of the vocabulary at a time (`aidx.distill.linear_divergence`).
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import pathlib
@@ -61,6 +61,8 @@ class Recipe:
     weight_decay: float = 0.05
     divergences: tuple[str, ...] = ("forward_kl", "total_variation")
     on_policy_rounds: int = 0
+    on_policy_deadline: float = 60.0  # seconds of sampling and training
+    on_policy_rate: float = 4e-4  # falls linearly to zero
     chunk: int = 2048  # columns of the vocabulary at a time
     seed: int = 0
 
@@ -163,6 +165,8 @@ def make_steps(recipe: Recipe, draft: Model, target: Model) -> list[Callable]:
 
 def distil(recipe: Recipe, draft: Model, target: Model, text: Text) -> tuple[Model, dict]:
     """The draft after its lessons, and how they went."""
+    if not recipe.steps:
+        return draft, {"steps": 0, "seconds": 0.0, "planned_steps": 0}
     state = init_state(draft.params, optimizer(recipe), jax.random.key(recipe.seed))
     example = {"tokens": jnp.zeros((recipe.batch, recipe.context + 1), jnp.int32)}
     steps = [
@@ -192,37 +196,67 @@ def distil(recipe: Recipe, draft: Model, target: Model, text: Text) -> tuple[Mod
     return draft.replace(params=state.params), report
 
 
-def on_policy(recipe: Recipe, draft: Model, target: Model, text: Text) -> Model:
-    """GKD: the draft continues the corpus, and learns from the target how it should have."""
+def on_policy(recipe: Recipe, draft: Model, target: Model, text: Text) -> tuple[Model, dict]:
+    """GKD: the draft continues the corpus, and learns from the target how it should have.
+
+    Every round samples with the parameters of the round before: `update_params` compiles nothing.
+    """
     prompt, answer = recipe.context // 8, recipe.context // 8
     rows = recipe.batch * 4
     llm = aidx.LLM(
         rounded(draft, target.dtype),
-        max_num_seqs=min(rows, 64),
+        max_num_seqs=rows,
         max_model_len=prompt + answer,
-        max_num_batched_tokens=max(512, min(rows, 64)),
-        num_blocks=2 + min(rows, 64) * -(-(prompt + answer) // 16),
+        max_num_batched_tokens=max(rows, min(8192, rows * prompt)),
+        num_blocks=2 + rows * -(-(prompt + answer) // 16),
+        enable_prefix_caching=False,
         warmup=False,
         progress=False,
     )
-    ask = aidx.SamplingParams(temperature=1.0, max_tokens=answer, ignore_eos=True, seed=recipe.seed)
-    sampler = lambda prompts: [o.outputs[0].token_ids for o in llm.generate(list(prompts), ask)]
     loss = lm_distill_loss_fn(
         draft.forward, target.forward, kind=recipe.divergences[-1], chunk=recipe.chunk
     )
     transform = optimizer(recipe)
     step = make_train_step(loss, transform, compute_dtype=target.dtype)
     state = init_state(draft.params, transform, jax.random.key(recipe.seed + 1))
-    source = itertools.islice(crops(text, recipe, prompt, rows), recipe.on_policy_rounds)
-    for i, prompts in enumerate(source):
+    begun = sampling = progress = 0.0
+    done, losses = 0, []
+    for i, prompts in enumerate(crops(text, recipe, prompt, rows)):
+        if i == 1:  # the first round compiles
+            begun, sampling = time.perf_counter(), 0.0
+        if progress >= 1:
+            break
+        asked = time.perf_counter()
         llm.update_params(rounded(draft.replace(params=state.params), target.dtype).params)
-        ask = dataclasses.replace(ask, seed=recipe.seed + i)
+        ask = [
+            aidx.SamplingParams(temperature=1.0, max_tokens=answer, ignore_eos=True, seed=seed)
+            for seed in range(recipe.seed + i * rows, recipe.seed + (i + 1) * rows)
+        ]
+        sampler = lambda asked, ask=ask: [
+            o.outputs[0].token_ids for o in llm.generate(list(asked), ask)
+        ]
         batch = on_policy_batch(prompts.tolist(), sampler, length=prompt + answer - 1)
+        sampling += time.perf_counter() - asked
         given = {"tokens": batch.tokens, "weights": batch.weights}
-        state = at_rate(state, 0.1 * recipe.learning_rate * (1 - i / recipe.on_policy_rounds))
+        state = at_rate(state, recipe.on_policy_rate * min(1 - progress, (i + 1) / WARMUP))
         state, metrics = step(state, given, target.params)
-        print(f"round {i} on policy {float(metrics.loss):.4f}", flush=True)
-    return draft.replace(params=state.params)
+        losses.append(float(metrics.loss))
+        done = i + 1
+        spent = time.perf_counter() - begun if i else 0.0
+        progress = max(done / recipe.on_policy_rounds, spent / recipe.on_policy_deadline)
+        if i % 20 == 0:
+            print(f"round {i} on policy {losses[-1]:.4f} {spent:.0f} s", flush=True)
+    tokens, seconds = (done - 1) * rows * answer, max(1e-9, time.perf_counter() - begun)
+    first, last = (float(np.mean(part)) for part in (losses[:20], losses[-20:]))
+    report = {
+        "rounds": done,
+        "seconds": round(seconds, 1) if done > 1 else 0.0,
+        "sampled_tokens": done * rows * answer,
+        "sampled_tokens_per_second": round(tokens / sampling) if done > 1 else 0,
+        "loss_first_20_rounds": round(first, 4),
+        "loss_last_20_rounds": round(last, 4),
+    }
+    return draft.replace(params=state.params), report
 
 
 def rounded(model: Model, dtype: Any) -> Model:
@@ -276,6 +310,8 @@ def main(argv: list[str] | None = None) -> dict:
     add("--learning-rate", type=float, default=default.learning_rate)
     add("--divergences", nargs="+", default=default.divergences)
     add("--on-policy", type=int, default=0, dest="on_policy_rounds", help="rounds of GKD after")
+    add("--on-policy-deadline", type=float, default=default.on_policy_deadline, help="seconds")
+    add("--on-policy-rate", type=float, default=default.on_policy_rate, help="learning rate")
     add("--seed", type=int, default=default.seed)
     add("--tiny", action="store_true", help="a few steps on short windows, to try it on a CPU")
     args = parser.parse_args(argv)
@@ -299,8 +335,10 @@ def main(argv: list[str] | None = None) -> dict:
     print("before", json.dumps(report["before"]), flush=True)
     taught, lessons = distil(recipe, draft, target, text)
     if recipe.on_policy_rounds:
-        print("offline", json.dumps(shown(taught)), flush=True)
-        taught = on_policy(recipe, taught, target, text)
+        report["offline"] = shown(taught) if recipe.steps else report["before"]
+        print("offline", json.dumps(report["offline"]), flush=True)
+        taught, report["on_policy"] = on_policy(recipe, taught, target, text)
+        print("on policy", json.dumps(report["on_policy"]), flush=True)
     after = shown(taught)
     print("after", json.dumps(after), flush=True)
     report |= lessons | after | {"recipe": dataclasses.asdict(recipe)} | text.meta
