@@ -25,6 +25,7 @@ from aidx.cache import BlockPool, PagedKVCache
 from aidx.engine import scheduler as scheduling
 from aidx.engine import step as stepping
 from aidx.engine.beam import Beams, Hypothesis, select
+from aidx.engine.cascade import SharedPrefixes, shared_prefixes
 from aidx.engine.detokenizer import Detokenizer, Pieces
 from aidx.engine.outputs import (
     CompletionOutput,
@@ -51,6 +52,8 @@ from aidx.typing import Forward, Params
 LOG = logging.getLogger(__name__)
 COPY_SIZES = (16, 4, 1)  # pairs of blocks that one copy program takes
 TABLE_UPDATES = 1024  # entries that one `write_tables` takes
+# Rows x shared tokens from which reading the prefix once gains on an H200 (docs/kernels_paged.md).
+CASCADE_TOKENS = 128 * 1024
 
 
 class EngineDeadError(RuntimeError):
@@ -74,6 +77,9 @@ class EngineConfig:
         eos_token_ids: tokens that end a sequence unless its request ignores them.
         implementation: of paged attention.
         asynchronous: issue step t before reading step t - 1.
+        cascade_tokens: a decode step reads a prefix that rows share once where rows x tokens of the
+            prefix reach this; 0: never.  None: `CASCADE_TOKENS` on a GPU, never on a CPU, whose
+            caches serve the later reads.
         cpu: whether the traces come in sizes for a CPU or for a GPU (`row_buckets`).
 
     Raises:
@@ -98,6 +104,7 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...] = ()
     implementation: Any = None
     asynchronous: bool = True
+    cascade_tokens: int | None = None
     cpu: bool = True
 
     def __post_init__(self):
@@ -107,6 +114,8 @@ class EngineConfig:
             )
         object.__setattr__(self, "max_logprobs", min(self.max_logprobs, self.vocab_size))
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        if self.cascade_tokens is None:
+            object.__setattr__(self, "cascade_tokens", 0 if self.cpu else CASCADE_TOKENS)
         self.scheduler()
 
     def scheduler(self) -> scheduling.SchedulerConfig:
@@ -129,7 +138,11 @@ class EngineConfig:
     def shapes(self) -> tuple[stepping.Shape, ...]:
         """Every trace of the step that these limits can ask for."""
         return stepping.all_shapes(
-            self.max_num_seqs, self.max_num_batched_tokens, self.max_logprobs, cpu=self.cpu
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            self.max_logprobs,
+            cpu=self.cpu,
+            cascade=bool(self.cascade_tokens),
         )
 
 
@@ -220,6 +233,7 @@ class Engine:
         self._prompt_logprobs: dict[str, list[Logprobs | None]] = {}
         self._beams: dict[str, Beams] = {}
         self._candidates: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of paused beams
+        self._prefixes: tuple[Any, SharedPrefixes | None] = None, None  # of whom; what they share
         self._in_flight: _InFlight | None = None
         self._epoch = 0  # how often the device state was made anew
         self._touched: dict[str, None] = {}  # requests with something to tell
@@ -494,7 +508,8 @@ class Engine:
         self._meter.preempted += len(work.preempted)
         self._copy_blocks(work.copies)
         rows = self._plan_rows(work)
-        shape = self._shape(rows)
+        cascade = self._cascade(rows)
+        shape = self._shape(rows, cascade=bool(cascade))
         self._ban_words(rows)
         updates, room = work.updates, shape.num_updates
         for at in range(room, len(updates), TABLE_UPDATES):
@@ -510,6 +525,7 @@ class Engine:
             sampling=self._sampling[rows.seats],
             tokens=rows.tokens,
             updates=updates[:room],
+            **cascade,
         )
         out = self._run(shape, packed)
         out.copy_to_host_async()
@@ -563,7 +579,30 @@ class Engine:
         seq_ids = np.array([running[s].seq_id for s in seats], np.int64)
         return _Rows(seats, seq_ids, starts, counts, samples, targets, tokens)
 
-    def _shape(self, rows: _Rows) -> stepping.Shape:
+    def _cascade(self, rows: _Rows) -> dict[str, np.ndarray]:
+        """`group` and `shared` of a plan whose rows share prefixes worth it; else nothing.
+
+        Shared blocks are full: what a set of running sequences shares stays until the set changes.
+        """
+        least = -(-(self.config.cascade_tokens or 0) // self.config.block_size)
+        if not least or (rows.counts != 1).any():
+            return {}
+        batch = self._batch
+        if self._prefixes[0] is not batch.running:
+            full = np.minimum(batch.num_computed // self.config.block_size, batch.num_blocks)
+            found = shared_prefixes(batch.tables, full, least=max(least, 2))
+            self._prefixes = batch.running, found
+        found = self._prefixes[1]
+        if found is None:
+            return {}
+        tokens = found.lens * self.config.block_size
+        group = found.group[rows.seats]
+        inside = (group >= 0) & (rows.starts >= tokens[group])  # else its prompt is asked about
+        return dict(
+            group=np.where(inside, group, -1), shared=np.stack((found.leaders, tokens), axis=1)
+        )
+
+    def _shape(self, rows: _Rows, *, cascade: bool) -> stepping.Shape:
         """The cheapest trace that serves these rows."""
         telling = rows.seats[rows.samples | (rows.targets >= 0)]
         variant, masked, logprobs = self._needs[telling].max(axis=0, initial=0)
@@ -578,6 +617,7 @@ class Engine:
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             max_logprobs=self.config.max_logprobs,
             cpu=self.config.cpu,
+            cascade=cascade,
         )
 
     def _take_seat(self, seq: SequenceState) -> None:

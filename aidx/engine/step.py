@@ -22,6 +22,8 @@ import numpy as np
 from flax import struct
 
 from aidx.cache import PagedKVCache, paged_attend
+from aidx.engine.cascade import MAX_GROUPS
+from aidx.ops.paged_attention import Cascade
 from aidx.ops.sampling import (
     VARIANTS,
     SamplingState,
@@ -59,6 +61,8 @@ class Sampler:
 class Shape:
     """The static side of a step: T, R, the bound on a row's tokens, and the sampler.
 
+    With `cascade` rows read the prefixes that they share once, see `aidx.engine.cascade`.
+
     Example:
         >>> Shape(num_tokens=8, num_rows=8, max_q=1, sampler=Sampler()).decode
         True
@@ -68,6 +72,7 @@ class Shape:
     num_rows: int
     max_q: int
     sampler: Sampler
+    cascade: bool = False
 
     @property
     def decode(self) -> bool:
@@ -82,7 +87,8 @@ class Shape:
     @property
     def plan_size(self) -> int:
         """i32 words of a packed plan."""
-        return self.num_rows * ROW_COLUMNS + self.num_tokens + 3 * self.num_updates
+        shared = self.num_rows + 2 * MAX_GROUPS if self.cascade else 0
+        return self.num_rows * ROW_COLUMNS + self.num_tokens + 3 * self.num_updates + shared
 
 
 @struct.dataclass
@@ -111,6 +117,8 @@ class Plan:
     sampling: jax.Array  # [R, 11] i32, packed SamplingRows
     tokens: jax.Array  # [T] i32, -1: the seat's last token, which only the device knows
     updates: jax.Array  # [U, 3] i32, (seat, index, block); a seat out of range writes nothing
+    group: jax.Array | None = None  # [R] i32, the shared prefix that a row begins with, -1 for none
+    shared: jax.Array | None = None  # [MAX_GROUPS, 2] i32, a seat that has the prefix; its tokens
 
 
 def new_state(max_num_seqs: int, max_blocks: int) -> BatchState:
@@ -208,16 +216,23 @@ def pack_plan(
     sampling: np.ndarray,
     tokens: np.ndarray,
     updates: np.ndarray,
+    group: np.ndarray | None = None,
+    shared: np.ndarray | None = None,
 ) -> np.ndarray:
     """One i32 array of `shape.plan_size` words; everything beyond the given rows is padding.
 
+    `group` `[r]` and `shared` `[groups, 2]` are for shapes with `cascade` and may be left out.
+
     Raises:
-        ValueError: more rows, tokens or updates than the shape has room for.
+        ValueError: more rows, tokens or updates than the shape has room for, or groups for a shape
+            without cascade.
     """
     rows, size = len(seats), (len(seats), len(tokens), len(updates))
     room = (shape.num_rows, shape.num_tokens, shape.num_updates)
     if any(have > most for have, most in zip(size, room, strict=True)):
         raise ValueError(f"(rows, tokens, updates) {size} do not fit {room}")
+    if group is not None and not shape.cascade:
+        raise ValueError(f"{group=} for {shape}")
     table = np.zeros((shape.num_rows, ROW_COLUMNS), np.int32)
     table[:, SEAT] = table[:, WRITES] = max_num_seqs
     table[:, TARGET] = -1
@@ -230,8 +245,12 @@ def pack_plan(
     packed[:at] = table.ravel()
     packed[at : at + len(tokens)] = tokens
     at += shape.num_tokens
-    packed[at:] = max_num_seqs + 1
+    end = at + 3 * shape.num_updates
+    packed[at:end] = max_num_seqs + 1
     packed[at : at + updates.size] = updates.ravel()
+    if group is not None and shared is not None:
+        packed[end : end + rows] = group
+        packed[end + shape.num_rows :][: shared.size] = shared.ravel()
     return packed
 
 
@@ -239,6 +258,11 @@ def unpack_plan(packed: jax.Array, shape: Shape) -> Plan:
     """The inverse of `pack_plan`, on the device."""
     at = shape.num_rows * ROW_COLUMNS
     rows = packed[:at].reshape(shape.num_rows, ROW_COLUMNS)
+    end = at + shape.num_tokens + 3 * shape.num_updates
+    group = shared = None
+    if shape.cascade:
+        group = packed[end : end + shape.num_rows]
+        shared = jnp.maximum(packed[end + shape.num_rows :], 0).reshape(MAX_GROUPS, 2)
     return Plan(
         seats=rows[:, SEAT],
         writes=rows[:, WRITES],
@@ -247,7 +271,9 @@ def unpack_plan(packed: jax.Array, shape: Shape) -> Plan:
         targets=rows[:, TARGET],
         sampling=rows[:, 5:],
         tokens=packed[at : at + shape.num_tokens],
-        updates=packed[at + shape.num_tokens :].reshape(shape.num_updates, 3),
+        updates=packed[at + shape.num_tokens : end].reshape(shape.num_updates, 3),
+        group=group,
+        shared=shared,
     )
 
 
@@ -292,12 +318,16 @@ def step(
         tokens = jnp.maximum(jnp.where(plan.tokens < 0, state.last_token[seat], plan.tokens), 0)
         block, offset = jnp.divmod(positions, cache.block_size)
         slots = jnp.where(live, tables[seat, block] * cache.block_size + offset, -1)
+        cascade = None
+        if plan.group is not None and plan.shared is not None:
+            cascade = Cascade(tables[plan.shared[:, 0]], plan.shared[:, 1], plan.group)
     attend = paged_attend(
         tables[plan.seats],
         plan.context_lens,
         q_indptr,
         slots,
         max_q=shape.max_q,
+        cascade=cascade,
         implementation=implementation,
     )
     last = jnp.maximum(q_indptr[1:] - 1, 0)
@@ -427,12 +457,17 @@ def token_buckets(max_num_batched_tokens: int, *, cpu: bool = True) -> tuple[int
 
 @functools.lru_cache(maxsize=64)
 def all_shapes(
-    max_num_seqs: int, max_num_batched_tokens: int, max_logprobs: int, *, cpu: bool = True
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_logprobs: int,
+    *,
+    cpu: bool = True,
+    cascade: bool = False,
 ) -> tuple[Shape, ...]:
     """Every trace that a batch with these limits can ask for, in order of cost within its kind.
 
     A step that prefills is dear enough to draw where the most likely token would do; masks and
-    logprobs are rare enough for few, large traces.
+    logprobs are rare enough for few, large traces, and so are shared prefixes (`cascade`).
 
     Example:
         >>> [s.sampler.variant for s in all_shapes(1, 16, 5)]
@@ -445,6 +480,11 @@ def all_shapes(
         for sampler in (Sampler("greedy"), Sampler("plain"), Sampler("full"), everything)
         if sampler is not everything or r == max_num_seqs
     ]
+    shared = [
+        Shape(max_num_seqs, max_num_seqs, 1, sampler, cascade=True)
+        for sampler in (Sampler("plain"), Sampler("full"), everything)
+        if cascade
+    ]
     sizes = token_buckets(max_num_batched_tokens, cpu=cpu)
     prefill = [
         Shape(t, min(max_num_seqs, t), t, sampler)
@@ -452,7 +492,7 @@ def all_shapes(
         for sampler in (Sampler("plain"), Sampler("full"), everything)
         if sampler is not everything or t in sizes[::-2]
     ]
-    return (*decode, *prefill)
+    return (*decode, *shared, *prefill)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -465,8 +505,11 @@ def pick_shape(
     max_num_batched_tokens: int,
     max_logprobs: int,
     cpu: bool = True,
+    cascade: bool = False,
 ) -> Shape:
     """The smallest trace for `rows` rows of `tokens` tokens in all that samples as `needed`.
+
+    `cascade`: the one that reads shared prefixes once, which `all_shapes` was asked for.
 
     Example:
         >>> limits = dict(max_num_seqs=8, max_num_batched_tokens=64, max_logprobs=5)
@@ -479,8 +522,11 @@ def pick_shape(
     """
     return next(
         shape
-        for shape in all_shapes(max_num_seqs, max_num_batched_tokens, max_logprobs, cpu=cpu)
-        if rows <= shape.num_rows
+        for shape in all_shapes(
+            max_num_seqs, max_num_batched_tokens, max_logprobs, cpu=cpu, cascade=cascade
+        )
+        if shape.cascade == cascade
+        and rows <= shape.num_rows
         and tokens <= shape.num_tokens
         and (tokens == rows or not shape.decode)
         and _serves(shape.sampler, needed)
