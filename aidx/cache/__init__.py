@@ -24,10 +24,11 @@ from aidx.cache.contiguous import CacheOverflow as CacheOverflow
 from aidx.cache.contiguous import KVCache as KVCache
 from aidx.cache.contiguous import KVCacheStats as KVCacheStats
 from aidx.cache.paged import PagedKVCache as PagedKVCache
-from aidx.cache.paged import SwappedBlocks as SwappedBlocks
 from aidx.cache.paged import defragment as defragment
-from aidx.cache.paged import swap_in as swap_in
-from aidx.cache.paged import swap_out as swap_out
+from aidx.cache.swap import SwappedBlocks as SwappedBlocks
+from aidx.cache.swap import swap_in as swap_in
+from aidx.cache.swap import swap_out as swap_out
+from aidx.cache.swap import swap_piece as swap_piece
 
 if TYPE_CHECKING:
     from aidx.cache.cached_attention import CachedMultiHeadAttention as CachedMultiHeadAttention

@@ -6,6 +6,7 @@ FlashInfer, 2024).  That pays from some size on only, since the merge costs a fe
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,7 +59,7 @@ def shared_prefixes(
     heights = np.array(
         [
             _common(tables[a][: full[a]], tables[b][: full[b]])
-            for a, b in zip(order, order[1:], strict=False)
+            for a, b in itertools.pairwise(order)
         ],
         np.int64,
     )

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aidx.cache.paged import PagedKVCache, swap_in, swap_out
+from aidx.cache import PagedKVCache, swap_in, swap_out, swap_piece
+from aidx.cache import swap as swapping
 
 
 def filled(dtype, blocks=12, seed=0):
@@ -33,7 +34,7 @@ def test_blocks_come_back_bit_for_bit_and_others_stay(dtype):
     cache = filled(dtype)
     before = [raw(x) for x in jax.tree.leaves(cache)]
     swapped = swap_out(cache, [7, 2, 9])
-    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(swapped.values)}
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(swapped.pieces)}
     assert kinds == {"pinned_host"}
     after = jax.tree.leaves(swap_in(cache, swapped, [2, 11, 5]))
     for old, new in zip(before, map(raw, after), strict=True):
@@ -61,11 +62,35 @@ def test_the_pool_is_updated_in_place():
     assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)] == pointers
 
 
+def test_long_sequences_go_in_pieces(monkeypatch):
+    """Three pieces, the last padded; some blocks are left out, and so one whole piece."""
+    cache = filled("int8")
+    block_bytes = cache.memory_bytes // cache.num_blocks
+    monkeypatch.setattr(swapping, "PIECE_BYTES", 5 * block_bytes)
+    assert swap_piece(cache) == 4
+    taken, there = [1, 3, 5, 7, 9, 11, 2, 4, 6, 8, 10], [-1, 2, 1, -1, -1, -1, -1, -1, 11, 6, 7]
+    before = [raw(x) for x in jax.tree.leaves(cache)]
+    swapped = swap_out(cache, taken)
+    assert [piece[0].shape[1] for piece in swapped.pieces] == [4, 4, 4]
+    assert swapped.memory_bytes == 12 * block_bytes
+    after = jax.tree.leaves(swap_in(cache, swapped, there))
+    for old, new in zip(before, map(raw, after), strict=True):
+        expected = old.copy()
+        for a, b in zip(taken, there, strict=True):
+            if b >= 0:
+                expected[b] = old[a]
+        np.testing.assert_array_equal(new, expected)
+
+
 @pytest.mark.parametrize("blocks", [[], [12], [-1], [3, 3]])
 def test_impossible_blocks_are_refused(blocks):
-    cache = filled("int8")
     with pytest.raises(ValueError, match="block"):
-        swap_out(cache, blocks)
+        swap_out(filled("int8"), blocks)
+
+
+@pytest.mark.parametrize("blocks", [[1, 12], [-2, 1], [3, 3], [1]])
+def test_impossible_places_are_refused(blocks):
+    cache = filled("int8")
     with pytest.raises(ValueError, match="block"):
         swap_in(cache, swap_out(cache, [1, 2]), blocks)
 
