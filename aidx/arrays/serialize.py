@@ -18,6 +18,7 @@ that name another class are refused.
 import concurrent.futures
 import dataclasses
 import enum
+import functools
 import json
 import math
 import os
@@ -36,6 +37,8 @@ from jax.core import Tracer
 MAGIC, VERSION = b"AIDXTREE", 1
 PREFIX = struct.Struct("<8sIIQ")
 CHUNK = 16 << 20  # bytes under one crc32
+BLOCK = 1 << 20  # bytes that stay in a core's cache between two passes
+LINE = 64  # bytes of a cache line; XLA takes over what is aligned to it
 MAX_DEPTH = 64
 
 NATIVE = {
@@ -52,6 +55,8 @@ FOREIGN = (
 )  # fmt: skip
 """Dtypes that travel as bytes; of fewer than 8 bits, one value takes a byte, as in NumPy."""
 NARROW = ("float4_e2m1fn", "int2", "int4", "uint2", "uint4")
+
+ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 _CLASSES: dict[str, type] = {}
 _NAMES: dict[type, str] = {}
@@ -121,36 +126,41 @@ def serialize(tree: Any) -> memoryview:
     """
     arrays: list[tuple[str, tuple[int, ...], np.ndarray]] = []
     node = _encode(tree, arrays, "", 0)
-    # Wide elements first: every tensor is aligned to its own width.
-    order = sorted(range(len(arrays)), key=lambda i: -arrays[i][2].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {}}
-    views, end = [], 0
+    # First what keeps its successor aligned to a cache line, where `deserialize` need not copy;
+    # then wide elements before narrow ones: every tensor is aligned to its own width.
+    place = lambda i: (arrays[i][2].nbytes % LINE != 0, -arrays[i][2].itemsize)
+    order = sorted(range(len(arrays)), key=place)
+    entries, views, end = [], [], 0
     for i in order:
         tag, shape, array = arrays[i]
-        view = array.reshape(-1).view(np.uint8)
-        offsets = [end, end + view.size]
-        header[str(i)] = {"dtype": tag, "shape": list(shape), "data_offsets": offsets}
-        views.append(view)
-        end += view.size
-    sums = dict(zip(map(str, order), _checksums(views), strict=True))
-    header["__metadata__"] = {"tree": json.dumps(node), "crc32": json.dumps(sums)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(PREFIX.size + 8 + len(text)) % 64)
-    body = struct.pack("<Q", len(text)) + text
+        stop = end + array.nbytes
+        entries.append(
+            f',"{i}":{{"dtype":"{tag}","shape":{list(shape)},"data_offsets":[{end},{stop}]}}'
+        )
+        views.append(array.reshape(-1).view(np.uint8))
+        end = stop
+    prologue = f'{{"__metadata__":{{"tree":{json.dumps(json.dumps(node))},"crc32":'
+    blank = _sums_text(order, [[0] * max(1, -(-view.size // CHUNK)) for view in views])
+    room = len(prologue) + len(blank) + 1 + sum(map(len, entries)) + 1  # all of it is ASCII
+    room += -(PREFIX.size + 8 + room) % LINE
+    start = PREFIX.size + 8 + room
+    out = _aligned(start + end)
+    sums = _checksums(views, out[start:])
+    text = "".join([prologue, _sums_text(order, sums), "}", *entries, "}"]).encode().ljust(room)
+    body = struct.pack("<Q", room) + text
     total = len(body) + end
     checksum = zlib.crc32(body, zlib.crc32(struct.pack("<Q", total)))
-    head = PREFIX.pack(MAGIC, VERSION, checksum, total) + body
-    out = np.empty(len(head) + end, np.uint8)
-    out[: len(head)] = np.frombuffer(head, np.uint8)
-    _copy(views, out[len(head) :])
-    return out.data.toreadonly()
+    out[:start] = np.frombuffer(PREFIX.pack(MAGIC, VERSION, checksum, total) + body, np.uint8)
+    return _sealed(out)
 
 
 def deserialize(data: bytes | bytearray | memoryview, *, numpy: bool = False) -> Any:
     """The tree that `serialize` wrote.
 
-    NumPy arrays are read-only views of `data`; JAX arrays are on the default device.  Nothing is
-    believed before its checksum, and nothing is allocated that the input does not hold.
+    NumPy arrays are read-only views of `data`; JAX arrays are on the default device.  On a CPU
+    those of 1 MiB and more share the memory of data that cannot change: what `serialize` returned,
+    what `load_tree` read, `bytes` that happen to be aligned.  Nothing is believed before its
+    checksum, and nothing is allocated that the input does not hold.
 
     Args:
         data: all the bytes.
@@ -165,10 +175,11 @@ def deserialize(data: bytes | bytearray | memoryview, *, numpy: bool = False) ->
         Traceback (most recent call last):
         ValueError: version 0 of the format; this reads version 1
     """
-    buffer = memoryview(data).cast("B").toreadonly()
-    header, tensors = _read_header(buffer)
+    buffer = memoryview(data).cast("B")
+    header, tensors = _read_header(buffer.toreadonly())
     arrays, tree = _read_tensors(header, tensors)
-    return _decode(tree, arrays, numpy, 0)
+    put = _keep if numpy else functools.partial(_to_jax, constant=_is_constant(buffer))
+    return _decode(tree, arrays, put, 0)
 
 
 def save_tree(path: str | Path, tree: Any) -> None:
@@ -207,7 +218,11 @@ def load_tree(path: str | Path, *, numpy: bool = False) -> Any:
         Traceback (most recent call last):
         FileNotFoundError: ...
     """
-    return deserialize(Path(path).read_bytes(), numpy=numpy)
+    with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = _aligned(size)
+        read = file.readinto(data.data)
+    return deserialize(_sealed(data[:read]), numpy=numpy)
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -218,6 +233,8 @@ def _encode(x: Any, arrays: list, where: str, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise ValueError(f"{where or 'the tree'} is nested more than {MAX_DEPTH} deep")
     inner = lambda value, key: _encode(value, arrays, f"{where}/{key}", depth + 1)
+    if type(x) is np.ndarray:
+        return _encode_array(x, arrays, where)
     if type(x) in _NAMES:
         return _encode_object(x, inner)
     if x is None or type(x) in (bool, str):
@@ -236,7 +253,7 @@ def _encode(x: Any, arrays: list, where: str, depth: int) -> Any:
         return {"dict": [[key, inner(value, key)] for key, value in x.items()]}
     if isinstance(x, np.dtype) or (isinstance(x, type) and hasattr(x, "dtype")):
         return {"dtype": np.dtype(x).name}
-    if isinstance(x, jax.Array | np.ndarray | np.generic):
+    if isinstance(x, ARRAYS):
         return _encode_array(x, arrays, where)
     raise TypeError(
         f"{where or 'the tree'} is a {_identity(type(x))}, which is not registered; registered: "
@@ -258,20 +275,23 @@ def _fields(cls: type) -> list[str]:
 
 
 def _encode_array(x: Any, arrays: list, where: str) -> Any:
-    if isinstance(x, Tracer):
-        raise TypeError(f"{where or 'the tree'} is traced: serialise outside jit")
     node: dict[str, Any] = {"array": len(arrays), "of": "numpy"}
-    if isinstance(x, jax.Array):
+    if type(x) is np.ndarray:
+        pass
+    elif isinstance(x, Tracer):
+        raise TypeError(f"{where or 'the tree'} is traced: serialise outside jit")
+    elif isinstance(x, jax.Array):
         node["of"] = "jax"
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             node["key"] = str(jax.random.key_impl(x))
             x = jax.random.key_data(x)
     elif isinstance(x, np.generic):
         node["of"] = "scalar"
-    array = np.ascontiguousarray(x).reshape(np.shape(x))  # ascontiguousarray adds an axis to 0-d
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    name = array.dtype.name
+    array = np.asarray(x, order="C")
+    dtype = array.dtype
+    if not dtype.isnative:
+        array = array.astype(dtype.newbyteorder("="))
+    name = _name_of(dtype)
     if name in TAGS:
         arrays.append((TAGS[name], array.shape, array))
     elif name in FOREIGN:
@@ -283,15 +303,58 @@ def _encode_array(x: Any, arrays: list, where: str) -> Any:
     return node
 
 
-def _copy(views: list[np.ndarray], out: np.ndarray) -> None:
-    """The views one after another into `out`."""
-    ends = np.cumsum([0, *(view.size for view in views)])
-    pieces = [
-        (out[ends[n] : ends[n + 1]][i : i + CHUNK], view[i : i + CHUNK])
-        for n, view in enumerate(views)
-        for i in range(0, view.size, CHUNK)
-    ]
-    _parallel(lambda pair: np.copyto(*pair), pieces, out.size)
+@functools.cache
+def _name_of(dtype: np.dtype) -> str:
+    return dtype.name  # NumPy puts it together anew each time
+
+
+class _Written(np.ndarray):
+    """Bytes that only this module writes, and only until it hands them out."""
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Bytes that begin with a cache line, as XLA wants them."""
+    room = np.empty(size + LINE, np.uint8)
+    start = -room.ctypes.data % LINE
+    return room[start : start + size]
+
+
+def _sealed(out: np.ndarray) -> memoryview:
+    """The bytes, read-only, in a form that `deserialize` may share."""
+    out.flags.writeable = False
+    return out.view(_Written).data
+
+
+def _sums_text(order: list[int], sums: list[list[int]]) -> str:
+    """The checksums as a JSON string of JSON, as long whatever they are."""
+    pairs = zip(order, sums, strict=True)
+    inner = [f'\\"{i}\\":[{",".join([f"{s:10d}" for s in of])}]' for i, of in pairs]
+    return f'"{{{",".join(inner)}}}"'
+
+
+def _checksums(views: list[np.ndarray], out: np.ndarray | None = None) -> list[list[int]]:
+    """The crc32 of every `CHUNK` of every view, which are copied one after another into `out`."""
+    pieces, counts, end = [], [], 0
+    for view in views:
+        counts.append(max(1, -(-view.size // CHUNK)))
+        for i in range(counts[-1]):
+            part = view[i * CHUNK : (i + 1) * CHUNK] if counts[-1] > 1 else view
+            pieces.append((part, None if out is None else out[end : end + part.size]))
+            end += part.size
+    sums = iter(_parallel(_checksum, pieces, end))
+    return [[next(sums) for _ in range(count)] for count in counts]
+
+
+def _checksum(pair: tuple[np.ndarray, np.ndarray | None]) -> int:
+    """The crc32 of a piece, which is copied while it is in the cache."""
+    source, target = pair
+    if target is None:
+        return zlib.crc32(source)
+    checksum = 0
+    for i in range(0, source.size, BLOCK):
+        checksum = zlib.crc32(source[i : i + BLOCK], checksum)
+        target[i : i + BLOCK] = source[i : i + BLOCK]
+    return checksum
 
 
 def _parallel(f: Callable, pieces: list, size: int) -> list:
@@ -300,13 +363,6 @@ def _parallel(f: Callable, pieces: list, size: int) -> list:
         return [f(piece) for piece in pieces]
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(f, pieces))
-
-
-def _checksums(views: list[np.ndarray]) -> list[list[int]]:
-    """The crc32 of every `CHUNK` of every view."""
-    pieces = [v[i : i + CHUNK] for v in views for i in range(0, max(1, v.size), CHUNK)]
-    sums = iter(_parallel(zlib.crc32, pieces, sum(v.size for v in views)))
-    return [[next(sums) for _ in range(0, max(1, v.size), CHUNK)] for v in views]
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -352,9 +408,13 @@ def _get(node: Any, name: str, kind: type) -> Any:
 def _sizes(node: Any, name: str) -> list[int]:
     """A list of sizes; every one fits an index, and their product is counted by Python."""
     sizes = _get(node, name, list)
-    if len(sizes) > 64 or not all(type(n) is int and 0 <= n < 2**62 for n in sizes):
-        raise ValueError(f"{name} {str(sizes)[:80]} are no sizes")
-    return sizes
+    for n in sizes:
+        if type(n) is not int or not 0 <= n < 2**62:
+            break
+    else:
+        if len(sizes) <= 64:
+            return sizes
+    raise ValueError(f"{name} {str(sizes)[:80]} are no sizes")
 
 
 def _read_tensors(header: dict, tensors: memoryview) -> tuple[dict[int, np.ndarray], Any]:
@@ -365,14 +425,14 @@ def _read_tensors(header: dict, tensors: memoryview) -> tuple[dict[int, np.ndarr
     entries = {}
     for name, entry in header.items():
         if name != "__metadata__":
-            offsets = _sizes(entry, "data_offsets")
             tag, shape = _get(entry, "dtype", str), _sizes(entry, "shape")
+            offsets = _sizes(entry, "data_offsets")
             if tag not in NATIVE or len(offsets) != 2 or not name.isdecimal():
                 raise ValueError(f"tensor {name[:40]!r}: {str(entry)[:80]}")
-            dtype = _dtype(NATIVE[tag])
-            if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+            dtype, (start, stop) = _dtype(NATIVE[tag]), offsets
+            if stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name}: {tag}{shape} in bytes {offsets}")
-            entries[name] = (*offsets, dtype, shape)
+            entries[name] = (start, stop, dtype, shape)
     end = 0
     for start, stop, *_ in sorted(entries.values(), key=lambda e: e[:2]):
         if start != end:
@@ -382,9 +442,9 @@ def _read_tensors(header: dict, tensors: memoryview) -> tuple[dict[int, np.ndarr
         raise ValueError(f"tensors of {end} bytes in {len(tensors)}")
     every = np.frombuffer(tensors, np.uint8)
     views = [every[start:stop] for start, stop, *_ in entries.values()]
-    found = dict(zip(entries, _checksums(views), strict=True))
-    if bad := [name for name in found if sums.get(name) != found[name]]:
-        raise ValueError(f"tensor {bad[0]} is corrupted: its checksum differs")
+    for name, found in zip(entries, _checksums(views), strict=True):
+        if sums.get(name) != found:
+            raise ValueError(f"tensor {name} is corrupted: its checksum differs")
     arrays = {}
     for view, (name, (_, _, dtype, shape)) in zip(views, entries.items(), strict=True):
         if dtype == np.bool_ and view.size and view.max() > 1:
@@ -400,20 +460,21 @@ def _shaped(flat: np.ndarray, shape: list[int]) -> np.ndarray:
         raise ValueError(f"no array of shape {shape}: {error}") from error
 
 
+@functools.cache
 def _dtype(name: str) -> np.dtype:
     return np.dtype(getattr(jnp, name, name))  # JAX knows the dtypes that NumPy has no name for
 
 
-def _decode(node: Any, arrays: dict[int, np.ndarray], numpy: bool, depth: int) -> Any:
+def _decode(node: Any, arrays: dict[int, np.ndarray], put: Callable, depth: int) -> Any:
     """The value of a JSON node."""
     if depth > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    inner = lambda child: _decode(child, arrays, numpy, depth + 1)
+    inner = lambda child: _decode(child, arrays, put, depth + 1)
     if type(node) is not dict or not node:
         raise ValueError(f"{str(node)[:80]} is no node")
     kind = next(iter(node))
     if kind == "array":
-        return _decode_array(node, arrays, numpy)
+        return _decode_array(node, arrays, put)
     if kind == "class":
         return _decode_object(node, inner)
     if kind == "value" and (node["value"] is None or type(node["value"]) in (bool, str)):
@@ -484,7 +545,7 @@ def _decode_object(node: Any, inner: Callable) -> Any:
     return made
 
 
-def _decode_array(node: Any, arrays: dict[int, np.ndarray], numpy: bool) -> Any:
+def _decode_array(node: Any, arrays: dict[int, np.ndarray], put: Callable) -> Any:
     number, of = _get(node, "array", int), _get(node, "of", str)
     if number not in arrays or of not in ("jax", "numpy", "scalar"):
         raise ValueError(f"{str(node)[:80]} is no array")
@@ -497,7 +558,9 @@ def _decode_array(node: Any, arrays: dict[int, np.ndarray], numpy: bool) -> Any:
         return array[()]
     if of == "numpy":
         return array
-    return _to_jax(node, array, numpy)
+    if "key" in node:
+        return _to_key(array, _get(node, "key", str))
+    return put(array)
 
 
 def _foreign(array: np.ndarray, name: str, shape: list[int]) -> np.ndarray:
@@ -513,31 +576,36 @@ def _foreign(array: np.ndarray, name: str, shape: list[int]) -> np.ndarray:
     return _shaped(values, shape)
 
 
-def _to_jax(node: dict, array: np.ndarray, numpy: bool) -> Any:
-    if "key" in node:
-        try:
-            return jax.random.wrap_key_data(jnp.array(array), impl=_get(node, "key", str))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{array.dtype}{list(array.shape)} is no PRNG key: {error}") from error
-    if numpy:
-        return array
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        raise ValueError(f"a JAX array of {array.dtype} needs x64: jax.enable_x64, or numpy=True")
-    if any(n >= 2**31 for n in array.shape):
-        raise ValueError(f"shape {array.shape} is too large for a device")
-    return _on_device(array)
+def _to_key(array: np.ndarray, impl: str) -> jax.Array:
+    try:
+        return jax.random.wrap_key_data(jnp.array(array), impl=impl)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{array.dtype}{list(array.shape)} is no PRNG key: {error}") from error
 
 
-def _on_device(array: np.ndarray) -> jax.Array:
-    """A JAX array of its own memory.
+def _keep(array: np.ndarray) -> np.ndarray:
+    return array
 
-    On a CPU a large one takes over an aligned copy: JAX's own is three times slower, for it lies in
-    pages of 4 KiB that the kernel clears one by one, where NumPy asks for large ones.
+
+def _to_jax(array: np.ndarray, *, constant: bool) -> jax.Array:
+    """An array on the default device; a large one on a CPU shares memory that is constant.
+
+    JAX's own copy would be three times slower than NumPy's, for it lies in pages of 4 KiB that the
+    kernel clears one by one, where NumPy asks for large ones.
     """
-    if jax.default_backend() != "cpu" or array.nbytes < 1 << 20:
-        return jnp.array(array)
-    room = np.empty(array.nbytes + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    np.copyto(copy, array)
-    return jax.device_put(copy)
+    if array.itemsize >= 8 and jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise ValueError(f"a JAX array of {array.dtype} needs x64: jax.enable_x64, or numpy=True")
+    if max(array.shape, default=0) >= 2**31:
+        raise ValueError(f"shape {array.shape} is too large for a device")
+    if array.nbytes < 1 << 20:
+        return jax.device_put(np.array(array))
+    if jax.default_backend() == "cpu" and not (constant and array.ctypes.data % LINE == 0):
+        copy = _aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+        np.copyto(copy, array)
+        array = copy
+    return jax.device_put(array)
+
+
+def _is_constant(buffer: memoryview) -> bool:
+    """Whether nobody can write to the bytes: `toreadonly` of a bytearray only looks so."""
+    return isinstance(buffer.obj, bytes | _Written)

@@ -376,3 +376,31 @@ def test_large_tensors_have_a_checksum_per_chunk(monkeypatch):
     data[-9] ^= 1
     with pytest.raises(ValueError, match="tensor 0 is corrupted"):
         deserialize(data)
+
+
+def test_large_jax_arrays_share_memory_that_cannot_change_and_no_other():
+    x = jnp.arange(1 << 18, dtype=jnp.float32)  # 1 MiB
+    data = serialize({"odd": np.ones(3, np.int8), "x": x})
+    assert data.readonly
+    low = np.frombuffer(data, np.uint8).ctypes.data
+    inside = lambda a: low <= a.unsafe_buffer_pointer() < low + data.nbytes
+    back = deserialize(data)["x"]
+    assert same(back, x) and inside(back)
+    # A donated buffer is written to: what it was shared with must not notice.
+    doubled = jax.jit(lambda y: y * 2, donate_argnums=0)(back)
+    assert doubled[3] == 6 and same(deserialize(data)["x"], x)
+    loose = bytearray(data)
+    for lent in (loose, memoryview(loose).toreadonly(), np.frombuffer(loose, np.uint8).data):
+        back = deserialize(lent)["x"]
+        loose[-1:] = bytes([loose[-1] ^ 0xFF])
+        assert same(back, x)
+        loose[:] = data
+
+
+def test_a_file_that_was_cut_is_refused(tmp_path):
+    save_tree(tmp_path / "tree", jnp.arange(1000.0))
+    assert same(load_tree(tmp_path / "tree"), jnp.arange(1000.0))
+    whole = (tmp_path / "tree").read_bytes()
+    (tmp_path / "tree").write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match="are here"):
+        load_tree(tmp_path / "tree")
