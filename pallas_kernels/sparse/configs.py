@@ -1,0 +1,30 @@
+"""The programs that `scripts/compile_sm90a.py` compiles: each kernel at shapes it is chosen for."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from .block_matmul import block_matmul
+from .block_sample import block_sample
+
+
+def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
+    """(name, function, abstract arguments).
+
+    >>> sorted({name.split()[1] for name, _, _ in compile_cases()})
+    ['matmul', 'sample', 'turned']
+    """
+    sds, i32 = jax.ShapeDtypeStruct, jnp.int32
+    for bh, bw in ((128, 128), (64, 64), (32, 32), (128, 32)):
+        data, entries = sds((400, bh, bw), jnp.bfloat16), sds((400,), i32)
+        indptr, x = sds((65,), i32), sds((64 * bw, 4096), jnp.bfloat16)
+        yield f"sparse/block matmul {bh}x{bw}", block_matmul, (data, x, entries, indptr)
+        turned = functools.partial(block_matmul, turned=True)
+        x = sds((64 * bh, 4096), jnp.bfloat16)
+        f = lambda d, x, m, p, o, f=turned: f(d, x, m, p, order=o)
+        yield f"sparse/block turned {bh}x{bw}", f, (data, x, entries, indptr, entries)
+        g, x = (sds((64 * side, 4096), jnp.bfloat16) for side in (bh, bw))
+        f = functools.partial(block_sample, block=(bh, bw))
+        yield f"sparse/block sample {bh}x{bw}", f, (g, x, entries, entries)
