@@ -395,10 +395,8 @@ def _fork_into_seat(
     source = child.seat
     child = dataclasses.replace(child, seat=seat, blocks=blocks)
     published = int(batch.num_published[source])
-    batch = dataclasses.replace(
-        batch, pool=pool, copies=copies, keys=_replaced(batch.keys, {seat: batch.keys[source]})
-    )
-    return _seated(batch, child, blocks, published), child
+    batch = dataclasses.replace(batch, pool=pool, copies=copies)
+    return _seated(batch, child, blocks, published, batch.keys[source]), child
 
 
 # One step.
@@ -673,14 +671,19 @@ def _place(
         status=SequenceStatus.PREFILLING,
         seat=seat,
     )
-    batch = _seated(dataclasses.replace(batch, pool=pool, copies=copies), seq, blocks, len(shared))
-    return batch, seq
+    last = seq.keys[len(shared) - 1] if len(shared) and seq.keys else None
+    batch = dataclasses.replace(batch, pool=pool, copies=copies)
+    return _seated(batch, seq, blocks, len(shared), last), seq
 
 
 def _seated(
-    batch: BatchScheduler, seq: SequenceState, blocks: np.ndarray, num_published: int
+    batch: BatchScheduler,
+    seq: SequenceState,
+    blocks: np.ndarray,
+    num_published: int,
+    last_key: BlockKey | None,
 ) -> BatchScheduler:
-    """Write `seq` into the columns of its seat."""
+    """Write `seq` into the columns of its seat; `last_key` is that of its last published block."""
     values: dict[str, Any] = dict(
         num_tokens=seq.num_known,
         num_known=seq.num_known,
@@ -702,6 +705,7 @@ def _seated(
         batch,
         running=_replaced(batch.running, {seq.seat: seated}),
         tables=_replaced(batch.tables, {seq.seat: blocks}),
+        keys=_replaced(batch.keys, {seq.seat: last_key}),
         **columns,
     )
 

@@ -131,6 +131,25 @@ def test_answers_are_cached_too():
     assert_same(turn, second.outputs[0].token_ids, dense_tokens(turn, GREEDY))
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_an_answer_is_not_found_as_a_beginning(samples):
+    """Blocks written after a prefix hit, or a fork, are known by all that stands before them."""
+    made, prompt = engine(), PROMPTS[2][:9]
+    generate([[*prompt[:8], 1]], GREEDY, made=made)
+    params = SamplingParams(temperature=0.9, n=samples, seed=1, max_tokens=8)
+    [output] = generate([prompt], params, made=made)
+    assert output.num_cached_tokens == 8
+    for sample in output.outputs:
+        middle = [prompt[8], *sample.token_ids[:3], 5, 6]
+        [found] = generate([middle], GREEDY, made=made)
+        assert found.num_cached_tokens == 0
+        assert_same(middle, found.outputs[0].token_ids, dense_tokens(middle, GREEDY))
+        turn = [*prompt, *sample.token_ids, 7]
+        [found] = generate([turn], GREEDY, made=made)
+        assert found.num_cached_tokens >= 12
+        assert_same(turn, found.outputs[0].token_ids, dense_tokens(turn, GREEDY))
+
+
 def test_asynchronous_is_synchronous():
     params = [*PARAMS[:-1], SamplingParams(temperature=0.9, max_tokens=10, n=2, seed=5)]
     late, now = (
