@@ -16,6 +16,10 @@ from aidx.distill.features import matched_layers as matched_layers
 from aidx.distill.features import project as project
 from aidx.distill.fused import linear_divergence as linear_divergence
 from aidx.distill.fused import linear_response_loss as linear_response_loss
+from aidx.distill.fused_top_k import linear_top_k as linear_top_k
+from aidx.distill.fused_top_k import linear_top_k_divergence as linear_top_k_divergence
+from aidx.distill.fused_top_k import linear_top_k_loss as linear_top_k_loss
+from aidx.distill.fused_top_k import lm_top_k_loss_fn as lm_top_k_loss_fn
 from aidx.distill.losses import distill_loss as distill_loss
 from aidx.distill.losses import make_loss as make_loss
 from aidx.distill.make_teacher import make_teacher as make_teacher

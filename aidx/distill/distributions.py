@@ -268,6 +268,7 @@ def self_distillation_loss(
     kind: Divergence | str = Divergence.FORWARD_KL,
     beta: float = 0.5,
     weights: Array | None = None,
+    feature_weights: Array | None = None,
 ) -> Array:
     """Shallow classifiers learn from the deepest of their own model (Zhang et al., 2019, eq. 1-4).
 
@@ -286,6 +287,7 @@ def self_distillation_loss(
         feature_weight: of the third term.
         alpha: share of the labels.
         temperature, kind, beta, weights: as `response_loss`.
+        feature_weights: `[*B]` as the features; None takes `weights`.
 
     Raises:
         ValueError: no exits, or features without the teacher's.
@@ -313,5 +315,6 @@ def self_distillation_loss(
     if teacher_features is None:
         return total
     fixed = [jax.lax.stop_gradient(teacher_features)] * len(features)
-    hint = per_layer(lambda s, t: feature_loss(s, t, weights), features, fixed)
+    held = weights if feature_weights is None else feature_weights
+    hint = per_layer(lambda s, t: feature_loss(s, t, held), features, fixed)
     return total + feature_weight * hint

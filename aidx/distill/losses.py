@@ -267,13 +267,24 @@ def _selectivity(o: Options, student: Outputs, teacher: Outputs, weights: Array 
 def _self(o: Options, student: Outputs, teacher: Outputs, weights: Array | None) -> Array:
     """Exits learn from the teacher; a student without exits learns with its output (born again)."""
     exits: Sequence[Array] = student.exits or (_need(student.logits, "logits", o.strategy),)
+    features, deepest = (), None
+    if o.feature_weight:
+        features = student.exit_features if student.exits else student.features[-1:]
+        features = _need(features, "the student's features of its exits", o.strategy)
+        deepest = _need(teacher.features, "the teacher's features", o.strategy)[-1]
+        if len(features) != len(exits):
+            raise ValueError(f"{len(exits)} exits and features of {len(features)}")
     return self_distillation_loss(
         exits,
         _need(teacher.logits, "the teacher's logits", o.strategy),
+        features=features,
+        teacher_features=deepest,
+        feature_weight=o.feature_weight,
         temperature=_temperature(o, teacher),
         kind=o.divergence,
         beta=o.jsd_beta,
         weights=weights,
+        feature_weights=None if deepest is None else _fitting(weights, deepest),
     )
 
 

@@ -177,7 +177,7 @@ READS: Mapping[DistillationStrategy, tuple[str, ...]] = {
     S.VARIATIONAL_INFORMATION: ("variational_mode", "prior_weight", "temperature"),
     S.FACTOR_TRANSFER: ("factor_mode", "rank", "norm_order"),
     S.NEURON_SELECTIVITY: ("selectivity_metric",),
-    S.SELF_DISTILLATION: ("temperature", "divergence", "jsd_beta"),
+    S.SELF_DISTILLATION: ("temperature", "divergence", "jsd_beta", "feature_weight"),
 }
 """The options that each strategy reads, beside strategy and alpha."""
 
@@ -221,6 +221,7 @@ class KnowledgeDistillationOptions:
             median distance between the teacher's examples.
         relational_distance, distance_weight, angle_weight: of relation_based.
         variational_mode, prior_weight: of variational_information.
+        feature_weight: of the exits' features in self_distillation; 0 leaves them out.
         layer_weights: one per layer (per pair of layers for flow_based); None weighs all alike.
         hybrid: (strategy, weight) pairs.
 
@@ -260,6 +261,7 @@ class KnowledgeDistillationOptions:
     angle_weight: float = 2.0
     variational_mode: VariationalMode | str = VariationalMode.ELBO
     prior_weight: float = 1e-3
+    feature_weight: float = 0.0
     layer_weights: tuple[float, ...] | None = None
     hybrid: tuple[tuple[DistillationStrategy | str, float], ...] = ()
 
@@ -279,7 +281,7 @@ class KnowledgeDistillationOptions:
         for name in ("temperature", "contrastive_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
-        for name in ("margin", "distance_weight", "angle_weight", "prior_weight"):
+        for name in ("margin", "distance_weight", "angle_weight", "prior_weight", "feature_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.alpha <= 1:

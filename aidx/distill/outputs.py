@@ -38,6 +38,7 @@ class Outputs:
     features: tuple[Array, ...] = ()  # per layer [*B, D]
     attention: tuple[Array, ...] = ()  # per layer [*B, N, T, S], rows sum to one
     exits: tuple[Array, ...] = ()  # logits of shallower classifiers, [*B, V]
+    exit_features: tuple[Array, ...] = ()  # of those classifiers, as wide as the last features
     embedding: Array | None = None  # [B, D]; None: the last features, averaged over middle axes
     latent: Gaussian | None = None  # q(z | x)
     reconstruction: Gaussian | None = None  # q(teacher's last features | z)

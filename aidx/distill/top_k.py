@@ -182,9 +182,25 @@ def top_k_loss(
         >>> abs(float(top_k_loss(logits, *top_k_of(logits, 2)))) < 1e-6
         True
     """
-    if indices.shape != log_probs.shape or indices.shape[:-1] != student_logits.shape[:-1]:
+    check_top_k(student_logits.shape[:-1], indices, log_probs, temperature, tail)
+    z = student_logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(z, indices, axis=-1)
+    lse = jax.nn.logsumexp(z, axis=-1)
+    rows = event_divergence(picked, lse, log_probs, temperature, tail)
+    return temperature**2 * weighted_mean(rows, weights)
+
+
+def check_top_k(shape: tuple, indices: Array, log_probs: Array, temperature: float, tail: str):
+    """Refuse what `top_k_loss` says it refuses; `shape` is `[*B]` of the student.
+
+    Example:
+        >>> check_top_k((2,), jnp.zeros((2, 3), int), jnp.zeros((2, 3)), 2.0, "bucket")
+        Traceback (most recent call last):
+        ValueError: a bucket for the tail is known at temperature 1, not 2.0
+    """
+    if indices.shape != log_probs.shape or indices.shape[:-1] != shape:
         raise ValueError(
-            f"{indices.shape=}, {log_probs.shape=} and {student_logits.shape=} do not go together"
+            f"{indices.shape=}, {log_probs.shape=} and a student of {shape} do not go together"
         )
     if tail not in ("bucket", "renormalise"):
         raise ValueError(f"unknown tail {tail!r}; known: bucket, renormalise")
@@ -192,15 +208,32 @@ def top_k_loss(
         raise ValueError(f"a bucket for the tail is known at temperature 1, not {temperature}")
     if not temperature > 0:
         raise ValueError(f"{temperature=} must be positive")
+
+
+def event_divergence(
+    picked: Array, lse: Array, log_probs: Array, temperature: float, tail: str
+) -> Array:
+    """`sum_i t_i (log t_i - log s_i)` of the known events, per position; see `top_k_loss`.
+
+    Args:
+        picked: the student's logits at the teacher's tokens, f32 `[*B, k]`.
+        lse: the logsumexp of all its logits, f32 `[*B]`.
+        log_probs: of the teacher, `[*B, k]`.
+        temperature, tail: as `top_k_loss`.
+
+    Example:
+        >>> z = jnp.array([[1.0, 0.0]])
+        >>> float(event_divergence(z, jax.nn.logsumexp(z, -1), jax.nn.log_softmax(z), 2.0,
+        ...                        "renormalise")[0])
+        0.0
+    """
     if tail == "renormalise":
-        picked = jnp.take_along_axis(student_logits.astype(jnp.float32), indices, axis=-1)
         log_s, log_t = log_softmax(picked, temperature), log_softmax(log_probs, temperature)
     else:
-        log_s = jnp.take_along_axis(log_softmax(student_logits), indices, axis=-1)
-        log_s, log_t = _with_tail(log_s), _with_tail(log_probs.astype(jnp.float32))
+        log_s = _with_tail(picked - lse[..., None])
+        log_t = _with_tail(log_probs.astype(jnp.float32))
     t = jnp.exp(log_t)
-    rows = jnp.where(t > 0, t * jnp.where(t > 0, log_t - log_s, 0.0), 0.0).sum(-1)
-    return temperature**2 * weighted_mean(rows, weights)
+    return jnp.where(t > 0, t * jnp.where(t > 0, log_t - log_s, 0.0), 0.0).sum(-1)
 
 
 def _with_tail(log_p: Array) -> Array:

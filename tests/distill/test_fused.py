@@ -5,13 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aidx.cache import no_cache_attend
 from aidx.distill import (
     Divergence,
     cross_entropy,
     linear_divergence,
     linear_response_loss,
+    linear_top_k,
+    linear_top_k_loss,
+    lm_top_k_loss_fn,
     response_loss,
+    top_k_loss,
+    top_k_of,
 )
+from aidx.models import LlamaConfig, Model, init_params
 
 B, T, DS, DT, V = 2, 3, 4, 6, 11
 LABELS = np.array([[1, -1, 10], [0, 5, 3]], np.int32)
@@ -130,3 +137,82 @@ def test_what_does_not_fit_is_refused():
             linear_divergence(hs, ws, ht, wt, **options)
     with pytest.raises(ValueError, match="alpha=2"):
         linear_response_loss(hs, ws, ht, wt, alpha=2)
+
+
+# --- top-k ---------------------------------------------------------------------------------------
+
+K = 4
+
+
+def top_k_operands():
+    hs, ws, ht, wt = operands()
+    return hs, ws, *top_k_of(ht @ wt.T, K)
+
+
+@pytest.mark.parametrize(("tail", "temperature"), [("bucket", 1.0), ("renormalise", 2.0)])
+@pytest.mark.parametrize("chunk", [3, 11])
+def test_top_k_from_hidden_states_is_the_loss_of_the_logits(tail, temperature, chunk):
+    hs, ws, indices, log_probs = top_k_operands()
+    options = dict(tail=tail, temperature=temperature, weights=WEIGHTS)
+
+    def dense(h, w):
+        z = h @ w.T
+        labelled = WEIGHTS * (LABELS >= 0)
+        hard = (cross_entropy(z, LABELS) * labelled).sum() / labelled.sum()
+        return 0.4 * hard + 0.6 * top_k_loss(z, indices, log_probs, **options)
+
+    fused = lambda h, w: linear_top_k_loss(
+        h, w, indices, log_probs, LABELS, alpha=0.4, chunk=chunk, **options
+    )
+    wanted, found = (program(f)(hs, ws) for f in (dense, fused))
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    for a, b in zip(found[1], wanted[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    alone = linear_top_k_loss(hs, ws, indices, log_probs, chunk=chunk, **options)
+    np.testing.assert_allclose(
+        alone, top_k_loss(hs @ ws.T, indices, log_probs, **options), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11])
+def test_the_teachers_top_k_needs_no_logits(chunk):
+    _, _, ht, wt = operands()
+    wt = wt.at[7].set(wt[2])  # equal logits: the smaller token comes first, in every slicing
+    indices, log_probs = jax.jit(lambda h, w: linear_top_k(h, w, K, chunk=chunk))(ht, wt)
+    wanted = top_k_of(ht @ wt.T, K)
+    np.testing.assert_array_equal(indices, wanted[0])
+    np.testing.assert_allclose(log_probs, wanted[1], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="k=12"):
+        linear_top_k(ht, wt, 12)
+
+
+def test_no_array_of_top_k_training_is_as_wide_as_the_vocabulary():
+    n, D, wide = 6, 4, 640
+    h, W = jnp.ones((n, D)), jnp.ones((wide, D))
+    indices, log_probs = jnp.zeros((n, K), jnp.int32), jnp.zeros((n, K))
+    loss = lambda h, w: linear_top_k_loss(h, w, *linear_top_k(h, w, K, chunk=64), chunk=64)
+    train = lambda h, w: linear_top_k_loss(h, w, indices, log_probs, chunk=64)
+    texts = (jax.jit(loss).lower(h, W), jax.jit(jax.grad(train, argnums=(0, 1))).lower(h, W))
+    for text in (lowered.as_text() for lowered in texts):
+        assert f"tensor<{n}x64x" in text and f"tensor<{n}x{wide}x" not in text
+
+
+def test_a_decoder_learns_from_stored_top_k():
+    config = LlamaConfig(V, 8, 16, 1, 2, 1, 8, tied=True)
+    student, teacher = (Model(config, init_params(config, jax.random.key(i))) for i in range(2))
+    tokens = jnp.asarray([[1, 2, 3, 4, 5]], jnp.int32)
+    inputs, places = tokens[:, :-1], jnp.arange(4, dtype=jnp.int32)[None]
+    logits, _ = teacher.forward(teacher.params, inputs, places, no_cache_attend(), None)
+    indices, log_probs = top_k_of(logits, K)
+    batch = {"tokens": tokens, "indices": indices, "log_probs": log_probs}
+    loss_fn = lm_top_k_loss_fn(student.forward, alpha=0.5, chunk=4)
+    total, weight, sums = loss_fn(student.params, batch, jax.random.key(0))
+    theirs, _ = student.forward(student.params, inputs, places, no_cache_attend(), None)
+    soft = top_k_loss(theirs, indices, log_probs)
+    hard = cross_entropy(theirs, tokens[:, 1:]).mean()
+    assert float(weight) == 4 and set(sums) == {"soft", "hard"}
+    np.testing.assert_allclose(total / weight, 0.5 * soft + 0.5 * hard, rtol=1e-5)
+    batch["weights"] = jnp.array([[1.0, 0.0, 0.0, 1.0]])
+    assert float(loss_fn(student.params, batch, jax.random.key(0))[1]) == 2
+    with pytest.raises(ValueError, match="alpha"):
+        lm_top_k_loss_fn(student.forward, alpha=2.0)

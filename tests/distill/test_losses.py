@@ -25,7 +25,8 @@ from aidx.distill.relations import contrastive_loss
 from tests.distill import formulas as np64
 
 B, X, N, D, V = 5, 3, 2, 4, 7
-FIELDS = ("logits", "features", "attention", "embedding", "latent", "reconstruction", "exits")
+FIELDS = ("logits", "features", "attention", "embedding", "latent", "reconstruction", "exits",
+          "exit_features")  # fmt: skip
 
 
 def draw(seed):
@@ -40,6 +41,7 @@ def draw(seed):
         "latent": tuple(rng.normal(size=(2, B, D)) * 0.5),
         "reconstruction": tuple(rng.normal(size=(2, B, X, D)) * 0.5),
         "exits": tuple(rng.normal(size=(2, B, V))),
+        "exit_features": tuple(rng.normal(size=(2, B, X, D))),
     }
 
 
@@ -191,6 +193,15 @@ CASES = {
         ),
         True,
     ),
+    "self features": (
+        opt("self_distillation", feature_weight=0.7),
+        lambda s, t: (
+            np.mean([np64.response(e, t["logits"], temperature=3.0) for e in s["exits"]])
+            + 0.7 * np.mean([np64.feature(flat(f), flat(t["features"][1]))
+                             for f in s["exit_features"]])
+        ),
+        True,
+    ),
     "hybrid": (
         opt("hybrid", hybrid={"response_based": 0.5, "feature_based": 2.0}, temperature=4.0),
         lambda s, t: (
@@ -242,8 +253,9 @@ def test_the_loss_is_the_papers_equation_and_its_gradient_the_slope(name):
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case[2]])
 def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(name):
     same = outputs(TEACHER)
-    if name == "self":
-        same = same.replace(exits=(same.logits, same.logits))
+    if name.startswith("self"):
+        deepest = (same.features[-1],) * 2
+        same = same.replace(exits=(same.logits, same.logits), exit_features=deepest)
     value, (grad, _) = program(name)(same, same)
     assert abs(float(value)) < 2e-6
     if name in ("factor factor_matching", "response total_variation"):
@@ -358,6 +370,19 @@ def test_every_missing_field_is_named():
             distill_loss(options, empty, empty)
 
 
+def test_born_again_students_learn_features_too():
+    """Without exits the student's own output and last features stand for them."""
+    s, t = (outputs(x).replace(exits=(), exit_features=()) for x in (STUDENT, TEACHER))
+    loss = jax.jit(make_loss(opt("self_distillation", feature_weight=2.0)))
+    soft = np64.response(STUDENT["logits"], TEACHER["logits"], temperature=3.0)
+    hint = np64.feature(flat(STUDENT["features"][1]), flat(TEACHER["features"][1]))
+    assert float(loss(s, t)) == pytest.approx(soft + 2 * hint, rel=1e-5)
+    with pytest.raises(ValueError, match="2 exits and features of 1"):
+        loss(outputs(STUDENT).replace(exit_features=s.features[:1]), t)
+    with pytest.raises(ValueError, match="features of its exits"):
+        loss(s.replace(features=()), t)
+
+
 @pytest.mark.smoke
 def test_options_are_validated():
     with pytest.raises(
@@ -381,6 +406,8 @@ def test_options_are_validated():
         dict(strategy="probabilistic_transfer", moments=0),
         dict(strategy="feature_based", layer_weights=(-1.0,)),
         dict(strategy="feature_based", temperature=2.0),
+        dict(strategy="feature_based", feature_weight=0.1),
+        dict(strategy="self_distillation", feature_weight=-0.1),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"read|must|each strategy once|needs"):
             KnowledgeDistillationOptions(**bad)
