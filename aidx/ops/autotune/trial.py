@@ -1,0 +1,233 @@
+"""One configuration after the other on one set of operands: right first, then how long."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .table import Measurement
+from .tunable import Tunable, config_text
+
+CACHE_BYTES = 100 << 20  # twice the L2 of an H200: rotated operands come from memory
+MOST_SETS = 8
+ROUNDS = 8  # of all sets in a program
+QUEUE = 4  # programs in flight
+
+Timer = Callable[["Trial", Hashable], float]
+
+# What a configuration raises that does not fit or is wrong; anything else is a mistake of ours.
+FAILURES = (NotImplementedError, ValueError, TypeError, ExceptionGroup, jax.errors.JaxRuntimeError)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trial:
+    """Operands with values, and what the reference makes of the first set of them."""
+
+    tunable: Tunable
+    sets: tuple[tuple[Any, ...], ...]
+    static: dict[str, Any]
+    want: Any
+
+    def call(self, config: Hashable) -> Callable[..., Any]:
+        """The function of the operands in this configuration."""
+        return functools.partial(self.tunable.run, config, **self.static)
+
+
+def prepare(
+    tunable: Tunable, operands: tuple[Any, ...], static: dict[str, Any], *, seed: int = 0
+) -> Trial:
+    """Random operands of these shapes, several sets so that no cache holds what comes next.
+
+    >>> def run(config, x):
+    ...     return x + x
+    >>> doc = Tunable("doc/trial", run, lambda x: (1, 2), lambda x: 2 * x, ())
+    >>> trial = prepare(doc, (jax.ShapeDtypeStruct((4,), jnp.float32),), {})
+    >>> len(trial.sets), attempt(trial, 1, timer=lambda trial, config: 0.5).seconds
+    (8, 0.5)
+    """
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    abstract = jax.tree.map(shape, tuple(operands))
+    make = tunable.inputs or random_inputs
+    rng = np.random.default_rng(seed)
+    first = make(rng, *abstract, **static)
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(first))
+    count = int(np.clip(CACHE_BYTES // max(nbytes, 1), 1, MOST_SETS))
+    sets = (first, *(make(rng, *abstract, **static) for _ in range(count - 1)))
+    exact = jax.tree.map(_float32, first)
+    with jax.default_matmul_precision("highest"):
+        want = jax.jit(functools.partial(tunable.reference, **static))(*exact)
+    return Trial(tunable, sets, dict(static), want)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """One call, and a chain of them (None where another clock is used), compiled."""
+
+    once: Any
+    chain: Any
+
+
+def compiled(trial: Trial, config: Hashable, chain: bool = True) -> Programs:
+    """The programs of a configuration."""
+    call = trial.call(config)
+    once = jax.jit(call).lower(*trial.sets[0]).compile()
+    if not chain:
+        return Programs(once, None)
+    return Programs(once, jax.jit(chained(call, ROUNDS)).lower(*trial.sets).compile())
+
+
+def attempt(
+    trial: Trial,
+    config: Hashable,
+    timer: Timer | None = None,
+    programs: Callable[[], Programs] | None = None,
+) -> Measurement:
+    """What becomes of one configuration: its seconds, if its result is right, or its failure.
+
+    What fails in a way that this does not know raises; in a worker process that ends the process,
+    which is recorded as well.
+
+    Args:
+      trial: operands and the reference's result.
+      config: the configuration.
+      timer: a clock in place of the device's time.
+      programs: gives the compiled programs where they are made elsewhere.
+    """
+    text = config_text(config)
+    try:
+        made = programs() if programs else compiled(trial, config, chain=timer is None)
+        got = jax.block_until_ready(made.once(*trial.sets[0]))
+        error = (trial.tunable.error or relative_error)(got, trial.want)
+        limit = trial.tunable.limit(trial.sets[0])
+        if not error <= limit:
+            return Measurement(text, error=_finite(error), failure=f"wrong: error {error:.2g} is "
+                               f"above {limit:.2g}")  # fmt: skip
+        seconds = timer(trial, config) if timer else device_seconds(made.chain, trial.sets)
+        return Measurement(text, seconds=seconds, error=error)
+    except FAILURES as error:
+        return Measurement(text, failure=_reason(error))
+
+
+def _finite(error: float) -> float | None:
+    return error if np.isfinite(error) else None  # JSON knows no infinity
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ExceptionGroup):
+        return "; ".join(_reason(e) for e in error.exceptions)
+    said = " ".join(str(error).split())[:300]
+    return (
+        f"{'refused' if isinstance(error, NotImplementedError) else type(error).__name__}: {said}"
+    )
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if wide else x
+
+
+def random_inputs(rng: np.random.Generator, *operands: Any, **static: Any) -> tuple[Any, ...]:
+    """Standard normal floats, and zeros.
+
+    >>> x, i = random_inputs(np.random.default_rng(0), jnp.zeros(3), jnp.zeros(2, jnp.int32))
+    >>> print(bool(jnp.all(x != 0)), i)
+    True [0 0]
+    """
+    del static  # values depend on shapes alone
+
+    def one(x: Any) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.zeros(x.shape, x.dtype)
+        key = jax.random.key(int(rng.integers(1 << 31)))
+        return _normal(key, x.shape, jnp.dtype(x.dtype).name)
+
+    return jax.tree.map(one, operands)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """The largest `|got - want| / (rms(want) + |want|)`; infinite where one is not finite alone.
+
+    Outputs may be as small as they like: an error counts beside the size of what it is an error of.
+
+    >>> want = jnp.array([0.03, -0.03, jnp.nan])
+    >>> print(round(relative_error(want.at[0].set(0.06), want), 3), relative_error(want, want))
+    0.551 0.0
+    >>> relative_error(want.at[2].set(0.0), want)
+    inf
+    """
+    if jax.tree.structure(got) != jax.tree.structure(want):
+        raise ValueError(f"outputs {jax.tree.structure(got)}, not {jax.tree.structure(want)}")
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    for a, b in pairs:
+        if a.shape != b.shape:
+            raise ValueError(f"an output is {a.shape}, not {b.shape}")
+    return max((float(_worst(a, b)) for a, b in pairs if a.size), default=0.0)
+
+
+@jax.jit
+def _worst(got: jax.Array, want: jax.Array) -> jax.Array:
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    finite = jnp.isfinite(want)
+    size = jnp.where(finite, jnp.abs(want), 0.0)
+    rms = jnp.sqrt(jnp.mean(size * size))
+    error = jnp.abs(got - want) / (rms + size)
+    same = (got == want) | (jnp.isnan(got) & jnp.isnan(want))
+    error = jnp.where(finite & jnp.isfinite(got), error, jnp.inf)
+    return jnp.max(jnp.where(same, 0.0, error))
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def chained(f: Callable[..., Any], rounds: int) -> Callable[..., jax.Array]:
+    """One program that calls f on every set of operands in turn, `rounds` times, one by one."""
+
+    def body(_: Any, state: Any) -> Any:
+        total, *sets = state
+        for i in range(len(sets)):
+            # Without the barrier XLA would compute only the elements read below.
+            out = jax.lax.optimization_barrier(f(*sets[i]))
+            read = [x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(out) if x.size]
+            # The next call waits: its operands come out of a barrier with what was read.
+            total, *sets = jax.lax.optimization_barrier((sum(read, total), *sets))
+        return (total, *sets)
+
+    return lambda *sets: jax.lax.fori_loop(0, rounds, body, (jnp.float32(0), *sets))[0]
+
+
+def device_seconds(chain: Any, sets: Sequence[Any], *, repeats: int = 5) -> float:
+    """Median device seconds of one call of a compiled chain.
+
+    Programs of many calls are queued; the time of one is taken off that of several, so that
+    dispatch and the way back do not count.
+    """
+
+    def took(count: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready([chain(*sets) for _ in range(count)])
+        return time.perf_counter() - start
+
+    took(1)
+    samples = [took(QUEUE) - took(1) for _ in range(repeats)]
+    return max(median(samples) / ((QUEUE - 1) * ROUNDS * len(sets)), 1e-9)
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle one, the lower of two.
+
+    >>> median([3.0, 1.0, 2.0])
+    2.0
+    """
+    return sorted(values)[(len(values) - 1) // 2]

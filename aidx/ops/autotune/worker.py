@@ -1,0 +1,224 @@
+"""A process that times configurations, and the handle on it: a kernel that hangs can be killed.
+
+A kernel on a GPU cannot be cancelled, and one that faults poisons its process' CUDA context: so
+`aidx tune` sends every configuration to a process with a bounded memory pool, kills that process
+when an answer takes too long, and starts another.  Messages are JSON, one a line.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from typing import IO, Any
+
+
+class WorkerFailure(RuntimeError):
+    """The worker did not answer: it hung and was killed, or it died."""
+
+
+class Worker:
+    """The process, seen from outside; started when it is first asked something."""
+
+    def __init__(
+        self,
+        modules: Sequence[str] = (),
+        *,
+        memory_fraction: float = 0.5,
+        environment: Mapping[str, str] | None = None,
+    ):
+        """Nothing is started yet.
+
+        Args:
+          modules: what the process imports for the tunables that they register.
+          memory_fraction: of the device's memory, all that the process may take.
+          environment: variables on top of this process's.
+        """
+        self.modules, self.starts = tuple(modules), 0
+        self._environment = {
+            **os.environ,
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": str(memory_fraction),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "true",  # the pool is all there is
+            **(environment or {}),
+        }
+        self._process: subprocess.Popen | None = None
+        self._errors: IO[bytes] | None = None
+
+    def ask(self, timeout: float, **message: Any) -> Any:
+        """The answer to a message.
+
+        Raises:
+          WorkerFailure: none within `timeout` seconds (the process is killed), or it died; the next
+            message goes to another process.
+          ValueError: the worker says that the message asks for something that is not there.
+        """
+        if self._process is None:
+            self._start()
+        process = self._process
+        assert process is not None and process.stdin is not None  # Popen was given pipes
+        try:
+            process.stdin.write(json.dumps(message).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerFailure(self._post_mortem()) from None
+        line = self._line(time.monotonic() + timeout)
+        if line is None:
+            self.close()
+            raise WorkerFailure(f"timed out after {timeout:g} s; its process was killed")
+        if not line.endswith(b"\n"):
+            raise WorkerFailure(self._post_mortem())
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["answer"]
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._said()
+
+    def _said(self) -> tuple[int, list[str]]:
+        """The exit status of the process, whose end this awaits, and the lines of its errors."""
+        process, errors = self._process, self._errors
+        assert process is not None and errors is not None
+        process.communicate()
+        with errors:
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").strip().splitlines()
+        self._process = self._errors = None
+        return process.returncode, lines
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has died
+        command = [sys.executable, "-m", "aidx.ops.autotune.worker", *self.modules]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self._errors, env=self._environment
+        )
+        self.starts += 1
+
+    def _line(self, deadline: float) -> bytes | None:
+        """One line of the process, what it wrote before it died, or None at the deadline."""
+        process = self._process
+        assert process is not None and process.stdout is not None
+        descriptor, found = process.stdout.fileno(), b""
+        while not found.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+                return None
+            piece = os.read(descriptor, 1 << 16)
+            if not piece:
+                break
+            found += piece
+        return found
+
+    def _post_mortem(self) -> str:
+        """How it ended, and the last line that it said."""
+        status, lines = self._said()
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        return f"its process died with {how}{f': {lines[-1][:300]}' if lines else ''}"
+
+
+# --- the process itself --------------------------------------------------------------------------
+
+
+class _Cases:
+    """What the process has prepared: one case at a time, its configurations compiled ahead."""
+
+    def __init__(self):
+        self.name: tuple[str, str] | None = None
+        self.trial: Any = None
+        self.compiled: dict[str, concurrent.futures.Future] = {}
+        self.compilers = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+
+    def describe(self, op: str, case: str) -> dict[str, Any]:
+        """What timings of this case are known by, and its candidates."""
+        import jax
+
+        from . import tunable as known
+        from .choice import device_kind
+
+        one = known.get(op)
+        operands, static = known.case_of(one, case)
+        key = one.key_text(operands, static)
+        device = device_kind(one)
+        if key is None or device is None:
+            where = f"needs {', '.join(one.platforms)}, this is {jax.default_backend()}"
+            raise ValueError(f"{op}: {where if device is None else 'this case has no lasting key'}")
+        return {
+            "device": device,
+            "jax": jax.__version__,
+            "code": known.code_hash(one.sources),
+            "key": key,
+            "configs": [known.config_text(c) for c in one.candidates(*operands, **static)],
+        }
+
+    def prepare(self, op: str, case: str, ahead: Sequence[str] = ()) -> None:
+        """Make operands and the reference's result; begin to compile configurations."""
+        from . import tunable as known
+        from .trial import compiled, prepare
+
+        if self.name != (op, case):
+            one = known.get(op)
+            operands, static = known.case_of(one, case)
+            self.name, self.compiled = None, {}
+            self.trial = prepare(one, operands, static)
+            self.name = (op, case)
+        for text in ahead:
+            if text not in self.compiled:
+                config = self._config(text)
+                self.compiled[text] = self.compilers.submit(compiled, self.trial, config)
+
+    def time(self, op: str, case: str, config: str) -> dict[str, Any]:
+        """What becomes of a configuration."""
+        from .trial import attempt
+
+        self.prepare(op, case, [config])
+        programs = self.compiled[config].result
+        return dataclasses.asdict(attempt(self.trial, self._config(config), programs=programs))
+
+    def _config(self, text: str) -> Hashable:
+        from .tunable import config_text
+
+        operands, static = self.trial.sets[0], self.trial.static
+        found = {config_text(c): c for c in self.trial.tunable.candidates(*operands, **static)}
+        if text not in found:
+            raise ValueError(f"{text} is no candidate; there are {list(found)}")
+        return found[text]
+
+
+def main(modules: Sequence[str]) -> None:
+    """Answer the messages on standard input until it ends."""
+    # Whatever prints goes to standard error; the answers have the first standard output alone.
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    from . import tunable as known
+
+    known.load(modules)
+    cases = _Cases()
+    requests = {"describe": cases.describe, "prepare": cases.prepare, "time": cases.time}
+    for line in sys.stdin.buffer:
+        message = json.loads(line)
+        try:
+            reply = {"answer": requests[message.pop("do")](**message)}
+        except (ValueError, NotImplementedError) as error:
+            reply = {"error": str(error)}
+        answers.write(json.dumps(reply).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
