@@ -13,11 +13,12 @@ Stages, in this order and each only while `--limit` lasts:
   `attention_options.py`); aidx through its public door.
 * `memory`: the peak of forward + backward over 131072 tokens.
 
-A JAX figure is device time: programs that chain their calls are queued, and the time of one program
-is taken off that of several, so that dispatch and wake-up do not count; a torch figure is events
-around a queue of calls.  Operations: 4*B*N*S^2*H forward, half when causal, 3.5 times that forward
-+ backward.  Results are written after every row, into
-bench/results/<device>/attention.json, or into $OUT where that is set.
+Implementations and variants take turns and the median turn counts, since the clock drifts.  A
+figure is device time: programs that chain their calls are queued, and the time of one program is
+taken off that of several, so that dispatch and wake-up do not count; torch gets bursts of as many
+calls, since a GPU runs faster for the first milliseconds after a pause.  Operations: 4*B*N*S^2*H
+forward, half when causal, 3.5 times that forward + backward.  Results are written after every row,
+into bench/results/<device>/attention.json, or into $OUT where that is set.
 """
 
 import argparse
@@ -58,40 +59,60 @@ ROWS = {
     "gqa S16384": (1, 16384, 32, 8, 128),
 }
 
-PERSISTENT = F(persistent=True)
-KV192 = F(block_kv=192)
+LANE = dict(release="lane", issue="warp")
+PAIR = dict(LANE, cluster=2)
+WIDE = dict(block_kv=64, late_sum=True)
+COLUMNS = dict(split="columns", do_stages=1, dq_chunks=2)
 FORWARD_VARIANTS = {  # (head_dim, causal): name: config
     (128, False): {
-        "kv128": F(),
-        "kv192": KV192,
-        "kv192+late": F(block_kv=192, late_sum=True),
-        "pers": PERSISTENT,
+        "base": F(block_kv=192),
+        "lane": F(block_kv=192, release="lane"),
+        "lane+warp": F(block_kv=192, **LANE),
+        "pair": F(block_kv=192, **PAIR),
+        "pair128": F(**PAIR),
     },
     (128, True): {
+        "base": F(block_kv=192),
         "kv128": F(),
-        "kv192": KV192,
-        "kv128+late": F(late_sum=True),
-        "pers": PERSISTENT,
-        "pers+late": F(persistent=True, late_sum=True),
+        "lane+warp": F(block_kv=192, **LANE),
+        "lane+warp128": F(**LANE),
+        "pers+lane": F(persistent=True, **LANE),
+        "pair": F(block_kv=192, **PAIR),
+        "pair128": F(**PAIR),
+        "pers+pair": F(persistent=True, **PAIR),
     },
-    (64, False): {"3wg": F(consumers=3), "3wg+late": F(consumers=3, late_sum=True)},
-    (64, True): {"3wg": F(consumers=3), "3wg+late": F(consumers=3, late_sum=True)},
+    (64, False): {
+        "base": F(consumers=3),
+        "lane+warp": F(consumers=3, **LANE),
+        "pair": F(consumers=3, **PAIR),
+    },
+    (64, True): {
+        "base": F(consumers=3),
+        "lane+warp": F(consumers=3, **LANE),
+        "pair": F(consumers=3, **PAIR),
+    },
     (256, False): {
-        "late": F(block_kv=64, release="named", late_sum=True),
-        "late+mbar": F(block_kv=64, late_sum=True),
+        "base": F(release="named", **WIDE),
+        "lane+warp": F(**WIDE, **LANE),
+        "pair": F(**WIDE, **PAIR),
     },
     (256, True): {
-        "late": F(block_kv=64, release="named", late_sum=True),
-        "late+mbar": F(block_kv=64, late_sum=True),
+        "base": F(release="named", **WIDE),
+        "lane+warp": F(**WIDE, **LANE),
+        "pair": F(**WIDE, **PAIR),
     },
 }
 BACKWARD_VARIANTS = {
-    128: {"base": B(), "stages3": B(stages=3), "do1": B(do_stages=1), "chunks2": B(dq_chunks=2)},
-    64: {"base": B(block_q=128), "stages3": B(block_q=128, stages=3)},
+    128: {"base": B(), "warp": B(issue="warp"), "lane+warp": B(**LANE), "pair": B(**PAIR)},
+    64: {
+        "base": B(block_q=128),
+        "lane+warp": B(block_q=128, **LANE),
+        "pair": B(block_q=128, **PAIR),
+    },
     256: {
-        "base": B(split="columns", do_stages=1, dq_chunks=2),
-        "stages1": B(split="columns", stages=1, do_stages=1, dq_chunks=2),
-        "chunks1": B(split="columns", stages=1, do_stages=1),
+        "base": B(**COLUMNS),
+        "lane+warp": B(**COLUMNS, **LANE),
+        "pair": B(**COLUMNS, **PAIR),
     },
 }
 
@@ -195,8 +216,8 @@ def compile_all(entries, workers):
 CALLS = {"fwd": 4, "fwd+bwd": 2}
 
 
-def torch_seconds(row, causal):
-    """{"fwd": s, "fwd+bwd": s} of torch SDPA on cuDNN."""
+def torch_timers(row, causal):
+    """{"fwd": timer, "fwd+bwd": timer} of torch SDPA on cuDNN; a timer is as `seconds`."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -212,27 +233,30 @@ def torch_seconds(row, causal):
             q, k, v, is_causal=causal, enable_gqa=heads != kv_heads
         )
 
+    def only_forward():
+        with torch.no_grad():
+            return forward()
+
     def both():
         return torch.autograd.grad(forward(), (q, k, v), do)
 
-    def timed(f, calls):
-        f()
+    def took(f, calls):
+        start = time.perf_counter()
+        for _ in range(calls):
+            f()
         torch.cuda.synchronize()
-        times = []
-        for _ in range(3):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(calls):
-                f()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1e3 / calls)
-        return sorted(times)[1]
+        return time.perf_counter() - start
 
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        with torch.no_grad():
-            fwd = timed(forward, CALLS["fwd"])
-        return {"fwd": fwd, "fwd+bwd": timed(both, CALLS["fwd+bwd"])}
+    def timer(f, calls, queue=4):
+        """The same bursts as the JAX programs get, so that the clock treats both alike."""
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            took(f, calls)
+            return (took(f, queue * calls) - took(f, calls)) / ((queue - 1) * calls)
+
+    return {
+        "fwd": functools.partial(timer, only_forward, CALLS["fwd"]),
+        "fwd+bwd": functools.partial(timer, both, CALLS["fwd+bwd"]),
+    }
 
 
 # --- correctness ---------------------------------------------------------------------------------
@@ -427,30 +451,34 @@ class Results:
         (self.folder / "attention.json").write_text(text + "\n")
 
 
-def measure(row, causal, programs, with_torch, results, rounds=1):
-    """Time one row's programs, the median of `rounds` turns; print and keep the figures."""
+def measure(row, causal, programs, with_torch, results, rounds):
+    """Time one row's programs in turns, the median of `rounds`; print and keep the figures.
+
+    In turns, because the clock of the GPU drifts by several percent within a minute.
+    """
     case = f"{row} {'causal' if causal else 'full'}"
     args, work, figures = inputs(row), operations(row, causal), {}
     share = {"fwd": 1.0, "fwd+bwd": 3.5}
-    times = {}
-    for turn in range(rounds):
-        for (_, _, metric, name), program in programs.items():
-            if isinstance(program, str):
-                if not turn:
-                    print(f"  {case} {metric} {name}: {program}", flush=True)
-                continue
-            given = args[:3] if metric == "fwd" else args
-            took = seconds(program, given, CALLS[metric])
-            times.setdefault((metric, name), []).append(took)
+    timers = {}
+    for (_, _, metric, name), program in programs.items():
+        if isinstance(program, str):
+            print(f"  {case} {metric} {name}: {program}", flush=True)
+            continue
+        given = args[:3] if metric == "fwd" else args
+        timers[metric, name] = functools.partial(seconds, program, given, CALLS[metric], repeats=1)
+    if with_torch:
+        try:
+            for metric, timer in torch_timers(row, causal).items():
+                timers[metric, "cudnn_torch"] = timer
+        except ImportError as refusal:
+            print(f"  {case} torch: {refusal}", flush=True)
+    times = {key: [] for key in timers}
+    for _ in range(rounds):
+        for key in sorted(timers):  # one metric after the other
+            times[key].append(timers[key]())
     for (metric, name), taken in times.items():
         figures[metric, name] = work * share[metric] / sorted(taken)[len(taken) // 2]
     del args
-    if with_torch:
-        try:
-            for metric, took in torch_seconds(row, causal).items():
-                figures[metric, "cudnn_torch"] = work * share[metric] / took
-        except (ImportError, RuntimeError) as refusal:
-            print(f"  {case} torch: {str(refusal)[:90]}", flush=True)
     for metric in share:
         found = {name: x / 1e12 for (m, name), x in figures.items() if m == metric}
         for name, x in found.items():
@@ -461,7 +489,7 @@ def measure(row, causal, programs, with_torch, results, rounds=1):
     results.write()
 
 
-def measure_rows(rows, masks, table, with_torch, results, workers, limit, rounds=1):
+def measure_rows(rows, masks, table, with_torch, results, workers, limit, rounds):
     """Rows of one sequence length at a time: compile them together, then time them."""
     for length in dict.fromkeys(ROWS[row][1] for row in rows):
         if time.time() - T0 > limit:
@@ -498,6 +526,7 @@ def main():
     parser.add_argument("--error-rows", default="S4096", help="rows of the stage `errors`")
     parser.add_argument("--stages", default="rows,check,errors,variants")
     parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5, help="turns whose median counts")
     options = parser.parse_args()
 
     rows, masks = [x for x in ROWS if re.search(options.rows, x)], (False, True)
@@ -507,7 +536,7 @@ def main():
     results = Results(jax.devices()[0].device_kind)
     print(jax.__version__, results.meta["device"], f"tokamax {HAVE_TOKAMAX}", flush=True)
     timed = functools.partial(measure_rows, rows, masks)
-    rest = dict(results=results, workers=workers, limit=options.limit)
+    rest = dict(results=results, workers=workers, limit=options.limit, rounds=options.rounds)
     inexact = [row for row in rows if re.search(options.error_rows, row)]
     stages = {
         "rows": lambda: timed(lambda row, causal, metric: peers(metric), True, **rest),
@@ -516,7 +545,7 @@ def main():
             check_repeats(rows[0], True, options.repeats, results.add),
         ),
         "errors": lambda: check_errors(inexact, True, results.add, workers),
-        "variants": lambda: timed(variants, False, **rest, rounds=5),
+        "variants": lambda: timed(variants, False, **rest),
         "memory": lambda: attention_options.check_memory(results),
     }
     for name in attention_options.STAGES:

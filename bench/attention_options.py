@@ -25,6 +25,7 @@ from bench.device_time import chained, seconds  # noqa: E402
 from tests.ops.cases import packed_lengths  # noqa: E402
 
 SHARE = {"fwd": 1.0, "fwd+bwd": 3.5}
+ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,20 +96,26 @@ def compiled(case, workers):
 
 
 def measure(case, results, workers):
-    """TFLOP/s of every program of a case, printed and kept."""
+    """TFLOP/s of every program of a case, printed and kept: the median of `ROUNDS` turns."""
     args = inputs(case.shape)
     programs = compiled(case, workers)
     for metric in case.metrics:
-        line = []
+        given = args[: 3 if metric == "fwd" else 4]
+        times = {}
         for name in case.programs:
             program = programs[metric, name]
             if isinstance(program, Exception):
                 reason = " ".join(str(program).split())[:120]
                 print(f"  {case.name} {metric} {name}: {type(program).__name__} {reason}")
-                continue
-            given = args[: 3 if metric == "fwd" else 4]
-            took = seconds(program, given, case.calls(metric))
-            rate = case.operations(metric) / took / 1e12
+            else:
+                times[name] = []
+        for _ in range(ROUNDS):
+            for name, taken in times.items():
+                program = programs[metric, name]
+                taken.append(seconds(program, given, case.calls(metric), repeats=1))
+        line = []
+        for name, taken in times.items():
+            rate = case.operations(metric) / sorted(taken)[ROUNDS // 2] / 1e12
             results.add(case.name, name, metric, rate, "TFLOP/s")
             line.append(f"{name} {rate:.0f}")
         print(f"{case.name:24s} {metric:8s} {'  '.join(line)}", flush=True)

@@ -5,6 +5,7 @@ Calls that move between JAX releases, or that the interpreter lacks, are made in
 * `Ops` - accumulators and asynchronous wgmma on the GPU, plain values in interpret mode.
 * `named_barrier_arrive`, `named_barrier_sync` - PTX `bar`, cheaper than an mbarrier.
 * `kernel` - `plgpu.kernel` with the compiler parameters of a warp-specialised kernel.
+* `load_tile` - a TMA copy by a warpgroup or by one warp of it.
 * `swizzled` - the SMEM transforms that TMA and wgmma agree on.
 * `registers` - how warpgroups that compute and one that loads share the registers of a CTA.
 """
@@ -162,6 +163,21 @@ def named_barrier_arrive(barrier_id, num_threads: int) -> None:
 def named_barrier_sync(barrier_id, num_threads: int) -> None:
     """PTX `bar.sync`: the calling warpgroup waits until `num_threads` have arrived (GPU only)."""
     _named_barrier("sync", barrier_id, num_threads)
+
+
+def load_tile(source, target, barrier, by_warp: bool, **how: Any) -> None:
+    """`plgpu.copy_gmem_to_smem` of a warpgroup, `by_warp` by its first warp alone.
+
+    A whole warpgroup spends 128 arrivals on the barrier and a synchronisation, one warp 32.
+    """
+    if not by_warp:
+        plgpu.copy_gmem_to_smem(source, target, barrier, **how)
+        return
+
+    def issue(warp):
+        pl.when(warp == 0)(lambda: plgpu.copy_gmem_to_smem(source, target, barrier, **how))
+
+    plgpu.warp_map(issue)
 
 
 def div(a, b: int):

@@ -43,6 +43,7 @@ from pallas_kernels.flash_attention.problem import (
 )
 from pallas_kernels.flash_attention.program import Program
 
+CLUSTER = "pair"  # the axis of the CTAs that share Q and dO
 DS_BARRIER = 5  # and 6: named barriers between the consumers (0..4 are Mosaic's)
 
 
@@ -66,14 +67,19 @@ class Problem(common.Problem):
         return more or self.soft_cap is not None
 
     @property
+    def tile_rows(self) -> int:
+        """Keys of one tile, which a CTA or the CTAs of a cluster compute."""
+        return self.config.block_kv * self.config.cluster
+
+    @property
     def kv_tiles(self) -> int:
         """KV tiles of one head."""
-        return cdiv(self.keys, self.config.block_kv)
+        return cdiv(self.keys, self.tile_rows)
 
     @property
     def ragged_keys(self) -> bool:
         """Whether the last KV tile hangs over the end."""
-        return self.keys % self.config.block_kv != 0
+        return self.keys % self.tile_rows != 0
 
     @property
     def masked_low(self) -> bool:
@@ -126,19 +132,25 @@ def head_group(p: Problem) -> int:
 
 
 def decode(p: Problem, t):
-    """Flat tile number to (batch, KV head, KV tile); causal starts with the longest, the first."""
+    """Flat tile number to (batch, KV head, KV tile of this CTA); causal starts with the longest."""
     if not p.dynamic and p.band.right is not None and p.band.left is None:
         size = head_group(p)
         group, r = div(t, size * p.kv_tiles), rem(t, size * p.kv_tiles)
         kv_tile, pair = div(r, size), group * size + rem(r, size)
     else:
         pair, kv_tile = div(t, p.kv_tiles), rem(t, p.kv_tiles)
+    if p.config.cluster > 1:
+        kv_tile = kv_tile * p.config.cluster + lax.axis_index(CLUSTER)
     return div(pair, p.kv_heads), rem(pair, p.kv_heads), kv_tile
 
 
 def query_ranges(p: Problem, refs: Refs, b, kv_tile):
-    """Query tiles that a KV tile meets: `(first, end, full_first, full_end)`, as in the forward."""
-    bq, bk = p.config.block_q, p.config.block_kv
+    """Query tiles that a KV tile meets: `(first, end, full_first, full_end)`, as in the forward.
+
+    All CTAs of a cluster walk the same: what the whole tile meets.
+    """
+    bq, bk = p.config.block_q, p.tile_rows
+    kv_tile = div(kv_tile, p.config.cluster)
     if p.dynamic:
         any_lo, any_hi, all_lo, all_hi = (refs.extra.ranges[b, kv_tile, i] for i in range(4))
     else:
@@ -549,12 +561,13 @@ class Consumer:
         plgpu.copy_smem_to_gmem(staging.at[self.part, self.rows], out.at[at])
 
 
-def load_parts(p: Problem, src, at, dst, full) -> None:
-    """One tile, column part by column part."""
-    columns = dst.shape[-1]
-    for part in range(p.config.parts):
-        where = (*at, pl.ds(part * columns, columns)) if p.config.parts > 1 else at
-        plgpu.copy_gmem_to_smem(src.at[where], dst.at[part], full)
+def load_parts(p: Problem, src, at, dst, full, shared: bool = True) -> None:
+    """One tile, column part by column part; `shared` by the CTAs of a cluster."""
+    c, columns = p.config, dst.shape[-1]
+    how = dict(collective_axes=CLUSTER) if shared and c.cluster > 1 else {}
+    for part in range(c.parts):
+        where = (*at, pl.ds(part * columns, columns)) if c.parts > 1 else at
+        _mgpu.load_tile(src.at[where], dst.at[part], full, c.issue == "warp", **how)
 
 
 def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
@@ -562,8 +575,8 @@ def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
     c = p.config
     plgpu.set_max_registers(_mgpu.registers(c.consumers)[1], action="decrease")
     kv = (b, pl.ds(kv_tile * c.block_kv, c.block_kv), kv_head)
-    load_parts(p, refs.k, kv, refs.k_smem, refs.k_full)
-    load_parts(p, refs.v, kv, refs.v_smem, refs.v_full)
+    load_parts(p, refs.k, kv, refs.k_smem, refs.k_full, shared=False)
+    load_parts(p, refs.v, kv, refs.v_smem, refs.v_full, shared=False)
 
     def one_head(head_i, before):
         head = kv_head * p.group + head_i
@@ -577,7 +590,7 @@ def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
             pl.when(it >= c.stages)(lambda: plgpu.barrier_wait(refs.q_free.at[slot]))
             q_full, stats = refs.q_full.at[slot], refs.stats.at[b, head, :, rows]
             load_parts(p, refs.q, (b, rows, head), refs.q_smem.at[slot], q_full)
-            plgpu.copy_gmem_to_smem(stats, refs.stats_smem.at[slot], q_full)
+            _mgpu.load_tile(stats, refs.stats_smem.at[slot], q_full, c.issue == "warp")
             pl.when(it >= c.do_stages)(lambda: plgpu.barrier_wait(refs.do_free.at[do_slot]))
             do_full = refs.do_full.at[do_slot]
             load_parts(p, refs.do, (b, rows, head), refs.do_smem.at[do_slot], do_full)
@@ -607,6 +620,12 @@ def scratch_types(p: Problem) -> list:
         else plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
     )
     n, shared = c.parts, p.dq or c.parts > 1
+    if c.release == "lane":
+        free: Any = lambda n: plgpu.ClusterBarrier(
+            collective_axes=(CLUSTER,), num_arrivals=c.consumers, num_barriers=n
+        )
+    else:
+        free = lambda n: barrier(n, c.consumers)
     return [
         operand(n, c.block_kv, p.head_dim // n),
         operand(n, c.block_kv, p.head_dim_v // n),
@@ -622,8 +641,8 @@ def scratch_types(p: Problem) -> list:
         barrier(arrivals=n),
         barrier(c.stages, n + 1),
         barrier(c.do_stages, n),
-        barrier(c.stages, c.consumers),
-        barrier(c.do_stages, c.consumers),
+        free(c.stages),
+        free(c.do_stages),
         barrier(2, c.consumers),
         barrier(arrivals=c.consumers),
     ]
@@ -650,18 +669,20 @@ def backward(
     slope = None if options.score is None else options.score.program.slope()
     p = Problem.of(q, v, options, config, interpret, dq=dq, apart=options.apart, slope=slope)
     config.check(p.head_dim, p.head_dim_v, options.apart)
+    if config.cluster > 1 and p.lists:
+        raise NotImplementedError(f"a block mask lists tiles for each CTA: {config.cluster=}")
     q, k, v, do = (pad_tokens(x) for x in (q, k, v, do))
     words = None if options.dropout is None else options.dropout.words
     stats = statistics(lse, delta, config.block_q, words)
     extra = extra_operands(
-        options, p.batch, config.block_q, config.block_kv, by_query=False,
-        tile_rows=config.block_kv,
+        options, p.batch, config.block_q, p.tile_rows, by_query=False, tile_rows=p.tile_rows,
     )  # fmt: skip
     leaves, tree = jax.tree.flatten(extra)
     outs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in (("dk", k), ("dv", v))}
     dq_out = None
     if dq and interpret:
-        outs["dq"] = jax.ShapeDtypeStruct((p.kv_tiles, *q.shape), jnp.float32)
+        tiles = p.kv_tiles * config.cluster
+        outs["dq"] = jax.ShapeDtypeStruct((tiles, *q.shape), jnp.float32)
     elif dq:
         dq_out = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
 
@@ -685,6 +706,7 @@ def backward(
         def _():
             produce(p, refs, b, kv_head, kv_tile)
 
+    lane = config.release == "lane"
     results = _mgpu.kernel(
         body,
         out_type=tuple(outs.values()),
@@ -693,6 +715,7 @@ def backward(
         grid_names=("cta",),
         num_warpgroups=config.consumers + 1,
         interpret=interpret,
+        **(dict(cluster=(config.cluster,), cluster_names=(CLUSTER,)) if lane else {}),
     )(q, k, v, do, stats, *leaves, *(() if dq_out is None else (dq_out,)))
     dk, dv = results[0][:, : p.keys], results[1][:, : p.keys]
     if not dq:

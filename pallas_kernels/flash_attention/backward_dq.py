@@ -203,8 +203,10 @@ def check(p: Problem) -> None:
     need = 2 * width * (c.block_q + c.stages * c.block_kv)
     if need > SMEM_BYTES - 1024:
         raise NotImplementedError(f"{c} needs {need} bytes of shared memory for dQ at {width=}")
-    if c.persistent or c.release != "mbar":
-        raise NotImplementedError(f"dQ alone has neither a persistent grid nor named release: {c}")
+    if c.persistent or c.release != "mbar" or c.cluster > 1:
+        raise NotImplementedError(
+            f"dQ alone has neither a persistent grid nor clusters, and frees by mbar: {c}"
+        )
 
 
 def backward_dq(

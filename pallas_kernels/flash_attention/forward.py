@@ -5,6 +5,9 @@ the matmul Q K^T of block i is issued before P V of block i-1, and the softmax o
 under it (FlashAttention-3, Shah et al. 2024); between consumers the matmuls are issued in turn, so
 the tensor cores stay busy under every softmax.
 
+The CTAs of a cluster take neighbouring query rows, or heads of one group, and so the same K and V:
+each loads its share of a block and the copy engine hands it to all, which halves the reads of L2.
+
 A tile walks its key blocks from the last to the first, since the diagonal and the ragged end lie
 there: they are masked first, and the main loop then has no mask in it.  Every consumer has its own
 range of blocks (see `mask.py`); for blocks outside it only keeps the barriers in step.
@@ -38,20 +41,49 @@ from pallas_kernels.flash_attention.problem import (
     run_program,
 )
 
+CLUSTER = "pair"  # the axis of the CTAs that share K and V
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem(common.Problem):
     """The static side of one call, in query tiles."""
 
     @property
+    def shares_heads(self) -> bool:
+        """Whether the CTAs of a cluster take heads of one group; otherwise neighbouring rows."""
+        return self.config.cluster > 1 and self.group % self.config.cluster == 0
+
+    @property
+    def tile_heads(self) -> int:
+        """Query heads of one tile."""
+        return self.config.cluster if self.shares_heads else 1
+
+    @property
+    def tile_rows(self) -> int:
+        """Query rows of one tile, which a CTA or the CTAs of a cluster compute."""
+        return self.config.block_q * (1 if self.shares_heads else self.config.cluster)
+
+    @property
     def q_tiles(self) -> int:
-        """Query tiles of one head."""
-        return cdiv(self.queries, self.config.block_q)
+        """Tiles of one head, or of the heads of a cluster."""
+        return cdiv(self.queries, self.tile_rows)
+
+    @property
+    def pairs(self) -> int:
+        """(batch, heads of a tile) of the call."""
+        return self.batch * self.heads // self.tile_heads
 
     @property
     def total(self) -> int:
         """Tiles of the call."""
-        return self.batch * self.heads * self.q_tiles
+        return self.pairs * self.q_tiles
+
+    @property
+    def programs(self) -> int:
+        """CTAs, or clusters of them, of the grid."""
+        if not self.config.persistent:
+            return self.total
+        return min(self.config.num_sms // self.config.cluster, self.total)
 
     @property
     def multiplier(self) -> float:
@@ -113,11 +145,11 @@ class Refs(NamedTuple):
 
 def head_group(p: Problem) -> int:
     """(batch, head) pairs whose tiles run together, so that their K and V stay in L2."""
-    pairs = p.batch * p.heads
+    pairs, group = p.pairs, p.group // p.tile_heads
     if p.config.persistent:
         return pairs
     per_head = p.keys * (p.head_dim + p.head_dim_v) * 2
-    most = max(p.group, (32 << 20) // max(per_head, 1) * p.group)
+    most = max(group, (32 << 20) // max(per_head, 1) * group)
     return max(x for x in range(1, pairs + 1) if pairs % x == 0 and (x <= most or x == 1))
 
 
@@ -127,7 +159,7 @@ def longest_first(p: Problem) -> bool:
 
 
 def decode(p: Problem, t):
-    """Flat tile number to (batch, head, query tile)."""
+    """Flat tile number to (batch, head, query tile) of this CTA."""
     if longest_first(p):
         size = head_group(p)
         group, r = div(t, size * p.q_tiles), rem(t, size * p.q_tiles)
@@ -135,14 +167,21 @@ def decode(p: Problem, t):
         q_tile = p.q_tiles - 1 - div(r, size)
     else:
         pair, q_tile = div(t, p.q_tiles), rem(t, p.q_tiles)
-    return div(pair, p.heads), rem(pair, p.heads), q_tile
+    heads = p.heads // p.tile_heads
+    b, head = div(pair, heads), rem(pair, heads)
+    if p.config.cluster == 1:
+        return b, head, q_tile
+    rank = lax.axis_index(CLUSTER)
+    if p.shares_heads:
+        return b, head * p.tile_heads + rank, q_tile
+    return b, head, q_tile * p.config.cluster + rank
 
 
 def tile_of(p: Problem, cta, j):
     """The j-th tile of a CTA; zigzag over the SMs evens out tiles sorted by length."""
     if not p.config.persistent:
         return cta
-    n = min(p.config.num_sms, p.total)
+    n = p.programs
     if not longest_first(p):
         return j * n + cta
     return j * n + jnp.where(rem(j, 2) == 1, n - 1 - cta, cta)
@@ -153,7 +192,7 @@ def over_tiles(p: Problem, f):
     cta = lax.axis_index("cta")
     if not p.config.persistent:
         return f(jnp.int32(0), cta, jnp.int32(0))
-    n = min(p.config.num_sms, p.total)
+    n = p.programs
     full, part = divmod(p.total, n)
     count = jnp.int32(full)
     if part:
@@ -202,11 +241,15 @@ def block_at(p: Problem, refs: Any, b, head, q_tile, end, i):
 
 
 def tile_blocks(p: Problem, refs: Any, b, head, q_tile):
-    """`(first, end)` of the blocks that some consumer of the tile touches; or of the list."""
+    """`(first, end)` of the blocks that some consumer of the tile touches; or of the list.
+
+    Every CTA of a cluster walks the same ones.
+    """
     if p.lists:
         counts = refs.extra.counts
         return jnp.int32(0), counts[(*at_index(counts, b, head), q_tile, 1)]
-    bases = [q_tile * p.config.block_q + w * TILE for w in range(p.config.consumers)]
+    tile_first = div(q_tile, p.tile_rows // p.config.block_q) * p.tile_rows
+    bases = [tile_first + row for row in range(0, p.tile_rows, TILE)]
     if not p.dynamic and p.band.unbounded:
         return jnp.int32(0), jnp.int32(cdiv(p.keys, p.config.block_kv))
     ranges = [row_ranges(p, refs, b, base) for base in bases]
@@ -546,7 +589,7 @@ class Consumer:
             o, lse = self.normalise(o, m, total)
             self.store(o.astype(p.dtype), lse)
 
-        if p.dynamic or p.lists or not p.band.unbounded or p.queries % p.config.block_q:
+        if p.dynamic or p.lists or not p.band.unbounded or p.queries % p.tile_rows:
 
             @pl.when(self.begin_i >= self.end_i)
             def _():
@@ -629,7 +672,10 @@ def produce(p: Problem, refs: Refs) -> None:
             block = block_at(p, refs, b, head, q_tile, end, i)
             rows = pl.ds(block * c.block_kv, c.block_kv)
             pl.when(done + i >= c.stages)(lambda: await_slot(p, refs, which, slot))
-            plgpu.copy_gmem_to_smem(src.at[b, rows, kv_head], dst.at[slot], full.at[slot])
+            shared = dict(collective_axes=CLUSTER) if c.cluster > 1 else {}
+            _mgpu.load_tile(
+                src.at[b, rows, kv_head], dst.at[slot], full.at[slot], c.issue == "warp", **shared
+            )
 
         # K of the next tile may start before the consumers have let go of Q
         pl.when(blocks > 0)(lambda: load(0, jnp.int32(0)))
@@ -662,6 +708,12 @@ def scratch_types(p: Problem) -> list:
     chunks = c.o_chunks(p.head_dim_v)
     o_shape = (c.consumers, chunks, TILE, 64) if chunks else (c.consumers, TILE, p.head_dim_v)
     barrier = lambda n, arrivals=1: plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
+    if c.release == "lane":
+        free: Any = plgpu.ClusterBarrier(
+            collective_axes=(CLUSTER,), num_arrivals=c.consumers, num_barriers=c.stages
+        )
+    else:
+        free = barrier(c.stages, c.consumers)
     return [
         operand(c.consumers, TILE, p.head_dim),
         operand(c.stages, c.block_kv, p.head_dim),
@@ -671,8 +723,8 @@ def scratch_types(p: Problem) -> list:
         barrier(c.stages),
         barrier(c.stages),
         barrier(c.consumers),
-        barrier(c.stages, c.consumers),
-        barrier(c.stages, c.consumers),
+        free,
+        free,
         barrier(c.consumers),
         barrier(c.consumers),
     ]
@@ -694,9 +746,11 @@ def forward(
     """
     p = Problem.of(q, v, options, config, interpret)
     config.check(p.head_dim, p.head_dim_v)
+    if config.cluster > 1 and p.lists:
+        raise NotImplementedError(f"a block mask lists blocks for each CTA: {config.cluster=}")
     q, k, v = (pad_tokens(x) for x in (q, k, v))
     extra = extra_operands(
-        options, p.batch, config.block_q, config.block_kv, by_query=True, tile_rows=TILE
+        options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE
     )
     leaves, tree = jax.tree.flatten(extra)
 
@@ -707,16 +761,18 @@ def forward(
         pl.when(wg < config.consumers)(lambda: consume(p, refs, wg))
         pl.when(wg == config.consumers)(lambda: produce(p, refs))
 
+    lane = config.release == "lane"
     out, lse = _mgpu.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct((*q.shape[:3], p.head_dim_v), q.dtype),
-            jax.ShapeDtypeStruct((p.batch, p.heads, p.q_tiles * config.block_q), jnp.float32),
+            jax.ShapeDtypeStruct((p.batch, p.heads, p.q_tiles * p.tile_rows), jnp.float32),
         ),
         scratch_types=scratch_types(p),
-        grid=(min(config.num_sms, p.total) if config.persistent else p.total,),
+        grid=(p.programs,),
         grid_names=("cta",),
         num_warpgroups=config.consumers + 1,
         interpret=interpret,
+        **(dict(cluster=(config.cluster,), cluster_names=(CLUSTER,)) if lane else {}),
     )(q, k, v, *leaves)
     return out[:, : p.queries], lse[:, :, : p.queries]

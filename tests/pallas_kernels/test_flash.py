@@ -107,6 +107,47 @@ def test_persistent_grid_reuses_its_buffers():
     check_forward((1, 130, 72, 1, 1, 64, 64), config=config, band=causal)
 
 
+SHARED = dict(consumers=1, cluster=2, release="lane", issue="warp")
+
+
+@pytest.mark.parametrize(
+    ("shape", "config", "options"),
+    [
+        ((1, 200, 136, 1, 1, 64, 64), SHARED, dict(band=causal)),
+        ((1, 72, 136, 4, 2, 64, 64), SHARED, dict(band=causal)),
+        (
+            (1, 72, 136, 4, 2, 64, 64),
+            SHARED | dict(persistent=True, num_sms=2),
+            dict(band=fa.Band(left=40, right=5)),
+        ),
+        ((1, 110, 110, 1, 1, 64, 64), SHARED, dict(band=causal, bounds=ragged)),
+    ],
+    ids=["rows", "heads", "persistent", "packed"],
+)
+def test_a_cluster_shares_its_keys(shape, config, options):
+    check_forward(shape, config=fa.ForwardConfig(block_kv=64, **config), **options)
+
+
+def test_a_cluster_lists_no_blocks():
+    mask = fa.BlockKinds(jnp.full((1, 1, 1, 1), 2, jnp.int8), 64, 64, 8, 8)
+    config = fa.ForwardConfig(block_kv=64, **SHARED)
+    call = functools.partial(fa.flash_attention_fwd, x, x, x, scale=0.1, band=full)
+    with pytest.raises(NotImplementedError, match="block mask"):
+        call(blocks=mask, config=config)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 200, 136, 2, 1, 64, 64), dict(band=causal)),
+        ((1, 110, 110, 1, 1, 64, 64), dict(band=causal, bounds=ragged)),
+    ],
+    ids=["causal-gqa", "packed"],
+)
+def test_a_cluster_shares_its_queries(shape, options):
+    check_backward(shape, config=fa.BackwardConfig(**SHARED), **options)
+
+
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
@@ -224,7 +265,8 @@ def test_refusals_carry_the_reason(case):
 @pytest.mark.parametrize(
     "change",
     [dict(block_kv=65), dict(stages=1), dict(consumers=4), dict(release="x"), dict(poly=9),
-     dict(poly=1), dict(num_sms=0), dict(stages=5, release="named")],
+     dict(poly=1), dict(num_sms=0), dict(stages=5, release="named"), dict(issue="x"),
+     dict(cluster=3), dict(cluster=2)],
     ids=str,
 )  # fmt: skip
 def test_forward_config_refuses(change):
@@ -235,7 +277,8 @@ def test_forward_config_refuses(change):
 @pytest.mark.parametrize(
     "change",
     [dict(block_q=96), dict(consumers=4), dict(stages=0), dict(sync="x"), dict(split="x"),
-     dict(dq_chunks=0), dict(split="columns", block_q=128)],
+     dict(dq_chunks=0), dict(split="columns", block_q=128), dict(release="named"),
+     dict(issue="x"), dict(cluster=2)],
     ids=str,
 )  # fmt: skip
 def test_backward_config_refuses(change):
