@@ -1,19 +1,16 @@
 """A training step over four devices beside one device, in a process of its own."""
 
-import os
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from aidx.models import LlamaConfig, bind_forward, init_params
+from aidx.train import init_state, language_model_loss, make_train_step, prefetch
 
 
 def main():
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    import jax
-    import numpy as np
-    import optax
-    from jax.sharding import AxisType, NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    from aidx.models import LlamaConfig, bind_forward, init_params
-    from aidx.train import init_state, language_model_loss, make_train_step, prefetch
-
     config = LlamaConfig(31, 16, 32, 1, 2, 1, 8, tied=True)
     optimizer = optax.sgd(0.5)
     loss_fn = language_model_loss(bind_forward(config), chunk_tokens=16)
