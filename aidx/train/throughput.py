@@ -6,16 +6,7 @@ from typing import Any
 import jax
 
 from ..models.model import ModelConfig, is_shape, param_shapes
-
-# Dense bf16 peak without sparsity, of the makers' data sheets.
-PEAK_FLOPS = {
-    "H200": 989.4e12,
-    "H100": 989.4e12,
-    "GH200": 989.4e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-}
+from ..telemetry.profiler import device_peak
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
@@ -53,11 +44,8 @@ def peak_flops(device: Any = None) -> float | None:
     >>> peak_flops(jax.devices("cpu")[0]) is None
     True
     """
-    kind = (device or jax.devices()[0]).device_kind
-    for name in sorted(PEAK_FLOPS, key=len, reverse=True):
-        if name in kind.replace("-", " ").split():
-            return PEAK_FLOPS[name]
-    return None
+    peak = device_peak((device or jax.devices()[0]).device_kind)
+    return None if peak is None else peak.flops
 
 
 def model_flops_utilisation(
