@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from aidx.cache import BlockPool, PagedKVCache
+from aidx.cache import BlockPool, PagedKVCache, SwappedBlocks, swap_in, swap_out, swap_piece
 from aidx.engine import scheduler as scheduling
 from aidx.engine import step as stepping
 from aidx.engine.beam import Beams, Hypothesis, select
@@ -76,6 +76,10 @@ class EngineConfig:
             2 * beam_width of them.
         eos_token_ids: tokens that end a sequence unless its request ignores them.
         implementation: of paged attention.
+        preemption_mode: what becomes of a sequence whose blocks others need: `recompute` it later,
+            `swap` its blocks to host memory, or `auto`: what the warm-up measures to be cheaper
+            (without a warm-up: recompute).
+        swap_space_bytes: host memory for swapped blocks.
         asynchronous: issue step t before reading step t - 1.
         cascade_tokens: a decode step reads a prefix that rows share once where rows x tokens of the
             prefix reach this; 0: never.  None: `CASCADE_TOKENS` on a GPU, never on a CPU, whose
@@ -103,6 +107,8 @@ class EngineConfig:
     max_logprobs: int = 20
     eos_token_ids: tuple[int, ...] = ()
     implementation: Any = None
+    preemption_mode: str = "auto"
+    swap_space_bytes: int = 4 << 30
     asynchronous: bool = True
     cascade_tokens: int | None = None
     cpu: bool = True
@@ -128,7 +134,16 @@ class EngineConfig:
             max_overtaken=self.max_overtaken,
             enable_prefix_caching=self.enable_prefix_caching,
             watermark=self.watermark,
+            preemption_mode="recompute" if self.preemption_mode == "auto" else self.preemption_mode,
+            max_swapped_blocks=self.swap_space_bytes // self.block_bytes,
         )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block in all layers."""
+        values = 2 * self.num_layers * self.num_kv_heads * self.block_size
+        size = jax.numpy.dtype(self.dtype).itemsize
+        return values * (self.head_dim * size + (4 if size == 1 else 0))  # scales are f32
 
     @property
     def max_blocks(self) -> int:
@@ -219,6 +234,7 @@ class Engine:
         self._params = params
         self._tokenizer = tokenizer
         self._clock = clock
+        self._swap_is_cheaper = False
         self._batch = self._new_batch()
         self._allocate()
         s = config.max_num_seqs
@@ -234,6 +250,7 @@ class Engine:
         self._beams: dict[str, Beams] = {}
         self._candidates: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of paused beams
         self._prefixes: tuple[Any, SharedPrefixes | None] = None, None  # of whom; what they share
+        self._swapped: dict[int, SwappedBlocks] = {}  # seq_id -> its blocks in host memory
         self._in_flight: _InFlight | None = None
         self._epoch = 0  # how often the device state was made anew
         self._touched: dict[str, None] = {}  # requests with something to tell
@@ -374,6 +391,7 @@ class Engine:
             self._params,
         )
         self._batch = scheduling.preempt_all(self._batch)
+        self._swapped.clear()
         self._batch = dataclasses.replace(self._batch, pool=self._batch.pool.clear_prefix_cache())
 
     def stats(self) -> EngineStats:
@@ -506,6 +524,11 @@ class Engine:
             self._take_seat(seq)
         self._meter.steps += 1
         self._meter.preempted += len(work.preempted)
+        for seq_id, blocks in work.swap_outs:
+            self._swapped[seq_id] = swap_out(self._cache, blocks)
+            self._meter.swapped += 1
+        for seq_id, places in work.swap_ins:
+            self._cache = swap_in(self._cache, self._swapped.pop(seq_id), places)
         self._copy_blocks(work.copies)
         rows = self._plan_rows(work)
         cascade = self._cascade(rows)
@@ -812,6 +835,7 @@ class Engine:
         ticket = self._tickets[name]
         for seq in ticket.samples:
             self._candidates.pop(seq.seq_id, None)
+            self._swapped.pop(seq.seq_id, None)
             progress = self._progress[seq.seq_id]
             if progress.finish_reason is None:
                 output = seq.log[seq.num_prompt : seq.num_prompt + self._num_output[seq.seq_id]]
@@ -833,8 +857,10 @@ class Engine:
         running = self._batch.running
         for name in {running[s].request.request_id for s in seats if running[s] is not None}:
             self._end_request(name, "error", f"{type(error).__name__}: {error}")
-        # Blocks were published on the strength of that step.
-        self._batch = dataclasses.replace(self._batch, pool=self._batch.pool.clear_prefix_cache())
+        # Blocks were published, and were to be swapped out, on the strength of that step.
+        batch = dataclasses.replace(self._batch, pool=self._batch.pool.clear_prefix_cache())
+        lost = [seq.seq_id for seq in batch.waiting if seq.seq_id not in self._swapped]
+        self._batch = scheduling.forget_swapped(batch, lost)
 
     def _lose_device(self, error: Exception) -> None:
         """The cache is gone: whoever runs fails, and whoever waits gets a new one."""
@@ -842,7 +868,8 @@ class Engine:
         for name in {s.request.request_id for s in self._batch.running if s is not None}:
             self._end_request(name, "error", message)
         self._epoch += 1
-        waiting = self._batch
+        self._swapped.clear()
+        waiting = scheduling.forget_swapped(self._batch, [s.seq_id for s in self._batch.waiting])
         self._batch = dataclasses.replace(
             self._new_batch(),
             waiting=waiting.waiting,
@@ -948,7 +975,10 @@ class Engine:
 
     def _new_batch(self) -> scheduling.BatchScheduler:
         pool = BlockPool.create(self.config.num_blocks, self.config.block_size)
-        return scheduling.new_batch(self.config.scheduler(), pool)
+        config = self.config.scheduler()
+        if self._swap_is_cheaper:
+            config = dataclasses.replace(config, preemption_mode="swap")
+        return scheduling.new_batch(config, pool)
 
     def _allocate(self) -> None:
         """The cache and the batch state, zeroed."""
@@ -1049,8 +1079,38 @@ class Engine:
         for size in COPY_SIZES:
             blocks = range(min(size, config.num_blocks))
             self._cache = self._cache.copy_blocks(blocks, blocks)
+        if config.preemption_mode != "recompute":
+            swapping = self._warm_swapping()
+            if config.preemption_mode == "auto" and swapping < self._time_recomputing():
+                self._swap_is_cheaper = True
+                limits = dataclasses.replace(self._batch.config, preemption_mode="swap")
+                self._batch = dataclasses.replace(self._batch, config=limits)
         jax.block_until_ready((self._cache, self._state))
         return done
+
+    def _warm_swapping(self) -> float:
+        """Compile what swapping runs; seconds for a block to go and to come back."""
+        size = min(swap_piece(self._cache), self.config.num_blocks)
+        seconds = []
+        for n in [*(1 << i for i in range(size.bit_length())), size, size, size]:
+            jax.block_until_ready(self._cache)
+            began = time.monotonic()
+            self._cache = swap_in(self._cache, swap_out(self._cache, range(n)), range(n))
+            jax.block_until_ready(self._cache)
+            seconds.append((time.monotonic() - began) / n)
+        return min(seconds[-2:])
+
+    def _time_recomputing(self) -> float:
+        """Seconds that the largest prefill takes for a block's tokens, attention left out."""
+        config, seconds = self.config, float("inf")
+        largest = [s for s in config.shapes() if s.num_tokens == config.max_num_batched_tokens]
+        shape = min(largest, key=lambda s: VARIANTS.index(s.sampler.variant))
+        for _ in range(3):
+            jax.block_until_ready(self._cache)
+            began = time.monotonic()
+            jax.block_until_ready(self._run(shape, self._empty_plan(shape)))
+            seconds = min(seconds, time.monotonic() - began)
+        return seconds / shape.num_tokens * config.block_size
 
     def _empty_plan(self, shape: stepping.Shape) -> np.ndarray:
         nothing = np.zeros(0, np.int64)

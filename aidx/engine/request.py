@@ -77,6 +77,7 @@ class SequenceState:
         arrival: order of arrival; samples of one request have consecutive ones.
         num_known: tokens that the host has read.
         num_computed: tokens whose keys and values the steps issued so far have written.
+        num_swapped: blocks of them that host memory holds; only while it waits.
         num_cached: of those, at admission, found in the prefix cache or forked.
         num_charged: tokens of the prompt that the user has been charged for (policy `fair`).
         overtaken: steps in which a later arrival was admitted before it.
@@ -98,6 +99,7 @@ class SequenceState:
     arrival: int
     num_known: int
     num_computed: int = 0
+    num_swapped: int = 0
     num_cached: int = 0
     num_charged: int = 0
     overtaken: int = 0

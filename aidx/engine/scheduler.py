@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from aidx.cache import BlockKey, BlockPool, block_keys
+from aidx.cache import NULL_BLOCK, BlockKey, BlockPool, block_keys
 from aidx.engine.request import SequenceState, SequenceStatus
 
 POLICIES = ("fcfs", "priority", "shortest_first", "fair")
+PREEMPTION_MODES = ("recompute", "swap")
 # What a token costs a user under `fair`: VTC's weights of an input and an output token.
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0
 _NO_BLOCKS = np.zeros(0, np.int32)
@@ -43,9 +44,12 @@ class SchedulerConfig:
             this bound it goes first, whatever the policy says.
         enable_prefix_caching: whether full blocks are published and looked up.
         watermark: share of the pool that an admission leaves free for the running to grow into.
+        preemption_mode: what becomes of the blocks of a sequence that must give them back:
+            `recompute` computes them again, `swap` keeps them in host memory.
+        max_swapped_blocks: that host memory holds; beyond, sequences are recomputed.
 
     Raises:
-        ValueError: a limit is below its least, or the policy is unknown.
+        ValueError: a limit is below its least, or the policy or the mode is unknown.
 
     Example:
         >>> SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=4)
@@ -61,10 +65,16 @@ class SchedulerConfig:
     max_overtaken: int = 256
     enable_prefix_caching: bool = True
     watermark: float = 0.01
+    preemption_mode: str = "recompute"
+    max_swapped_blocks: int = 0
 
     def __post_init__(self):
         if self.policy not in POLICIES:
             raise ValueError(f"policy={self.policy!r} is not one of {POLICIES}")
+        if self.preemption_mode not in PREEMPTION_MODES:
+            raise ValueError(
+                f"preemption_mode={self.preemption_mode!r} is not one of {PREEMPTION_MODES}"
+            )
         for name in ("max_num_seqs", "max_model_len", "max_overtaken"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -73,6 +83,8 @@ class SchedulerConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
                 f"max_num_seqs={self.max_num_seqs}: every running sequence decodes in every step"
             )
+        if self.max_swapped_blocks < 0:
+            raise ValueError(f"max_swapped_blocks={self.max_swapped_blocks} is negative")
         if not 0 <= self.watermark < 1:
             raise ValueError(f"watermark={self.watermark} must be in [0, 1)")
 
@@ -105,7 +117,10 @@ class BatchScheduler:
     user: np.ndarray  # [S] i64, index into service
     users: Mapping[str, int]
     service: np.ndarray  # [users] f64, virtual tokens served
-    copies: tuple[tuple[int, int], ...] = ()  # (from, to) blocks, before the next step
+    # Before the next step, in this order:
+    swap_outs: tuple[tuple[int, np.ndarray], ...] = ()  # (seq_id, blocks to host memory)
+    swap_ins: tuple[tuple[int, np.ndarray], ...] = ()  # (seq_id, where they go; -1: nowhere)
+    copies: tuple[tuple[int, int], ...] = ()  # (from, to) blocks
 
     @property
     def num_running(self) -> int:
@@ -156,7 +171,7 @@ class Schedule:
         counts: `[r]` i64, at least 1.
         samples: `[r]` bool: the row's last token is the sequence's last, so a token is sampled.
         updates: `[u, 3]` i32, (seat, index, block): entries of block tables the device lacks.
-        copies: (from, to) blocks to copy before the step.
+        swap_outs, swap_ins, copies: what happens to blocks before the step, see `BatchScheduler`.
         admitted: sequences that took a seat in this step.
         preempted: sequences that lost theirs.
     """
@@ -166,6 +181,8 @@ class Schedule:
     counts: np.ndarray
     samples: np.ndarray
     updates: np.ndarray
+    swap_outs: tuple[tuple[int, np.ndarray], ...]
+    swap_ins: tuple[tuple[int, np.ndarray], ...]
     copies: tuple[tuple[int, int], ...]
     admitted: tuple[SequenceState, ...]
     preempted: tuple[SequenceState, ...]
@@ -288,7 +305,11 @@ def cancel(batch: BatchScheduler, seq_ids: Iterable[int]) -> BatchScheduler:
     gone = set(seq_ids)
     waiting = tuple(seq for seq in batch.waiting if seq.seq_id not in gone)
     seats = [i for i, seq in enumerate(batch.running) if seq is not None and seq.seq_id in gone]
-    return finish(dataclasses.replace(batch, waiting=waiting), seats)
+    left = lambda moves: tuple(move for move in moves if move[0] not in gone)
+    batch = dataclasses.replace(
+        batch, waiting=waiting, swap_outs=left(batch.swap_outs), swap_ins=left(batch.swap_ins)
+    )
+    return finish(batch, seats)
 
 
 def record(batch: BatchScheduler, seats: np.ndarray, tokens: np.ndarray) -> BatchScheduler:
@@ -353,6 +374,7 @@ def branch(
             child = dataclasses.replace(
                 child,
                 num_computed=0,
+                num_swapped=0,
                 seat=-1,
                 blocks=_NO_BLOCKS,
                 status=SequenceStatus.PENDING,
@@ -492,7 +514,7 @@ def _find_blocks(batch: BatchScheduler, take: np.ndarray, drained: bool):
                 batch.at(i).arrival,
             ),
         )
-        batch, seq = _preempt(batch, victim)
+        batch, seq = _preempt(batch, victim, swap=True)
         preempted.append(seq)
         take = take.copy()
         take[victim] = 0
@@ -500,19 +522,42 @@ def _find_blocks(batch: BatchScheduler, take: np.ndarray, drained: bool):
     return _grow(batch, short), take, preempted
 
 
-def _preempt(batch: BatchScheduler, seat: int) -> tuple[BatchScheduler, SequenceState]:
-    """Take the seat and the blocks of a sequence; it waits again and will be recomputed."""
+def _preempt(
+    batch: BatchScheduler, seat: int, *, swap: bool = False
+) -> tuple[BatchScheduler, SequenceState]:
+    """Take the seat and the blocks of a sequence; it waits, to be swapped in or recomputed."""
     seq = batch.sequence(seat)
     paused = seq.status is SequenceStatus.PAUSED
+    blocks = _blocks_to_keep(batch, seq) if swap and not paused else _NO_BLOCKS
     seq = dataclasses.replace(
         seq,
-        num_computed=0,
+        num_computed=seq.num_computed if len(blocks) else 0,
+        num_swapped=len(blocks),
         preemptions=seq.preemptions + 1,
         status=SequenceStatus.PAUSED if paused else SequenceStatus.PENDING,
         seat=-1,
         blocks=_NO_BLOCKS,
     )
+    if len(blocks):
+        outs = (*batch.swap_outs, (seq.seq_id, blocks))
+        batch = dataclasses.replace(batch, swap_outs=outs)
     return _queued(finish(batch, [seat]), seq), seq
+
+
+def _blocks_to_keep(batch: BatchScheduler, seq: SequenceState) -> np.ndarray:
+    """What a preempted sequence takes along to host memory; nothing where it cannot."""
+    config = batch.config
+    blocks = seq.blocks[: _ceil(seq.num_computed, batch.pool.block_size)]
+    held = sum(other.num_swapped for other in batch.waiting)
+    unwritten = {to for _, to in batch.copies}.intersection(blocks.tolist())
+    if (
+        config.preemption_mode != "swap"
+        or held + len(blocks) > config.max_swapped_blocks
+        or (blocks == NULL_BLOCK).any()  # a window let go of it: what is left is no beginning
+        or unwritten
+    ):
+        return _NO_BLOCKS
+    return blocks
 
 
 def preempt_all(batch: BatchScheduler) -> BatchScheduler:
@@ -520,7 +565,23 @@ def preempt_all(batch: BatchScheduler) -> BatchScheduler:
     for seat, seq in enumerate(batch.running):
         if seq is not None:
             batch, _ = _preempt(batch, seat)
-    return batch
+    return forget_swapped(batch, [seq.seq_id for seq in batch.waiting])
+
+
+def forget_swapped(batch: BatchScheduler, seq_ids: Iterable[int]) -> BatchScheduler:
+    """These waiting sequences will be recomputed: what host memory holds of them is worth nothing.
+
+    Ids that do not wait are passed over.
+    """
+    gone = set(seq_ids)
+    waiting = tuple(
+        dataclasses.replace(seq, num_computed=0, num_swapped=0)
+        if seq.seq_id in gone and seq.num_swapped
+        else seq
+        for seq in batch.waiting
+    )
+    outs = tuple((seq_id, blocks) for seq_id, blocks in batch.swap_outs if seq_id not in gone)
+    return dataclasses.replace(batch, waiting=waiting, swap_outs=outs)
 
 
 def _grow(batch: BatchScheduler, short: np.ndarray) -> BatchScheduler:
@@ -625,7 +686,7 @@ def _fork_source(batch: BatchScheduler, seq: SequenceState, before: np.ndarray) 
     `_NOT_YET` while such a sample still computes the prompt: this one waits for it rather than
     compute it again.
     """
-    if seq.every_logit or seq.num_prompt < 2:
+    if seq.every_logit or seq.num_prompt < 2 or seq.num_swapped:
         return None
     siblings = [
         i for i, r in enumerate(batch.running) if r is not None and r.request is seq.request
@@ -644,7 +705,11 @@ def _place(
     """
     size, pool, copies = batch.pool.block_size, batch.pool, batch.copies
     shared = np.zeros(0, np.int32)
-    if source is not None:
+    if seq.num_swapped:
+        cached = seq.num_computed
+        if batch.config.enable_prefix_caching:  # others may hold the beginning, or the pool still
+            pool, shared = pool.match_prefix(seq.keys[: cached // size])
+    elif source is not None:
         cached = seq.num_prompt - 1  # the last token gives the logits that each sample draws from
         shared = batch.tables[source][: cached // size]
         pool = pool.fork(shared)
@@ -658,21 +723,27 @@ def _place(
         need += int(waiting_for) + int(batch.config.watermark * pool.num_blocks)
     if need > pool.num_free:
         return None
-    blocks = shared
-    if source is not None and cached % size:  # copy on write: the block that the prompt ends in
+    blocks, swap_ins = shared, batch.swap_ins
+    if seq.num_swapped:
+        pool, fresh = pool.allocate(seq.num_swapped - len(shared))
+        places = np.concatenate((np.full(len(shared), -1, np.int32), fresh))
+        swap_ins = (*swap_ins, (seq.seq_id, places))
+        blocks = np.concatenate((shared, fresh))
+    elif source is not None and cached % size:  # copy on write: the block that the prompt ends in
         pool, fresh = pool.allocate(1)
         copies = (*copies, (int(batch.tables[source][cached // size]), int(fresh[0])))
         blocks = np.concatenate((shared, fresh))
     seq = dataclasses.replace(
         seq,
         num_computed=cached,
+        num_swapped=0,
         num_cached=cached if not seq.preemptions else seq.num_cached,
         num_charged=seq.num_charged,
         status=SequenceStatus.PREFILLING,
         seat=seat,
     )
     last = seq.keys[len(shared) - 1] if len(shared) and seq.keys else None
-    batch = dataclasses.replace(batch, pool=pool, copies=copies)
+    batch = dataclasses.replace(batch, pool=pool, copies=copies, swap_ins=swap_ins)
     return _seated(batch, seq, blocks, len(shared), last), seq
 
 
@@ -729,6 +800,8 @@ def _issue(
         counts=counts,
         samples=samples,
         updates=_table_updates(batch),
+        swap_outs=batch.swap_outs,
+        swap_ins=batch.swap_ins,
         copies=batch.copies,
         admitted=tuple(admitted),
         preempted=tuple(preempted),
@@ -748,6 +821,8 @@ def _issue(
         num_sent=batch.num_blocks,
         paused=paused,
         service=service,
+        swap_outs=(),
+        swap_ins=(),
         copies=(),
     )
     return _publish(batch), schedule

@@ -46,6 +46,7 @@ class EngineStats:
     Attributes:
         running, waiting: sequences now.
         preempted: preemptions so far.
+        swapped: those that took their blocks along to host memory.
         steps: steps issued.
         finished: requests that ended, by finish_reason of their first sample.
         prompt_tokens: computed by prefills (cached ones not counted).
@@ -60,6 +61,7 @@ class EngineStats:
     running: int
     waiting: int
     preempted: int
+    swapped: int
     steps: int
     finished: dict[str, int]
     prompt_tokens: int
@@ -79,6 +81,7 @@ class Meter:
 
     steps: int = 0
     preempted: int = 0
+    swapped: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     admitted_tokens: int = 0
@@ -102,6 +105,7 @@ class Meter:
             running=running,
             waiting=waiting,
             preempted=self.preempted,
+            swapped=self.swapped,
             steps=self.steps,
             finished=dict(self.finished),
             prompt_tokens=self.prompt_tokens,
