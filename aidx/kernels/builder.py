@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
+from ..ops import autotune
 from ..ops import registry as ops
+from ..ops.autotune.trial import relative_error
+from ..ops.autotune.tunable import array_words
 from .catalog import REGISTRY, CustomKernelRegistry
-from .kernel import REFERENCE, Backward, CustomKernel, Fold, Forward, Tolerance, operand_names
+from .kernel import (
+    REFERENCE,
+    TOLERANCES,
+    Backward,
+    CustomKernel,
+    Fold,
+    Forward,
+    Tolerance,
+    operand_names,
+)
 from .sharding import ShardingRule
 
 DEFAULT_TOLERANCE = Tolerance()
@@ -56,6 +69,8 @@ class KernelBuilder:
     _batching: Any = "vmap"
     _sharding: ShardingRule | None = None
     _tuning: tuple[Hashable, ...] = ()
+    _sources: tuple[str, ...] = ()
+    _shapes: tuple[str, ...] = ()
     _tolerance: Tolerance = DEFAULT_TOLERANCE
 
     def reference(self, fn: Callable[..., Any]) -> KernelBuilder:
@@ -118,11 +133,24 @@ class KernelBuilder:
         """
         return dataclasses.replace(self, _sharding=ShardingRule(rule, tuple(replicated)))
 
-    def tuning(self, configs: Iterable[Hashable]) -> KernelBuilder:
+    def tuning(
+        self,
+        configs: Iterable[Hashable],
+        *,
+        sources: Sequence[str] = (),
+        shapes: Sequence[str] = (),
+    ) -> KernelBuilder:
         """The configurations that implementations with a parameter `config` may be given, the
-        default first.
+        default first; a call that names none takes what `aidx.ops.autotune.choose` says.
+
+        Args:
+          configs: hashable; frozen dataclasses, numbers, strings, tuples of them.
+          sources: modules whose code decides the time, beside the implementation's own.
+          shapes: what `aidx tune` times by default: operands, then options
+            ("8192x4096:bfloat16 4096:bfloat16 eps=1e-6").
         """
-        return dataclasses.replace(self, _tuning=tuple(configs))
+        named = {"_sources": tuple(sources), "_shapes": tuple(shapes)}
+        return dataclasses.replace(self, _tuning=tuple(configs), **named)
 
     def tolerance(self, tolerance: Tolerance) -> KernelBuilder:
         """How far implementations may be from the reference."""
@@ -159,6 +187,8 @@ class KernelBuilder:
             self._tuning,
             self._tolerance,
             self._backward,
+            self._sources,
+            self._shapes,
         )
         for entry in self._declared:
             kernel = extended(kernel, **vars(entry))
@@ -193,14 +223,44 @@ def extended(
             f"{name!r} of {kernel.name} has another signature than the reference: "
             + "; ".join(differences)
         )
-    takes_config = "config" in inspect.signature(fn).parameters
-    default = kernel.tuning[0] if kernel.tuning else None
-    if takes_config and default is None:
-        raise ValueError(f"{name!r} of {kernel.name} takes a config; declare a tuning space")
-    forward = Forward(fn, when, tuple(compute_capability), takes_config, default)
+    tunable = None
+    if "config" in inspect.signature(fn).parameters:
+        if not kernel.tuning:
+            raise ValueError(f"{name!r} of {kernel.name} takes a config; declare a tuning space")
+        tunable = tunable_of(kernel, name, fn, tuple(platforms))
+    forward = Forward(fn, when, tuple(compute_capability), tunable)
     pull = Backward(kernel.reference, backward or kernel.backward)
     entry = ops.Implementation(kernel.name, name, forward, pull, tuple(platforms))
     return dataclasses.replace(kernel, table=ops.with_entry(kernel.table, entry, before))
+
+
+def tunable_of(
+    kernel: CustomKernel, name: str, fn: Callable[..., Any], platforms: tuple[str, ...]
+) -> autotune.Tunable:
+    """How the tuner times the implementation `name` of a kernel.
+
+    >>> kernel = KernelBuilder("doc_tunable").reference(lambda x: x + x).tuning((1, 2))
+    >>> kernel = kernel.implementation("own", lambda x, *, config: 2 * x).build(registry=None)
+    >>> kernel.table[0].forward.tunable.name
+    'doc_tunable/own'
+    """
+
+    def run(config: Hashable, *operands: Any, **static: Any) -> Any:
+        return fn(*operands, config=config, **static)
+
+    own = getattr(fn, "func", fn).__module__  # func: of a partial
+    return autotune.Tunable(
+        f"{kernel.name}/{name}",
+        run=run,
+        candidates=lambda *operands, **static: kernel.tuning,
+        reference=kernel.reference,
+        sources=tuple(dict.fromkeys((own, *kernel.sources))),
+        case=array_words,
+        shapes=kernel.shapes,
+        tolerance={dtype: kernel.tolerance.of(dtype) for dtype in TOLERANCES},
+        error=functools.partial(relative_error, floor=1.0),
+        platforms=platforms,
+    )
 
 
 def signature_differences(reference: Callable[..., Any], fn: Callable[..., Any]) -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..ops import autotune
 from ..ops import registry as ops
 from .kernel import CustomKernel, _newest, _replaced, current
 
@@ -57,6 +58,7 @@ class CustomKernelRegistry:
         )
         self._kernels[kernel.name] = kernel
         _newest[kernel.lineage] = kernel
+        _make_tunable((), kernel.tunables)
         return kernel
 
     def unregister(self, name: str) -> None:
@@ -68,6 +70,7 @@ class CustomKernelRegistry:
         if name not in self._kernels:
             raise ValueError(f"no kernel named {name!r}; there are {list(self.list())}")
         ops.unregister_op(name)
+        _make_tunable(self._kernels[name].tunables, ())
         del _newest[self._kernels.pop(name).lineage]
 
     def update(self, kernel: CustomKernel) -> None:
@@ -82,6 +85,7 @@ class CustomKernelRegistry:
         if old is None or old.lineage is not kernel.lineage:
             raise ValueError(f"{kernel!r} is no version of a registered kernel")
         self._kernels[kernel.name] = _newest[kernel.lineage] = kernel
+        _make_tunable(old.tunables, kernel.tunables)
 
     @contextlib.contextmanager
     def replace(self, name: str, kernel: CustomKernel) -> Iterator[CustomKernel]:
@@ -138,6 +142,14 @@ class CustomKernelRegistry:
             self._loaded.add((entry.name, entry.value))
             names.append(entry.name)
         return tuple(names)
+
+
+def _make_tunable(old: Sequence[autotune.Tunable], new: Sequence[autotune.Tunable]) -> None:
+    """`aidx tune` knows the newest version of what is registered."""
+    for tunable in old:
+        autotune.unregister(tunable.name)
+    for tunable in new:
+        autotune.register(tunable)
 
 
 REGISTRY = CustomKernelRegistry()

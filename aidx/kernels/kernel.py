@@ -19,6 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
+from ..ops import autotune
 from ..ops import registry as ops
 from ..ops._loops import varying_like
 from .sharding import ShardingRule, partitioned
@@ -69,7 +70,7 @@ class KernelSpec:
     """The static half of a call."""
 
     static: tuple[tuple[str, Hashable], ...] = ()
-    config: Hashable = None  # None: the first of the kernel's tuning space
+    config: Hashable = None  # None: what `aidx.ops.autotune.choose` says
     # One entry for each vmapped axis, the outermost last: which leaves of the operands have it.
     batched: tuple[tuple[bool, ...], ...] = ()
 
@@ -86,23 +87,28 @@ class Forward:
     fn: Callable[..., Any]
     when: Callable[..., str | None] | None = None
     compute_capability: tuple[str, ...] = ()
-    takes_config: bool = False
-    default_config: Hashable = None
+    tunable: autotune.Tunable | None = None  # where fn has a parameter `config`
+
+    @property
+    def takes_config(self) -> bool:
+        """Whether there is something to tune."""
+        return self.tunable is not None
 
     def __call__(self, spec: KernelSpec, operands: tuple[Any, ...]) -> Any:
         """The outputs."""
-        options = dict(spec.static)
         _check_capability(self.compute_capability)
-        if self.takes_config:
-            options["config"] = self.default_config if spec.config is None else spec.config
-        elif spec.config is not None:
+        if self.tunable is None and spec.config is not None:
             raise NotImplementedError(f"it takes no config, and config={spec.config} was given")
-        return _under_vmaps(functools.partial(self._one, options), spec, operands)(operands)
+        return _under_vmaps(functools.partial(self._one, spec), spec, operands)(operands)
 
-    def _one(self, options: dict[str, Any], operands: tuple[Any, ...]) -> Any:
+    def _one(self, spec: KernelSpec, operands: tuple[Any, ...]) -> Any:
+        options = dict(spec.static)
         reason = self.when(*operands, **options) if self.when else None
         if reason:
             raise NotImplementedError(reason)
+        if self.tunable is not None:
+            chosen = autotune.choose(self.tunable, operands, options, explicit=spec.config)
+            options["config"] = chosen
         return self.fn(*operands, **options)
 
 
@@ -202,7 +208,8 @@ class CustomKernel:
     Called as its reference is: positional parameters are arrays (or pytrees of them, None where
     there is none), keyword-only ones are static and hashable.  Two options come on top:
     `implementation` (None, a name or a sequence of names, see `aidx.ops.registry`) and `config`
-    (one of `tuning`).  Works under jit, grad, vmap, shard_map, remat and export.
+    (one of `tuning`; by default the tuner's choice).  Works under jit, grad, vmap, shard_map,
+    remat and export.
 
     >>> from aidx.kernels import KernelBuilder
     >>> double = KernelBuilder("doc_double").reference(lambda x: 2 * x).build(registry=None)
@@ -218,6 +225,8 @@ class CustomKernel:
     tuning: tuple[Hashable, ...] = ()
     tolerance: Tolerance = Tolerance()
     backward: Callable[..., Any] | None = None
+    sources: tuple[str, ...] = ()  # modules whose code decides the time, see `KernelBuilder.tuning`
+    shapes: tuple[str, ...] = ()  # what `aidx tune` times by default
     lineage: Any = dataclasses.field(default_factory=object)  # the same for all versions of it
 
     def __post_init__(self):
@@ -270,6 +279,12 @@ class CustomKernel:
         if config is not None and config not in self.tuning:
             raise ValueError(f"{config=} is not in the tuning space of {self.name}: {self.tuning}")
         return KernelSpec(tuple(static), config), tuple(operands)
+
+    @property
+    def tunables(self) -> tuple[autotune.Tunable, ...]:
+        """What there is to tune: an entry for each implementation that takes a config."""
+        found = [getattr(entry.forward, "tunable", None) for entry in self.table]
+        return tuple(tunable for tunable in found if tunable is not None)
 
     def explain(self, *args: Any, **kwargs: Any) -> tuple[ops.Explanation, ...]:
         """Which implementation these arguments take on the default backend, and why not others."""

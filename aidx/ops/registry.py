@@ -21,6 +21,9 @@ from jax.sharding import get_abstract_mesh
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
+from . import autotune
+from ._platform import platform_of as platform_of
+
 type ImplementationChoice = str | Sequence[str] | None
 
 
@@ -47,13 +50,17 @@ class Implementation:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Why an implementation is or is not taken: `reason` is empty when it could do the case."""
+    """Why an implementation is or is not taken: `reason` is empty when it could do the case.
+
+    `configs` are the configurations that it would run in, each with where that comes from.
+    """
 
     op: str
     name: str
     platforms: tuple[str, ...]
     chosen: bool
     reason: str
+    configs: tuple[autotune.Choice, ...] = ()
 
 
 _TABLES: dict[str, tuple[Implementation, ...]] = {}
@@ -154,6 +161,16 @@ def unregister_op(op: str) -> None:
     del _PROVIDERS[op], _PREPARE[op]
 
 
+def ops() -> tuple[str, ...]:
+    """The names of all ops that are registered, custom kernels among them.
+
+    >>> import aidx.ops.flash_attention
+    >>> "flash_attention" in ops()
+    True
+    """
+    return tuple(sorted([*_TABLES, *_PROVIDERS]))
+
+
 def implementations(op: str) -> tuple[Implementation, ...]:
     """The implementations of `op` in order of preference.
 
@@ -167,7 +184,7 @@ def implementations(op: str) -> tuple[Implementation, ...]:
     if op in _PROVIDERS:
         return _PROVIDERS[op]()
     if op not in _TABLES:
-        raise ValueError(f"no op named {op!r}; there are {sorted([*_TABLES, *_PROVIDERS])}")
+        raise ValueError(f"no op named {op!r}; there are {list(ops())}")
     return _TABLES[op]
 
 
@@ -300,9 +317,8 @@ def dispatch(call: Call, *args: Any) -> Any:
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> tuple[Explanation, ...]:
-    """Which implementation these arguments take on the default backend, and why not the others.
-
-    Takes what the op's public function takes.
+    """Which implementation and configuration these arguments take on the default backend, and why
+    not the others.  Takes what the op's public function takes.
 
     >>> import jax.numpy as jnp
     >>> import aidx.ops.flash_attention
@@ -330,29 +346,21 @@ def explain_call(call: Call, operands: Any) -> tuple[Explanation, ...]:
     platform = platform_of(jax.default_backend())
     lines, found = [], False
     for entry in call.entries():
-        reason = ""
+        reason, configs = "", ()
         if not entry.runs_on(platform):
             reason = f"runs on {', '.join(entry.platforms)}; this is {platform}"
         else:
             try:
-                jax.eval_shape(call.bound(entry), operands)
+                with autotune.recording() as seen:
+                    # a new function: what is traced already would choose nothing
+                    jax.eval_shape(functools.partial(entry.forward, call.spec), operands)
+                configs = tuple(dict.fromkeys(seen))
             except NotImplementedError as refusal:
                 reason = str(refusal)
         chosen = not reason and not found
-        lines.append(Explanation(call.op, entry.name, entry.platforms, chosen, reason))
+        lines.append(Explanation(call.op, entry.name, entry.platforms, chosen, reason, configs))
         found = found or not reason
     return tuple(lines)
-
-
-def platform_of(backend: str) -> str:
-    """XLA's platform name of a JAX backend (`gpu` is `cuda` unless the device is AMD's).
-
-    >>> platform_of("cpu")
-    'cpu'
-    """
-    if backend != "gpu":
-        return backend
-    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
 
 
 # --- a branch that is traced when it is lowered --------------------------------------------------
@@ -394,7 +402,8 @@ def _lower(ctx: Any, *operands: Any, call: Call, in_tree: Any, out_avals: Any) -
         return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
     # Lowering a kernel takes a second or two of Python: once a process, whatever programs call it.
     avals = tuple((aval.shape, aval.dtype, aval.weak_type) for aval in ctx.avals_in)
-    state = (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
+    precision = jax.config.jax_default_matmul_precision
+    state = (jax.config.jax_enable_x64, precision, autotune.settings())
     code = _lowered(call, call.candidates(platform), in_tree, platform, avals, state)
     module = ir.Module.parse(code, ctx.module_context.context)
     main: Any = ir.SymbolTable(module.operation)["main"]

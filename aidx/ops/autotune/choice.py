@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from .. import registry
+from .._platform import platform_of
 from . import agree, store
 from .settings import Settings, settings
 from .table import Entry, Measurement
@@ -121,7 +121,7 @@ def _choose(tunable: Tunable, operands: Any, static: dict[str, Any], explicit: A
 
 def device_kind(tunable: Tunable) -> str | None:
     """The kind of the device at hand, None where this kernel does not run on it."""
-    platform = registry.platform_of(jax.default_backend())
+    platform = platform_of(jax.default_backend())
     if tunable.platforms and platform not in tunable.platforms:
         return None
     return jax.local_devices()[0].device_kind

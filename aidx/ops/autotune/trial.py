@@ -156,10 +156,11 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
-def relative_error(got: Any, want: Any) -> float:
-    """The largest `|got - want| / (rms(want) + |want|)`; infinite where one is not finite alone.
+def relative_error(got: Any, want: Any, *, floor: float | None = None) -> float:
+    """The largest `|got - want| / (floor + |want|)`; infinite where one is not finite alone.
 
-    Outputs may be as small as they like: an error counts beside the size of what it is an error of.
+    The floor is the root mean square of an output by default: outputs may be as small as they like,
+    an error counts beside the size of what it is an error of.
 
     >>> want = jnp.array([0.03, -0.03, jnp.nan])
     >>> print(round(relative_error(want.at[0].set(0.06), want), 3), relative_error(want, want))
@@ -173,16 +174,16 @@ def relative_error(got: Any, want: Any) -> float:
     for a, b in pairs:
         if a.shape != b.shape:
             raise ValueError(f"an output is {a.shape}, not {b.shape}")
-    return max((float(_worst(a, b)) for a, b in pairs if a.size), default=0.0)
+    return max((float(_worst(a, b, floor)) for a, b in pairs if a.size), default=0.0)
 
 
-@jax.jit
-def _worst(got: jax.Array, want: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def _worst(got: jax.Array, want: jax.Array, floor: float | None) -> jax.Array:
     got, want = got.astype(jnp.float32), want.astype(jnp.float32)
     finite = jnp.isfinite(want)
     size = jnp.where(finite, jnp.abs(want), 0.0)
-    rms = jnp.sqrt(jnp.mean(size * size))
-    error = jnp.abs(got - want) / (rms + size)
+    least = jnp.sqrt(jnp.mean(size * size)) if floor is None else floor
+    error = jnp.abs(got - want) / (least + size)
     same = (got == want) | (jnp.isnan(got) & jnp.isnan(want))
     error = jnp.where(finite & jnp.isfinite(got), error, jnp.inf)
     return jnp.max(jnp.where(same, 0.0, error))
