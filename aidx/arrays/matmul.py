@@ -95,7 +95,9 @@ def _product(a: SparseMatrix, x: Array, names: tuple[str, ...]) -> Array:
 # --- sampled products ----------------------------------------------------------------------------
 
 
-def sampled_matmul[A: SparseMatrix](pattern: A, x: Any, y: Any) -> A:
+def sampled_matmul[A: SparseMatrix](
+    pattern: A, x: Any, y: Any, *, implementation: registry.ImplementationChoice = None
+) -> A:
     r"""The entries of the dense product `x @ y` at the stored places of `pattern` (SDDMM).
 
     $$out_e = \sum_k x_{row_e, k} y_{k, col_e}$$
@@ -104,6 +106,7 @@ def sampled_matmul[A: SparseMatrix](pattern: A, x: Any, y: Any) -> A:
       pattern: its values are not read; a stack takes x and y with the same leading axes.
       x: `[*batch, M, n]`.
       y: `[*batch, n, N]`.
+      implementation: None, a name or a sequence of names of op "sddmm".
 
     Returns:
       The pattern with these values, in the common dtype of x and y; the `[M, N]` product is never
@@ -121,16 +124,16 @@ def sampled_matmul[A: SparseMatrix](pattern: A, x: Any, y: Any) -> A:
     expected = (*lead, pattern.shape[0], x.shape[-1]), (*lead, x.shape[-1], pattern.shape[1])
     if x.ndim != 2 + len(lead) or (x.shape, y.shape) != expected:
         raise ValueError(f"{x.shape=} @ {y.shape=} does not fill {pattern.shape=} of stack {lead}")
-    f = _sampled
+    names = tuple(entry.name for entry in registry.resolve("sddmm", implementation))
+    f = functools.partial(_sampled, names=names)
     for _ in lead:
         f = jax.vmap(f)
     return pattern.replace(data=f(pattern, x, y))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@jax.jit
-def _sampled(a: SparseMatrix, x: Array, y: Array) -> Array:
+@functools.partial(jax.jit, static_argnames=("names",))
+def _sampled(a: SparseMatrix, x: Array, y: Array, names: tuple[str, ...]) -> Array:
     spec, pattern = pattern_of(a)
-    names = tuple(entry.name for entry in registry.implementations("spmm"))
     return sddmm(x, y.T, pattern, spec, names)
 
 

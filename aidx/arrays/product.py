@@ -6,7 +6,7 @@
 Both are linear in each of their two operands, and the transposes are again one of the two on the
 same pattern or its transpose, so derivatives of any order, forward or reverse, keep the pattern and
 never form a dense matrix.  That is written once here, as two primitives; what computes them is
-chosen by the registry: `cusparse` (CUDA), `eigen` (CPU), `xla` (everywhere).
+chosen by the registry: `mosaic_gpu` and `cusparse` (CUDA), `eigen` (CPU), `xla` (everywhere).
 """
 
 from __future__ import annotations
@@ -34,19 +34,32 @@ class Spec:
     """What of a pattern is static.
 
     `shape` is (M, N) of the matrix, `block` the sides of an entry (None: a number); rows ascend in
-    a "csr", columns in a "csc", and the operands end with their offsets.
+    a "csr", columns in a "csc", and the operands end with their offsets.  `turned` blocks are
+    stored transposed: a transposed product reads the same values.
     """
 
     shape: tuple[int, int]
     block: tuple[int, int] | None
     layout: str
+    turned: bool = False
 
     @property
     def T(self) -> Spec:
         """The spec of the transpose."""
         turned = {"coo": "coo", "csr": "csc", "csc": "csr"}[self.layout]
         block = None if self.block is None else (self.block[1], self.block[0])
-        return Spec((self.shape[1], self.shape[0]), block, turned)
+        flipped = self.block is not None and not self.turned
+        return Spec((self.shape[1], self.shape[0]), block, turned, flipped)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The axes of a stored entry."""
+        block = self.block or ()
+        return block[::-1] if self.turned else block
+
+    def upright(self, data: Array) -> Array:
+        """Stored blocks as they stand in the matrix, or back."""
+        return data.swapaxes(-1, -2) if self.turned else data
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -100,6 +113,7 @@ def accumulator(dtype: Any) -> Any:
 def _spmm_xla(spec: Spec, operands: Any) -> Array:
     """Gather rows of x, multiply, add into rows of the result; some entries at a time."""
     data, x, row, col, *_ = operands
+    data = spec.upright(data)
     acc, n = accumulator(data.dtype), x.shape[1]
     (rows, cols), (bh, bw) = spec.grid, spec.block or (1, 1)
     if spec.block is not None:
@@ -171,7 +185,7 @@ def _sddmm_xla(spec: Spec, operands: Any) -> Array:
         if parts:
             out = out.reshape(-1, *out.shape[2:])[: row.shape[0]]
         used = _column((row < rows) & (col < cols), out.ndim)
-        return jnp.where(used, out, 0).astype(g.dtype)
+        return spec.upright(jnp.where(used, out, 0).astype(g.dtype))
 
 
 def _refuse(spec: Spec, operands: Any, layouts: tuple[str, ...], dtypes: tuple[str, ...]) -> None:
@@ -222,9 +236,38 @@ def _spmm_cusparse(spec: Spec, operands: Any) -> Array:
     return (matrix @ x[:, 0])[:, None] if x.shape[1] == 1 else matrix @ x
 
 
+def _spmm_mosaic(spec: Spec, operands: Any) -> Array:
+    """Blocks on the tensor cores; a transposed product sorts the block list, not the blocks."""
+    data, x, row, col, *offsets = operands
+    if spec.block is None or spec.layout == "coo":
+        raise NotImplementedError(f"{spec.layout} of numbers: it takes blocks")
+    from aidx.ops import sparse_kernels
+
+    if spec.layout == "csr":
+        return sparse_kernels.block_matmul(data, x, col, offsets[0], turned=spec.turned)
+    order = jnp.argsort(row, stable=True).astype(jnp.int32)
+    indptr = offsets_of(row, spec.grid[0])
+    return sparse_kernels.block_matmul(
+        data, x, col[order], indptr, order=order, turned=spec.turned
+    )
+
+
+def _sddmm_mosaic(spec: Spec, operands: Any) -> Array:
+    """Blocks on the tensor cores."""
+    g, x, row, col, *_ = operands
+    if spec.block is None:
+        raise NotImplementedError(f"{spec.layout} of numbers: it takes blocks")
+    from aidx.ops import sparse_kernels
+
+    sides = (x, g, col, row) if spec.turned else (g, x, row, col)
+    return sparse_kernels.block_sample(*sides, block=spec.stored)  # pyright: ignore
+
+
+registry.register("spmm", "mosaic_gpu", platforms=("cuda",))(_spmm_mosaic)
 registry.register("spmm", "cusparse", platforms=("cuda",))(_spmm_cusparse)
 registry.register("spmm", "eigen", platforms=("cpu",))(_spmm_eigen)
 registry.register("spmm", "xla")(_spmm_xla)
+registry.register("sddmm", "mosaic_gpu", platforms=("cuda",))(_sddmm_mosaic)
 registry.register("sddmm", "xla")(_sddmm_xla)
 
 
@@ -236,12 +279,10 @@ def _spmm_shape(data: Any, x: Any, *_: Any, spec: Spec, names: Any) -> Any:
 
 
 def _sddmm_shape(g: Any, x: Any, row: Any, *_: Any, spec: Spec, names: Any) -> Any:
-    return ShapedArray((*row.shape, *(spec.block or ())), g.dtype)
+    return ShapedArray((*row.shape, *spec.stored), g.dtype)
 
 
 def _apply(op: str, *operands: Any, spec: Spec, names: tuple[str, ...]) -> Array:
-    """`names` choose among the spmm implementations; sddmm has one."""
-    names = names if op == "spmm" else ("xla",)
     return registry.dispatch(registry.Call(op, names, spec), operands)
 
 
@@ -288,14 +329,24 @@ _spmm_p = _bilinear("spmm", _spmm_shape, _spmm_xla)
 _sddmm_p = _bilinear("sddmm", _sddmm_shape, _sddmm_xla)
 
 
+def backing(op: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """What a gradient's product may take: the names that were asked for first, then the others.
+
+    A choice is made for one product; its transpose is another case, and may be another op.
+    """
+    known = [entry.name for entry in registry.implementations(op)]
+    return *(n for n in names if n in known), *(n for n in known if n not in names)
+
+
 def _spmm_transpose(ct: Any, data: Any, x: Any, *pattern: Any, spec: Spec, names: Any) -> Any:
     rest = (None,) * len(pattern)
     if isinstance(ct, ad.Zero):
         return (None, None, *rest)
     if ad.is_undefined_primal(data):
+        names = backing("sddmm", names)
         return (_sddmm_p.bind(ct, x, *pattern, spec=spec, names=names), None, *rest)
-    turned = data.swapaxes(-1, -2) if spec.block else data
-    return (None, _spmm_p.bind(turned, ct, *flip(pattern), spec=spec.T, names=names), *rest)
+    names = backing("spmm", names)
+    return (None, _spmm_p.bind(data, ct, *flip(pattern), spec=spec.T, names=names), *rest)
 
 
 def _sddmm_transpose(ct: Any, g: Any, x: Any, *pattern: Any, spec: Spec, names: Any) -> Any:
@@ -303,9 +354,10 @@ def _sddmm_transpose(ct: Any, g: Any, x: Any, *pattern: Any, spec: Spec, names: 
     if isinstance(ct, ad.Zero):
         return (None, None, *rest)
     if ad.is_undefined_primal(g):
+        names = backing("spmm", names)
         return (_spmm_p.bind(ct, x, *pattern, spec=spec, names=names), None, *rest)
-    turned = ct.swapaxes(-1, -2) if spec.block else ct
-    return (None, _spmm_p.bind(turned, g, *flip(pattern), spec=spec.T, names=names), *rest)
+    names = backing("spmm", names)
+    return (None, _spmm_p.bind(ct, g, *flip(pattern), spec=spec.T, names=names), *rest)
 
 
 ad.primitive_transposes[_spmm_p] = _spmm_transpose

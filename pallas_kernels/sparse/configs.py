@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .block_matmul import block_matmul
 from .block_sample import block_sample
+from .rows import entry_matmul, row_matmul, row_sample
 
 
 def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
@@ -28,3 +29,10 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
         g, x = (sds((64 * side, 4096), jnp.bfloat16) for side in (bh, bw))
         f = functools.partial(block_sample, block=(bh, bw))
         yield f"sparse/block sample {bh}x{bw}", f, (g, x, entries, entries)
+    for n, dtype in ((1, "float32"), (32, "float32"), (256, "float32"), (64, "bfloat16")):
+        x, g, data = sds((1000, n), dtype), sds((900, n), dtype), sds((10**5,), dtype)
+        entries, indptr, case = sds((10**5,), i32), sds((901,), i32), f"x{n} {dtype}"
+        yield f"sparse/row matmul {case}", row_matmul, (data, x, entries, entries, indptr)
+        scatter = functools.partial(entry_matmul, rows=900)
+        yield f"sparse/entry matmul {case}", scatter, (data, x, entries, entries)
+        yield f"sparse/row sample {case}", row_sample, (g, x, entries, entries)

@@ -245,7 +245,7 @@ def test_implementations_agree_and_refuse():
         assert jnp.isfinite(sparse.matmul(bad, y)).all()
     with pytest.raises(ValueError, match="no implementation"):
         f(implementation="magic")
-    assert [i.name for i in registry.implementations("spmm")] == ["cusparse", "eigen", "xla"]
+    assert [i.name for i in registry.implementations("spmm")] == ["mosaic_gpu", "cusparse", "eigen", "xla"]
 
 
 @pytest.mark.smoke

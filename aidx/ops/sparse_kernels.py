@@ -1,0 +1,8 @@
+"""The door to `pallas_kernels.sparse`: what `aidx.arrays` registers for its products.
+
+>>> block_matmul.__module__
+'pallas_kernels.sparse.block_matmul'
+"""
+
+from pallas_kernels.sparse import block_matmul as block_matmul
+from pallas_kernels.sparse import block_sample as block_sample
