@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _flash_mods, _flash_xla
+from . import _flash_mods, _flash_tuning, _flash_xla
 from ._flash_spec import NO_COTANGENTS, FlashOperands, FlashSpec
 
 Array = jax.Array
@@ -98,46 +98,56 @@ def _if_ascending(spec: FlashSpec, ops: FlashOperands, kernel: Any, tiled: Any) 
     return jax.lax.cond(ascending, kernel, tiled)
 
 
+def run_forward(spec: FlashSpec, ops: FlashOperands, config: Any) -> tuple[Array, Array]:
+    """(out, lse) by the Hopper kernel in this configuration (None: its own choice)."""
+    kernels = _kernels()
+    options, _ = _mosaic_options(kernels, spec, ops, backward=False)
+    return kernels.flash_attention_fwd(ops.q, ops.k, ops.v, config=config, **options)
+
+
 def mosaic_forward(spec: FlashSpec, ops: FlashOperands) -> tuple[Array, Array]:
     """(out, lse) by the Hopper kernel."""
-    kernels = _kernels()
 
     def kernel() -> tuple[Array, Array]:
-        options, _ = _mosaic_options(kernels, spec, ops, backward=False)
-        return kernels.flash_attention_fwd(
-            ops.q,
-            ops.k,
-            ops.v,
-            config=_mosaic_tiles(kernels, spec),
-            **options,
-        )
+        asked = _mosaic_tiles(_kernels(), spec)
+        config = _flash_tuning.forward_config(spec, ops) if asked is None else asked
+        return run_forward(spec, ops, config)
 
     return _if_ascending(spec, ops, kernel, lambda: _flash_xla.forward(spec, ops))
+
+
+def run_backward(
+    spec: FlashSpec, ops: FlashOperands, outputs: Any, cotangents: Any, config: Any
+) -> FlashOperands:
+    """Cotangents by the Hopper kernels in this configuration (None: their own choice)."""
+    kernels = _kernels()
+    options, score = _mosaic_options(kernels, spec, ops, backward=True)
+    grads = kernels.flash_attention_bwd(
+        ops.q,
+        ops.k,
+        ops.v,
+        *outputs,
+        cotangents[0],
+        cotangents[1] if spec.return_lse else None,
+        deterministic=spec.deterministic,
+        wanted=() if score is None else score.wanted,
+        config=config,
+        **options,
+    )
+    d_sinks = None if ops.sinks is None else grads.sinks[None]
+    found = _flash_xla.no_gradients(ops)._replace(q=grads.q, k=grads.k, v=grads.v)
+    more = {} if score is None else score.pull(grads.score)
+    return found._replace(sinks=d_sinks, **more)
 
 
 def mosaic_backward(
     spec: FlashSpec, ops: FlashOperands, outputs: Any, cotangents: Any
 ) -> FlashOperands:
     """Cotangents by the Hopper kernels."""
-    kernels = _kernels()
 
     def kernel() -> FlashOperands:
-        options, score = _mosaic_options(kernels, spec, ops, backward=True)
-        grads = kernels.flash_attention_bwd(
-            ops.q,
-            ops.k,
-            ops.v,
-            *outputs,
-            cotangents[0],
-            cotangents[1] if spec.return_lse else None,
-            deterministic=spec.deterministic,
-            wanted=() if score is None else score.wanted,
-            **options,
-        )
-        d_sinks = None if ops.sinks is None else grads.sinks[None]
-        found = _flash_xla.no_gradients(ops)._replace(q=grads.q, k=grads.k, v=grads.v)
-        more = {} if score is None else score.pull(grads.score)
-        return found._replace(sinks=d_sinks, **more)
+        config = _flash_tuning.backward_config(spec, ops, outputs, cotangents[0])
+        return run_backward(spec, ops, outputs, cotangents, config)
 
     return _if_ascending(
         spec, ops, kernel, lambda: _flash_xla.backward(spec, ops, outputs, cotangents)

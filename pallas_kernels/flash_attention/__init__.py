@@ -1,10 +1,14 @@
 """Flash attention for Hopper: forward and backward kernels, masks as intervals, tile table."""
 
 from .attention import Gradients as Gradients
+from .attention import backward_widths as backward_widths
 from .attention import flash_attention_bwd as flash_attention_bwd
 from .attention import flash_attention_fwd as flash_attention_fwd
+from .attention import forward_widths as forward_widths
 from .config import BackwardConfig as BackwardConfig
 from .config import ForwardConfig as ForwardConfig
+from .heuristics import backward_config as backward_config
+from .heuristics import forward_config as forward_config
 from .mask import Band as Band
 from .mask import BlockKinds as BlockKinds
 from .mask import Bounds as Bounds

@@ -101,10 +101,24 @@ def _pad_heads(x: jax.Array, width: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))) if extra else x
 
 
-def _widths(head_dim: int, head_dim_v: int) -> tuple[int, int]:
-    """What the forward computes with: multiples of 64, the value width not above the key width."""
+def forward_widths(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """What the forward computes with: multiples of 64, the value width not above the key width.
+
+    >>> forward_widths(80, 128)
+    (128, 128)
+    """
     wide, wide_v = (cdiv(x, 64) * 64 for x in (head_dim, head_dim_v))
     return max(wide, wide_v), wide_v
+
+
+def backward_widths(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """What the backward computes with; above 128 split by columns, which come in halves of 128.
+
+    >>> backward_widths(160, 128)
+    (256, 128)
+    """
+    wide, wide_v = forward_widths(head_dim, head_dim_v)
+    return (256, cdiv(wide_v, 128) * 128) if wide > 128 else (wide, wide_v)
 
 
 def flash_attention_fwd(
@@ -165,7 +179,7 @@ def flash_attention_fwd(
     )
     validate(q, k, v, options)
     head_dim_v = v.shape[-1]
-    wide, wide_v = _widths(q.shape[-1], head_dim_v)
+    wide, wide_v = forward_widths(q.shape[-1], head_dim_v)
     if config is None:
         config = heuristics.forward_config(wide, wide_v, options, q.shape[2] // k.shape[2])
     with jax.named_scope("flash_attention_fwd"):
@@ -225,9 +239,7 @@ def flash_attention_bwd(
     if alibi_slopes is not None:
         raise NotImplementedError("the gradient of alibi_slopes")
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    wide, wide_v = _widths(head_dim, head_dim_v)
-    if wide > 128:  # split by columns, which come in halves of 128
-        wide, wide_v = 256, cdiv(wide_v, 128) * 128
+    wide, wide_v = backward_widths(head_dim, head_dim_v)
     if config is None:
         config = heuristics.backward_config(wide, wide_v, options)
     rows = lambda x: x.transpose(0, 2, 1)  # [B, T, N] -> [B, N, T]
