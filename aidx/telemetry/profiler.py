@@ -61,7 +61,8 @@ class profile_scope:
     """A named part of the program: `with profile_scope("x"):`, or a decorator.
 
     Scopes nest, in every thread by itself.  In code that is traced it is `jax.named_scope` as
-    well, so the compiled instructions carry the name.  Without a running profiler it is that only.
+    well, so the compiled instructions carry the name (unless named is False).  Without a running
+    profiler it is that only.
 
     >>> @profile_scope("twice")
     ... def twice(x): return 2 * x
@@ -72,13 +73,15 @@ class profile_scope:
     [(('outer',), 1), (('outer', 'twice'), 2)]
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, *, named: bool = True):
+        self.name, self.named = name, named
         self._open: list[tuple] = []
 
     def __enter__(self) -> Self:
-        scope = jax.named_scope(self.name)
-        scope.__enter__()
+        scope = None
+        if self.named:
+            scope = jax.named_scope(self.name)
+            scope.__enter__()
         profiler = _active
         entry = None
         if profiler is not None:
@@ -100,14 +103,15 @@ class profile_scope:
             profiler, path, before, begun = entry
             _here.path = path[:-1]
             profiler.add(path, begun, now - begun, before, profiler.memory())
-        scope.__exit__(kind, error, trace)
+        if scope is not None:
+            scope.__exit__(kind, error, trace)
 
     def __call__(self, function: Callable) -> Callable:
         """The function, in a scope of its own at every call."""
 
         @functools.wraps(function)
         def scoped(*args: Any, **kwargs: Any) -> Any:
-            with profile_scope(self.name):
+            with profile_scope(self.name, named=self.named):
                 return function(*args, **kwargs)
 
         return scoped
