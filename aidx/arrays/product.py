@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir
 
 from aidx.ops import registry
 
-from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix
+from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
 
 PART = 2**24  # numbers that an `xla` product may hold between gathering and adding
 LAYOUTS = {COO: "coo", CSR: "csr", CSC: "csc", BSR: "csr"}
@@ -237,28 +237,33 @@ def _spmm_cusparse(spec: Spec, operands: Any) -> Array:
 
 
 def _spmm_mosaic(spec: Spec, operands: Any) -> Array:
-    """Blocks on the tensor cores; a transposed product sorts the block list, not the blocks."""
-    data, x, row, col, *offsets = operands
-    if spec.block is None or spec.layout == "coo":
-        raise NotImplementedError(f"{spec.layout} of numbers: it takes blocks")
+    """Blocks on the tensor cores, numbers by equal entries a warp.
+
+    Where rows do not ascend, blocks are sorted by their list alone, and numbers are added
+    atomically: sums of the latter are not bitwise repeatable.
+    """
     from aidx.ops import sparse_kernels
 
+    data, x, row, col, *offsets = operands
+    if spec.block is None:
+        if spec.layout == "csr":
+            return sparse_kernels.row_matmul(data, x, row, col, offsets[0])
+        return sparse_kernels.entry_matmul(data, x, row, col, rows=spec.shape[0])
+    turned = spec.turned
     if spec.layout == "csr":
-        return sparse_kernels.block_matmul(data, x, col, offsets[0], turned=spec.turned)
+        return sparse_kernels.block_matmul(data, x, col, offsets[0], turned=turned)
     order = jnp.argsort(row, stable=True).astype(jnp.int32)
     indptr = offsets_of(row, spec.grid[0])
-    return sparse_kernels.block_matmul(
-        data, x, col[order], indptr, order=order, turned=spec.turned
-    )
+    return sparse_kernels.block_matmul(data, x, col[order], indptr, order=order, turned=turned)
 
 
 def _sddmm_mosaic(spec: Spec, operands: Any) -> Array:
-    """Blocks on the tensor cores."""
-    g, x, row, col, *_ = operands
-    if spec.block is None:
-        raise NotImplementedError(f"{spec.layout} of numbers: it takes blocks")
+    """Blocks on the tensor cores, numbers eight at a time a warp."""
     from aidx.ops import sparse_kernels
 
+    g, x, row, col, *_ = operands
+    if spec.block is None:
+        return sparse_kernels.row_sample(g, x, row, col)
     sides = (x, g, col, row) if spec.turned else (g, x, row, col)
     return sparse_kernels.block_sample(*sides, block=spec.stored)  # pyright: ignore
 

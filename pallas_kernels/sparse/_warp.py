@@ -183,9 +183,7 @@ def ballot(condition: Any) -> Any:
     """i32: bit l is lane l's condition."""
     flag = select(condition, const(1), const(0))
     asm = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }"
-    return utils.inline_ptx(
-        asm, flag, result_types=i32(), has_side_effects=True, convergent=True
-    )
+    return utils.inline_ptx(asm, flag, result_types=i32(), has_side_effects=True, convergent=True)
 
 
 def loop(start: Any, stop: Any, step: int, f: Callable, *carried: Any) -> list[Any]:

@@ -347,9 +347,7 @@ def block_matmul(
         data, turned = data.swapaxes(1, 2), False
     config = config or MatmulConfig.of(height, n)
     columns = cdiv(n, 8) * 8  # TMA's strides are multiples of 16 bytes
-    call = BlockMatmul(
-        (height, width), turned, rows, columns, data.dtype, config, bool(interpret)
-    )
+    call = BlockMatmul((height, width), turned, rows, columns, data.dtype, config, bool(interpret))
     with jax.named_scope("block_matmul"):
         order = jnp.arange(nse, dtype=jnp.int32) if order is None else order.astype(jnp.int32)
         out = _mgpu.kernel(

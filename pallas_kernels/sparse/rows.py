@@ -106,7 +106,10 @@ class Rows:
         lane, warp = w.lane_and_warp()
         if not tiled:
             return lane, w.add(w.mul(cta, WARPS), warp), None, None
-        tile, within = w.arith.divui(cta, w.const(self.ctas)), w.arith.remui(cta, w.const(self.ctas))
+        tile, within = (
+            w.arith.divui(cta, w.const(self.ctas)),
+            w.arith.remui(cta, w.const(self.ctas)),
+        )
         chunk = w.add(w.mul(within, WARPS), warp)
         column = w.add(w.mul(tile, self.width), w.mul(lane, self.config.vector))
         return lane, chunk, column, w.less(column, self.columns)
@@ -286,9 +289,7 @@ def folded(sums: list[Any], lane: Any) -> Any:
         upper = w.equal(w.arith.andi(lane, w.const(distance)), distance)
         keep = [w.select(upper, b, a) for a, b in zip(sums[:half], sums[half:], strict=True)]
         give = [w.select(upper, a, b) for a, b in zip(sums[:half], sums[half:], strict=True)]
-        sums = [
-            w.arith.addf(a, w.across(b, distance)) for a, b in zip(keep, give, strict=True)
-        ]
+        sums = [w.arith.addf(a, w.across(b, distance)) for a, b in zip(keep, give, strict=True)]
         distance //= 2
     (total,) = sums
     while distance:
