@@ -125,7 +125,8 @@ def _spmm_xla(spec: Spec, operands: Any) -> Array:
 
     def add(out: Array, part: Any) -> tuple[Array, None]:
         data, row, col = part
-        taken = x.at[col].get(mode="clip")
+        # Padding's column is past the end: XLA's gathers clamp, and what it takes is dropped below.
+        taken = x.at[col].get(mode="promise_in_bounds")
         if spec.block is not None:
             terms = jnp.einsum("ebc,ecn->ebn", data, taken, preferred_element_type=acc)
         else:
@@ -173,7 +174,7 @@ def _sddmm_xla(spec: Spec, operands: Any) -> Array:
 
     def take(place: Any) -> Array:
         row, col = place
-        left, right = g.at[row].get(mode="clip"), x.at[col].get(mode="clip")
+        left, right = (a.at[i].get(mode="promise_in_bounds") for a, i in ((g, row), (x, col)))
         if spec.block is not None:
             return jnp.einsum("ebn,ecn->ebc", left, right, preferred_element_type=acc)
         out = left.astype(acc) * right.astype(acc)

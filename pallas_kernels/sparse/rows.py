@@ -15,7 +15,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.experimental.mosaic.gpu  # noqa: F401  (the emitter's module)
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
