@@ -1,0 +1,1 @@
+"""Memory-bound kernels: norms, rotary embedding, gated activations, softmax cross-entropy."""

@@ -1,0 +1,243 @@
+"""A warpgroup's view of a row: 16 bytes a thread and access, whatever the row's length.
+
+Memory-bound kernels want every byte once, in the widest accesses there are, and enough of them in
+flight.  A tile is 1-D and in registers: of every piece of `128 * vec` elements thread t holds
+`[t * vec, (t + 1) * vec)`.  A piece that reaches past the end of the row is clamped where it is
+loaded, replaced by a value that changes nothing, and not stored.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels._mgpu import WARPGROUP
+
+SCALAR = plgpu.Layout.WG_SPLAT
+BYTES = 16  # of the widest access
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def vector_of(dtype: Any) -> int:
+    """Elements in 16 bytes.
+
+    >>> vector_of(jnp.bfloat16), vector_of(jnp.float32)
+    (8, 4)
+    """
+    return BYTES // jnp.dtype(dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """Tiles of `size` elements, a multiple of `128 * vec`; `piece` makes the smallest.
+
+    >>> Vectors.piece(jnp.bfloat16, None).size
+    1024
+    """
+
+    size: int
+    vec: int
+    interpret: bool
+
+    @classmethod
+    def piece(cls, dtype: Any, interpret: Any):
+        """One vector a thread."""
+        return cls(WARPGROUP * vector_of(dtype), vector_of(dtype), bool(interpret))
+
+    @property
+    def layout(self) -> Any:
+        """Of a tile in registers."""
+        return plgpu.Layout.WG_STRIDED((self.size,), self.vec)
+
+    def load(self, ref, begin: Any = 0, *, inside=False, repeat=1, fill=0.0):
+        """The elements of ref (flattened) from `begin` on, in f32, `fill` past the end.
+
+        Args:
+          ref: a row, or a tile of several dimensions.
+          begin: an int, or an i32 scalar that is a multiple of vec.
+          inside: promises that nothing lies past the end.
+          repeat: ref is read that many times over.
+          fill: what stands past the end.
+        """
+        return self.raw(ref, begin, inside=inside, repeat=repeat, fill=fill).astype(jnp.float32)
+
+    def raw(self, ref, begin: Any = 0, *, inside=False, repeat=1, fill=0.0):
+        """As `load`, in ref's dtype."""
+        if self.interpret:
+            row = jnp.tile(ref[...].reshape(-1), repeat)
+            row = jnp.pad(row, (0, self.size), constant_values=fill)
+            return jax.lax.dynamic_slice(row, (begin,), (self.size,))
+        kind = plgpu.ShapeDtypeStruct((self.size,), ref.dtype, layout=self.layout)
+        static = begin if isinstance(begin, int) else None
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR), return_type=kind)
+        def gather(_, source, first):
+            from jax.experimental.mosaic import gpu as mgpu
+            from jaxlib.mlir import ir
+            from jaxlib.mlir.dialects import arith, vector
+
+            kind = ir.VectorType.get((self.vec,), ir.MemRefType(source.type).element_type)
+            registers = []
+            for at, past in self._places(source, first, static, inside, repeat):
+                value = vector.load(kind, source, at)
+                if past is not None:
+                    empty = mgpu.c(fill, kind.element_type)
+                    value = arith.select(past, vector.broadcast(kind, empty), value)
+                registers.append(value)
+            layout = mgpu.WGStridedFragLayout((self.size,), self.vec)
+            packed = np.empty(len(registers), dtype=object)
+            packed[:] = registers
+            return mgpu.FragmentedArray(_registers=packed, _layout=layout, _is_signed=None)
+
+        return gather(ref, jnp.asarray(begin, jnp.int32))  # pyright: ignore[reportCallIssue]
+
+    def store(self, ref, value, begin: Any = 0, *, inside=False) -> None:
+        """The tile into ref (flattened) from `begin` on, in ref's dtype; nothing past the end."""
+        value = value.astype(ref.dtype)
+        length, static = int(np.prod(ref.shape)), begin if isinstance(begin, int) else None
+        if self.interpret:
+            self._store_interpreted(ref, value, begin, length, inside)
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, self.layout))
+        def scatter(_, target, first, tile):
+            from jaxlib.mlir import ir
+            from jaxlib.mlir.dialects import arith, scf, vector
+
+            places = self._places(target, first, static, inside, 1)
+            for register, (at, past) in zip(tile.registers.flat, places, strict=True):
+                if past is None:
+                    vector.store(register, target, at)
+                    continue
+                here = arith.xori(past, arith.constant(past.type, 1))
+                branch = scf.IfOp(here)
+                with ir.InsertionPoint(branch.then_block):
+                    vector.store(register, target, at)
+                    scf.yield_([])
+
+        scatter(ref, jnp.asarray(begin, jnp.int32), value)  # pyright: ignore[reportCallIssue]
+
+    def _store_interpreted(self, ref, value, begin, length: int, inside: bool) -> None:
+        if len(ref.shape) > 1:  # such a tile is stored from its beginning
+            ref[...] = value[:length].reshape(ref.shape)
+            return
+        tail = length % self.size
+        if isinstance(begin, int):
+            count = min(self.size, length - begin)
+            ref[pl.ds(begin, count)] = value[:count]
+            return
+        if inside or not tail:
+            ref[pl.ds(begin, self.size)] = value
+            return
+
+        @pl.when(begin + self.size <= length)
+        def _():
+            ref[pl.ds(begin, self.size)] = value
+
+        @pl.when(begin + self.size > length)
+        def _():
+            ref[pl.ds(begin, tail)] = value[:tail]
+
+    def _places(self, ref, first, static: int | None, inside: bool, repeat: int):
+        """(indices into ref, whether they are past its end or None) of this thread's vectors."""
+        from jax.experimental.mosaic import gpu as mgpu
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith
+
+        index = ir.IndexType.get()
+        shape = ir.MemRefType(ref.type).shape
+        length, piece = int(np.prod(shape)) * repeat, WARPGROUP * self.vec
+        layout = mgpu.WGStridedFragLayout((self.size,), self.vec)
+        begin = mgpu.c(static, index) if static is not None else None
+        if begin is None:
+            begin = arith.index_cast(index, first.registers.item())
+        for i, place in enumerate(layout.linear_thread_idxs()):
+            place = place if static == 0 else arith.addi(place, begin)
+            end = None if static is None else static + (i + 1) * piece
+            past = None
+            if not inside and (end is None or end > length):
+                past = arith.cmpi(arith.CmpIPredicate.uge, place, mgpu.c(length, index))
+                place = arith.minui(place, mgpu.c(length - self.vec, index))
+            yield _unravelled(place, shape, repeat), past
+
+    def total(self, value, scratch, op: str = "add"):
+        """The sum (op "max": the largest) of a tile; scratch: this warpgroup's SMEM of 4 f32."""
+        if self.interpret:
+            return jnp.sum(value) if op == "add" else jnp.max(value)
+        kind = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.float32), layout=SCALAR)
+
+        @plgpu.inline_mgpu(arg_types=(self.layout, plgpu.RefType()), return_type=kind)
+        def reduce(_, tile, shared):
+            return tile.reduce(op, 0, shared)
+
+        return reduce(value, scratch)  # pyright: ignore[reportCallIssue]
+
+    def zeros(self):
+        """An f32 tile of zeros."""
+        zero = jnp.zeros((self.size,), jnp.float32)
+        return zero if self.interpret else plgpu.layout_cast(zero, self.layout)
+
+    def indices(self):
+        """0, 1, ... as an i32 tile."""
+        if self.interpret:
+            return jnp.arange(self.size, dtype=jnp.int32)
+        return plgpu.broadcasted_iota(jnp.int32, (self.size,), 0, layout=self.layout)
+
+
+def _unravelled(place, shape, repeat: int):
+    """Indices of a flat place in an array of `shape`, read `repeat` times over."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+
+    index = ir.IndexType.get()
+    if len(shape) == 1 and repeat == 1:
+        return [place]
+    found = []
+    for extent in itertools.islice(reversed(shape), len(shape) - (repeat == 1)):
+        found.append(arith.remui(place, mgpu.c(extent, index)))
+        place = arith.divui(place, mgpu.c(extent, index))
+    if repeat == 1:
+        found.append(place)
+    return found[::-1]
+
+
+def store_scalar(ref, at, value, interpret: bool) -> None:
+    """`ref[at] = value`, f32, by one thread."""
+    if interpret:
+        ref[at] = value
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
+    def store(_, target, place, number):
+        from jax.experimental.mosaic import gpu as mgpu
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, memref, scf
+
+        branch = scf.IfOp(mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP))
+        with ir.InsertionPoint(branch.then_block):
+            index = arith.index_cast(ir.IndexType.get(), place.registers.item())
+            memref.store(number.registers.item(), target, [index])
+            scf.yield_([])
+
+    store(ref, jnp.asarray(at, jnp.int32), value)  # pyright: ignore[reportCallIssue]
+
+
+def checked_rows(**arrays: Any) -> None:
+    """Rows that the tiles can take.
+
+    Raises:
+      NotImplementedError: another dtype, no rows, or rows that are no multiple of 8 elements.
+
+    >>> checked_rows(x=jax.ShapeDtypeStruct((2, 8), jnp.bfloat16))
+    """
+    for name, x in arrays.items():
+        if x.dtype.name not in DTYPES:
+            raise NotImplementedError(f"{name} of {x.dtype}: takes {', '.join(DTYPES)}")
+        if x.size == 0 or x.shape[-1] % 8:
+            raise NotImplementedError(f"{name} of {x.shape}: takes rows of multiples of 8 elements")

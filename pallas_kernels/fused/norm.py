@@ -1,0 +1,352 @@
+"""RMSNorm and LayerNorm in one read and one write of the rows, forward and backward.
+
+A warpgroup holds a row in registers: it is read once, its statistics are two sums over the
+warpgroup, and what is made of it is written.  With a residual the sum is made, stored and
+normalised in the same pass.  The backward makes the statistics anew, which costs no memory traffic;
+the gradients of scale and bias are sums over rows that every warpgroup keeps in registers, every
+CTA adds up in SMEM and writes as one row, and the caller adds up.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES, WARPGROUP, cdiv, interpret_params
+
+from ._vectors import Vectors, checked_rows
+
+LONGEST = 16_384  # bytes of a row, which waits in registers for its statistics
+BUDGET = 128  # registers a thread for the rows and the sums of a backward, of 255 (in SMEM the sums
+# of longer rows); of 64 where four warpgroups share an SM's
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """How the rows are shared out.
+
+    Attributes:
+      ctas: CTAs an SM, one warpgroup each, that share the rows of the forward; 0 makes one for
+        every row.
+      backward_ctas: CTAs an SM of the backward.
+      backward_warpgroups: of each of them.
+
+    Raises:
+      ValueError: a count that is out of range.
+
+    >>> NormConfig().backward_warpgroups
+    2
+    """
+
+    ctas: int = 0
+    backward_ctas: int = 2
+    backward_warpgroups: int = 2
+
+    def __post_init__(self):
+        if self.ctas < 0 or self.backward_ctas < 1:
+            raise ValueError(f"{self.ctas=} and {self.backward_ctas=} must be positive")
+        if not 1 <= self.backward_warpgroups <= 8:
+            raise ValueError(f"{self.backward_warpgroups=} must be 1 to 8")
+
+
+def norm(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    *,
+    eps: float,
+    centred: bool,
+    config: NormConfig = NormConfig(),
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`y = (h - mean(h)) / sqrt(var(h) + eps) * scale + bias` of `h = x + residual`.
+
+    Args:
+      x: `[rows, D]` bf16, f16 or f32; D a multiple of 8.
+      scale: `[D]`.
+      bias: `[D]`, or None.
+      residual: as x, or None: h is x.
+      eps: added to the variance.
+      centred: False leaves out the mean: RMSNorm.
+      config: how the rows are shared out.
+      interpret: True runs the GPU interpreter.
+
+    Returns:
+      `(y, h)` in x's dtype, h None without a residual; y is of the rounded h.
+
+    Raises:
+      NotImplementedError: what this kernel cannot do.
+
+    References:
+      Ba, Kiros & Hinton, Layer Normalization, 2016; Zhang & Sennrich, Root Mean Square Layer
+      Normalization, 2019.
+
+    >>> x, scale = jnp.ones((4, 64), jnp.bfloat16), jnp.ones(64)
+    >>> y, h = jax.eval_shape(functools.partial(norm, eps=1e-6, centred=False), x, scale)
+    >>> y.shape, h
+    ((4, 64), None)
+    """
+    _check(x, scale, bias, residual=residual)
+    rows, width = x.shape
+    ctas = min(rows, HOPPER_SMS * config.ctas) if config.ctas else rows
+    row_of = Row(width, Vectors.piece(x.dtype, interpret))
+    names = [name for name, a in (("residual", residual), ("bias", bias)) if a is not None]
+
+    def body(x_ref, scale_ref, *refs):
+        given = dict(zip([*names, "y", "h"], refs, strict=False))
+        scratch, cta = refs[-1], lax.axis_index("cta")
+
+        @pl.loop(0, _share(rows, ctas, cta))
+        def _(i):
+            row = cta + i * ctas
+            h = row_of.read(x_ref.at[row])
+            if residual is not None:
+                other = row_of.read(given["residual"].at[row])
+                added = (h[j] + other[j] for j in range(row_of.count))
+                h = row_of.written(given["h"].at[row], added)
+            mean, r = _moments(row_of, h, eps, centred, scratch)
+            h = h.waiting()
+            for j in range(row_of.count):
+                y = (h[j] if mean is None else h[j] - mean) * r * row_of.load(scale_ref, j)
+                y = y + row_of.load(given["bias"], j) if "bias" in names else y
+                row_of.store(given["y"].at[row], y, j)
+
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    with jax.named_scope("norm"):
+        out = plgpu.kernel(
+            body,
+            out_type=(like,) if residual is None else (like, like),
+            scratch_types=[plgpu.SMEM((4,), jnp.float32)],
+            grid=(ctas,),
+            grid_names=("cta",),
+            interpret=interpret_params(interpret),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+        )(x, scale, *(a for a in (residual, bias) if a is not None))
+    return out[0], None if residual is None else out[1]
+
+
+def norm_backward(
+    h: jax.Array,
+    scale: jax.Array,
+    dy: jax.Array,
+    dh: jax.Array | None = None,
+    *,
+    eps: float,
+    centred: bool,
+    biased: bool = False,
+    config: NormConfig = NormConfig(),
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The gradient of `norm`: with n the normalised h, r its factor and g = dy * scale,
+
+        dx = r * (g - mean(g) - n * mean(g * n)) + dh,  dscale = sum(dy * n),  dbias = sum(dy).
+
+    Args:
+      h: `[rows, D]`, what was normalised (x, or the sum).
+      scale: `[D]`.
+      dy: `[rows, D]`, the cotangent of y.
+      dh: `[rows, D]`, the cotangent of h where that is an output.
+      eps, centred, config, interpret: of `norm`.
+      biased: whether dbias is wanted.
+
+    Returns:
+      `(dx in h's dtype, dscale f32 [D], dbias f32 [D] or None)`; dx is the residual's too.
+
+    Raises:
+      NotImplementedError: what this kernel cannot do.
+
+    >>> x, scale = jnp.ones((4, 64), jnp.bfloat16), jnp.ones(64)
+    >>> f = functools.partial(norm_backward, eps=1e-6, centred=False)
+    >>> [a.shape for a in jax.eval_shape(f, x, scale, x)[:2]]
+    [(4, 64), (64,)]
+    """
+    _check(h, scale, None, dy=dy, dh=dh)
+    rows, width = h.shape
+    ctas = min(rows, HOPPER_SMS * config.backward_ctas)
+    team = config.backward_warpgroups
+    row_of = Row(width, Vectors.piece(h.dtype, interpret))
+    sums = 2 if biased else 1
+    size = row_of.count * row_of.tile.size
+    if 4 * size * sums * team > SMEM_BYTES - 4096:
+        raise NotImplementedError(f"no room for the sums of {team} warpgroups of {width}")
+    registers = (sums * 4 + 2 * h.dtype.itemsize) * size // (4 * WARPGROUP)
+    at_hand = registers <= BUDGET and registers * team < 2 * BUDGET
+
+    def body(h_ref, scale_ref, dy_ref, *refs):
+        dh_ref, refs = (refs[0], refs[1:]) if dh is not None else (None, refs)
+        dx_ref, partial_ref, scratch_ref, sums_ref, barrier = refs
+        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+        worker, scratch = cta * team + wg, scratch_ref.at[wg]
+        mine = [sums_ref.at[wg, k] for k in range(sums)]
+
+        def one(i, found):
+            row = worker + i * (ctas * team)
+            h, dy = row_of.read(h_ref.at[row]), row_of.read(dy_ref.at[row])
+            mean, r = _moments(row_of, h, eps, centred, scratch)
+            n = lambda j: (h[j] if mean is None else h[j] - mean) * r
+            g = lambda j: dy[j] * row_of.load(scale_ref, j)
+            pieces = range(row_of.count)
+            mean_gn = row_of.mean([g(j) * n(j) for j in pieces], scratch)
+            mean_g = row_of.mean([g(j) for j in pieces], scratch) if centred else None
+            h, dy = h.waiting(), dy.waiting()
+            new = []
+            for j in pieces:
+                dx = g(j) - n(j) * mean_gn
+                dx = (dx if mean_g is None else dx - mean_g) * r
+                if dh_ref is not None:
+                    dx = dx + row_of.load(dh_ref.at[row], j)
+                row_of.store(dx_ref.at[row], dx, j)
+                own = (dy[j] * n(j), dy[j])[:sums]
+                if at_hand:
+                    new.append(tuple(a + b for a, b in zip(found[j], own, strict=True)))
+                else:
+                    for ref, part in zip(mine, own, strict=True):
+                        row_of.store(ref, row_of.load(ref, j) + part, j)
+            return tuple(new)
+
+        zero = ((row_of.tile.zeros(),) * sums,) * row_of.count
+        if not at_hand:
+            _keep(row_of, mine, zero)
+        count = _share(rows, ctas * team, worker)
+        found = lax.fori_loop(0, count, one, zero if at_hand else ())
+        if at_hand:
+            _keep(row_of, mine, found)
+        _add_up(row_of, partial_ref.at[cta], sums_ref, barrier, wg)
+
+    like = jax.ShapeDtypeStruct(h.shape, h.dtype)
+    with jax.named_scope("norm_backward"):
+        dx, partial = plgpu.kernel(
+            body,
+            out_type=(like, jax.ShapeDtypeStruct((ctas, sums, width), jnp.float32)),
+            scratch_types=[
+                plgpu.SMEM((team, 4), jnp.float32),
+                plgpu.SMEM((team, sums, size), jnp.float32),
+                plgpu.Barrier(num_arrivals=team),
+            ],
+            grid=(ctas,),
+            grid_names=("cta",),
+            num_threads=team,
+            thread_name="wg",
+            interpret=interpret_params(interpret),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+        )(h, scale, dy, *(() if dh is None else (dh,)))
+        total = jnp.sum(partial, axis=0)
+    return dx, total[0], total[1] if biased else None
+
+
+def _share(rows: int, workers: int, worker):
+    """How many of the rows `worker, worker + workers, ...` there are."""
+    return lax.div(rows - 1 - worker + workers, jnp.int32(workers))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row in pieces of one vector a thread: what is done piece by piece needs few registers at a
+    time, however long the row.
+    """
+
+    width: int
+    tile: Vectors
+
+    @property
+    def count(self) -> int:
+        """Of pieces."""
+        return cdiv(self.width, self.tile.size)
+
+    def read(self, ref):
+        """The row at ref."""
+        return Pieces([self.tile.raw(ref, j * self.tile.size) for j in range(self.count)])
+
+    def written(self, ref, values):
+        """The row of these f32 pieces once it is stored at ref."""
+        kept = []
+        for j, value in enumerate(values):
+            kept.append(value.astype(ref.dtype))
+            self.store(ref, kept[-1], j)
+        return Pieces(kept)
+
+    def load(self, ref, j: int):
+        """Piece j in f32."""
+        return self.tile.load(ref, j * self.tile.size)
+
+    def store(self, ref, value, j: int) -> None:
+        """Piece j."""
+        self.tile.store(ref, value, j * self.tile.size)
+
+    def mean(self, parts, scratch):
+        """Over the row; what lies behind its end must be zero."""
+        return self.tile.total(functools.reduce(jnp.add, parts), scratch) / self.width
+
+    def masked(self, part, j: int):
+        """Piece j with zeros behind the end of the row."""
+        inside = self.width - j * self.tile.size
+        if inside >= self.tile.size:
+            return part
+        return jnp.where(self.tile.indices() < inside, part, jnp.zeros_like(part))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """A row in registers, in its own dtype."""
+
+    tiles: list[Any]
+
+    def __getitem__(self, j: int):
+        """Piece j in f32."""
+        return self.tiles[j].astype(jnp.float32)
+
+    def waiting(self):
+        """The same for a later pass: not kept in f32 meanwhile, in twice the registers."""
+        return Pieces(list(lax.optimization_barrier(tuple(self.tiles))))
+
+
+def _moments(row_of: Row, h: Pieces, eps: float, centred: bool, scratch):
+    """(mean or None, 1 / the standard deviation)."""
+    mean, pieces = None, range(row_of.count)
+    if centred:
+        mean = row_of.mean([h[j] for j in pieces], scratch)
+    from_mean = lambda j: h[j] if mean is None else row_of.masked(h[j] - mean, j)
+    squares = (part * part for part in map(from_mean, pieces))
+    return mean, lax.rsqrt(row_of.mean(squares, scratch) + eps)
+
+
+def _keep(row_of: Row, refs, parts) -> None:
+    """The sums `parts[piece][k]` into refs[k]."""
+    for j, own in enumerate(parts):
+        for ref, part in zip(refs, own, strict=True):
+            row_of.store(ref, part, j)
+
+
+def _add_up(row_of: Row, out_ref, sums_ref, barrier, wg) -> None:
+    """The sums of a CTA's warpgroups, in their order, by the first of them."""
+    team, sums, _ = sums_ref.shape
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+    @pl.when(wg == 0)
+    def _():
+        for k in range(sums):
+            for j in range(row_of.count):
+                parts = [row_of.load(sums_ref.at[other, k], j) for other in range(team)]
+                row_of.store(out_ref.at[k], functools.reduce(jnp.add, parts), j)
+
+
+def _check(x, scale, bias, **others) -> None:
+    """What the shapes and dtypes have to be."""
+    checked_rows(x=x)
+    if x.ndim != 2 or x.shape[1] * x.dtype.itemsize > LONGEST:
+        raise NotImplementedError(f"{x.shape=}: takes [rows, D] of rows up to {LONGEST} bytes")
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is not None and vector.shape != x.shape[1:]:
+            raise ValueError(f"{name} of {vector.shape} is not {x.shape[1:]}")
+        if vector is not None:
+            checked_rows(**{name: vector})
+    for name, other in others.items():
+        if other is not None and (other.shape, other.dtype) != (x.shape, x.dtype):
+            raise ValueError(f"{name} is {other.shape} {other.dtype}, not {x.shape} {x.dtype}")
