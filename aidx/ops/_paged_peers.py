@@ -8,17 +8,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import _paged_tuning
 from ._paged_spec import PagedAttentionConfig, PagedOperands, PagedSpec
 
 
 def mosaic_forward(spec: PagedSpec, ops: PagedOperands) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) by the Hopper kernels, imported at their first use: they need Mosaic GPU."""
+    """(out, lse) by the Hopper kernels."""
+    if spec.config != PagedAttentionConfig():
+        raise NotImplementedError(f"brings its own tile sizes, not {spec.config}")
+    return run(spec, ops, _paged_tuning.config(spec, ops))
+
+
+def _kernels() -> Any:
+    """`pallas_kernels.paged_attention`, imported at its first use: it needs Mosaic GPU."""
     try:
         kernels: Any = importlib.import_module("pallas_kernels.paged_attention")
     except ImportError as missing:
         raise NotImplementedError(f"this JAX cannot import the kernels: {missing}") from missing
-    if spec.config != PagedAttentionConfig():
-        raise NotImplementedError(f"brings its own tile sizes, not {spec.config}")
+    return kernels
+
+
+def run(spec: PagedSpec, ops: PagedOperands, config: Any) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) by the Hopper kernels in this configuration (None: their own choice)."""
+    kernels = _kernels()
     cascade = (ops.shared_tables, ops.shared_lens, ops.shared_group)
     result = kernels.paged_attention(
         *ops[:6],
@@ -35,6 +47,7 @@ def mosaic_forward(spec: PagedSpec, ops: PagedOperands) -> tuple[jax.Array, jax.
         v_scale=ops.v_scale,
         return_lse=spec.return_lse,
         deterministic=spec.deterministic,
+        config=config,
     )
     if spec.return_lse:
         return result

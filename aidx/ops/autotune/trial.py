@@ -16,7 +16,7 @@ from .table import Measurement
 from .tunable import Tunable, config_text
 
 CACHE_BYTES = 100 << 20  # twice the L2 of an H200: rotated operands come from memory
-MOST_SETS = 8
+MOST_SETS = 16
 ROUNDS = 8  # of all sets in a program
 QUEUE = 4  # programs in flight
 
@@ -50,7 +50,7 @@ def prepare(
     >>> doc = Tunable("doc/trial", run, lambda x: (1, 2), lambda x: 2 * x, ())
     >>> trial = prepare(doc, (jax.ShapeDtypeStruct((4,), jnp.float32),), {})
     >>> len(trial.sets), attempt(trial, 1, timer=lambda trial, config: 0.5).seconds
-    (8, 0.5)
+    (16, 0.5)
     """
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     abstract = jax.tree.map(shape, tuple(operands))
