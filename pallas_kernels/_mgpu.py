@@ -5,7 +5,8 @@ Calls that move between JAX releases, or that the interpreter lacks, are made in
 * `Ops` - accumulators and asynchronous wgmma on the GPU, plain values in interpret mode.
 * `named_barrier_arrive`, `named_barrier_sync` - PTX `bar`, cheaper than an mbarrier.
 * `kernel` - `plgpu.kernel` with the compiler parameters of a warp-specialised kernel.
-* `load_tile` - a TMA copy by a warpgroup or by one warp of it.
+* `load_tile` - a TMA copy by a warpgroup or by one warp of it; `load_live` - of a tile whose last
+  rows may hold anything.
 * `swizzled` - the SMEM transforms that TMA and wgmma agree on.
 * `registers` - how warpgroups that compute and one that loads share the registers of a CTA.
 """
@@ -73,11 +74,11 @@ class Ops:
 
     interpret: bool
 
-    def with_acc(self, f: Callable, *shapes: tuple[int, int]) -> Any:
-        """`f(*accumulators)`, zeroed, f32."""
+    def with_acc(self, f: Callable, *shapes: tuple[int, int], dtype: Any = jnp.float32) -> Any:
+        """`f(*accumulators)`, zeroed; i32 for products of int8."""
         if self.interpret:
-            return f(*[jnp.zeros(s, jnp.float32) for s in shapes])
-        return pl.run_scoped(f, *[plgpu.ACC(s, jnp.float32) for s in shapes])
+            return f(*[jnp.zeros(s, dtype) for s in shapes])
+        return pl.run_scoped(f, *[plgpu.ACC(s, dtype) for s in shapes])
 
     def carry(self, acc):
         """What a loop must carry so that `acc` survives an iteration."""
@@ -94,7 +95,7 @@ class Ops:
             return acc
         a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
         plgpu.commit_smem()  # the interpreter's stand-in for "the async proxy reads SMEM here"
-        return acc + jnp.dot(a, b, preferred_element_type=jnp.float32)
+        return acc + jnp.dot(a, b, preferred_element_type=acc.dtype)
 
     def load(self, acc, wait_n: int = 0):
         """The value of `acc` once at most `wait_n` younger wgmma groups are in flight."""
@@ -178,6 +179,35 @@ def load_tile(source, target, barrier, by_warp: bool, **how: Any) -> None:
         pl.when(warp == 0)(lambda: plgpu.copy_gmem_to_smem(source, target, barrier, **how))
 
     plgpu.warp_map(issue)
+
+
+def clear_rows(tile, live, interpret: bool) -> None:
+    """Zero the rows of a 16-bit tile in SMEM from `live` on, 64 x 64 at a time."""
+    layout = plgpu.Layout.WGMMA
+    row = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=layout)
+    for first in range(0, tile.shape[0], 64):
+        for column in range(0, tile.shape[1], 64):
+            part = tile.at[pl.ds(first, 64), pl.ds(column, 64)]
+            x = part[...] if interpret else plgpu.load(part, layout=layout)
+            part[...] = jnp.where(row + first < live, x, jnp.zeros_like(x))
+
+
+def load_live(source, target, barrier, landed, live, interpret: bool, **how: Any) -> None:
+    """`load_tile` of a tile whose rows from `live` on arrive as zeros, whatever memory holds there.
+
+    A masked P is zero, but 0 * NaN is NaN.  The warpgroup that loads waits for such a tile on
+    `landed`, clears the rows and passes it on; others go straight to `barrier`.
+    """
+    whole = live >= target.shape[0]
+    pl.when(whole)(lambda: load_tile(source, target, barrier, **how))
+
+    @pl.when(jnp.logical_not(whole))
+    def _():
+        load_tile(source, target, landed, **how)
+        plgpu.barrier_wait(landed)
+        clear_rows(target, live, interpret)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(barrier)
 
 
 def div(a, b: int):

@@ -302,17 +302,16 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
 
 
 def _scaled_queries(call: _Call, geom: Geometry, first: jax.Array):
-    """(packed q in the dtype of the matmuls, packed factor of its scores or None)."""
+    """(packed q, or all its terms, in the dtype of K; packed factor of the scores or None)."""
     if not quantised.is_quantised(call.k_pool.dtype):
         return pack_queries(call.q, geom, first), None
     with jax.named_scope("paged_attention.queries"):
-        dtype = quantised.compute_dtype(call.q.dtype, call.k_pool.dtype)
-        q, factor = quantised.normalised(call.q, dtype)
+        terms, factor = quantised.split_terms(call.q, call.k_pool.dtype)
         factor = factor * call.scoring.scale
         if call.scales is not None and call.scales[0].ndim == 1:
             factor = factor * jnp.repeat(call.scales[0].astype(jnp.float32), geom.group)[None]
         packed = pack_queries(factor[..., None], geom, first)[..., 0]
-        return pack_queries(q, geom, first), packed
+        return jnp.concatenate([pack_queries(x, geom, first) for x in terms], axis=2), packed
 
 
 def _scales(call: _Call, geom: Geometry, key_tile: int) -> dict[str, Any]:

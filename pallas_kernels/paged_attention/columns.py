@@ -10,6 +10,7 @@ other's values.  `_column_reduce` takes the scratch as an argument: each warpgro
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +77,7 @@ class Segment(NamedTuple):
 class TileRefs(NamedTuple):
     """One tile of keys and what works on it, in SMEM."""
 
-    q: Any  # [cols, H]
+    q: Any  # [terms * cols, H]
     k: Any  # [tile, H]
     v: Any  # [tile, Hv]
     p: Any  # [cols, tile]
@@ -110,8 +111,9 @@ class Columns:
     geom: Geometry
     scoring: Scoring
     tile: int  # keys
-    dtype: Any  # of the matmuls
+    dtype: Any  # of P and V in their matmul
     out_dtype: Any = None  # of q and the output where that differs
+    terms: int = 1  # that queries are split into, one after another in the columns of q
 
     @property
     def stored(self) -> Any:
@@ -221,24 +223,26 @@ class Columns:
             return ref[...]
         return plgpu.load(ref, layout=PER_ROW, optimized=False)
 
-    def scores(self, q, k):
-        """`K Q^T [tile, cols]`, issued and awaited; K in SMEM, at 16 bits or one byte a value."""
-        ops, shape = self.ops, (self.tile, self.geom.cols)
-        if not quantised.is_quantised(k.dtype):
-            return ops.with_acc(lambda a: ops.load(ops.wgmma(a, k, q.T)), shape)
-        layout, parts = plgpu.Layout.WGMMA_UPCAST_2X, _row_parts(k)
+    def scores(self, q, k, meanwhile: Callable[[], None] | None = None):
+        """`K Q^T [tile, cols]`, issued and awaited; `meanwhile` runs in between."""
+        ops, cols = self.ops, self.geom.cols
+        dtype = jnp.int32 if k.dtype == quantised.INT8 else jnp.float32
 
-        def sliced(acc):
-            for i, at in enumerate(parts):
-                part = k.at[:, at]
-                x = part[...] if ops.interpret else plgpu.load(part, layout=layout)
-                x = plgpu.layout_cast(quantised.convert(x, self.dtype), ROWS)
-                acc = ops.wgmma(acc, x, q.at[:, at].T)
-                if i + 1 < len(parts):
-                    ops.wait(0)  # the registers of this part are those of the next
+        def product(acc):
+            acc = ops.wgmma(acc, k, q.T)
+            if meanwhile is not None:
+                meanwhile()
             return ops.load(acc)
 
-        return ops.with_acc(sliced, shape)
+        s = ops.with_acc(product, (self.tile, self.terms * cols), dtype=dtype)
+        s = s.astype(jnp.float32)
+        if self.terms == 1:
+            return s
+        parts = [s[:, j * cols : (j + 1) * cols] for j in range(self.terms)]
+        total = parts.pop()
+        while parts:
+            total = parts.pop() + total * (1.0 / quantised.base(k.dtype))
+        return total
 
     def widen(self, v, wide):
         """V at 16 bits."""
@@ -265,14 +269,14 @@ class Columns:
         With scales the running maximum is that of s + log2(v_scale), so that
         P * v_scale = 2^(s + log2(v_scale) - m) stays within 0..1; the sums take 1 / v_scale back.
         """
-        ops = self.ops
-        s = self.scores(refs.q, refs.k)
-        k_scale, shift, inverse = self.scales(refs, head)
-        s = self.logits(s, first_key, seg, k_scale, shift)
-        live, v = seg.context - first_key, refs.v
+        ops, v, meanwhile = self.ops, refs.v, None
         if refs.wide_v is not None:
             v = refs.wide_v
-            self.widen(refs.v, v)
+            meanwhile = lambda: self.widen(refs.v, v)
+        s = self.scores(refs.q, refs.k, meanwhile)
+        k_scale, shift, inverse = self.scales(refs, head)
+        s = self.logits(s, first_key, seg, k_scale, shift)
+        live = seg.context - first_key
         if refs.v.dtype != quantised.INT8:
             pl.when(live < self.tile)(lambda: clear_rows(v, live, ops.interpret))
         m_new = jnp.maximum(m, self.max(s, refs.scratch))

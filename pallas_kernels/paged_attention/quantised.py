@@ -1,12 +1,14 @@
 """Pools of one byte a value: what the queries, the scales and a tile of keys go through.
 
 A stored key is `k_scale * k`, so `k_scale` joins the columns of the scores and `v_scale` those of
-P; a value itself is only converted, in registers.  float8_e4m3fn becomes f16 (one instruction for
-two values; there is none to bf16), int8 becomes bf16.  K goes from registers into the matmul; V,
-whose transpose must come from shared memory, is written back at 16 bits.
+P.  K is multiplied as it lies: tensor cores take one-byte operands if both are, so the queries
+become sums of terms of K's type, q = factor * (q_0 + q_1 / b + ...).  A bf16 has 8 significant bits
+and an e4m3 holds 4, so two terms say it all; two of int8 say 15 bits of the largest of a token and
+head.  The terms are more columns of a matmul that has columns to spare.
 
-Queries in bf16 may not fit f16.  They are divided by a power of two, one per token and head, which
-is exact and comes back as a factor of the scores.
+V, whose transpose must come from shared memory at 16 bits (one-byte operands cannot be transposed),
+is converted in registers and written back: float8_e4m3fn to f16 (one instruction for two values;
+there is none to bf16), int8 to bf16.
 """
 
 import itertools
@@ -41,26 +43,42 @@ def compute_dtype(q_dtype: Any, pool_dtype: Any) -> Any:
     return jnp.dtype(jnp.float16 if jnp.dtype(pool_dtype) == E4M3 else q_dtype)
 
 
-def normalised(q: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """`(q / 2^e in dtype, 2^e)` for q `[T, N, H]`; e puts the largest of a token and head near 1.
+def num_terms(q_dtype: Any, pool_dtype: Any) -> int:
+    """Terms that a query is split into: f16 has three bits more than bf16.
 
-    2^e is 1 where q fits dtype anyway.
-
-    >>> x, factor = normalised(jnp.array([[[3e38, 1.0]]], jnp.bfloat16), jnp.float16)
-    >>> bool(jnp.isfinite(x).all()), jnp.log2(factor).tolist()
-    (True, [[127.0]])
+    >>> num_terms(jnp.bfloat16, E4M3), num_terms(jnp.float16, E4M3), num_terms(jnp.float16, INT8)
+    (2, 3, 2)
     """
-    if q.dtype == dtype:
-        return q, jnp.ones(q.shape[:2], jnp.float32)
-    _, e = jnp.frexp(jnp.max(jnp.abs(q.astype(jnp.float32)), axis=-1))
-    e = jnp.clip(e, -120, 127)
-    half = e // 2  # 2^-127 is no normal number: two steps
-    scaled = q.astype(jnp.float32) * _exp2(-half)[..., None] * _exp2(half - e)[..., None]
-    return scaled.astype(dtype), _exp2(half) * _exp2(e - half)
+    return 3 if jnp.dtype(q_dtype) == jnp.float16 and jnp.dtype(pool_dtype) == E4M3 else 2
 
 
-def _exp2(e: jax.Array) -> jax.Array:
-    return jnp.ldexp(jnp.float32(1), e)
+def base(pool_dtype: Any) -> float:
+    """A term counts so many times the next one."""
+    return 16.0 if jnp.dtype(pool_dtype) == E4M3 else 128.0
+
+
+def split_terms(q: jax.Array, pool_dtype: Any) -> tuple[list[jax.Array], jax.Array]:
+    """q `[T, N, H]` -> (terms in `pool_dtype`, factor `[T, N]`): q = factor * sum_j term_j / b^j.
+
+    >>> q = jnp.array([[[3e38, 1.7578125, -3.1e38]]], jnp.bfloat16)
+    >>> (high, low), factor = split_terms(q, jnp.float8_e4m3fn)
+    >>> x = (high.astype(jnp.float32) + low.astype(jnp.float32) / 16) * factor[..., None]
+    >>> bool(x[0, 0, 0] == q[0, 0, 0]), bool(x[0, 0, 2] == q[0, 0, 2])
+    (True, True)
+    """
+    values, largest = q.astype(jnp.float32), 64.0 if jnp.dtype(pool_dtype) == E4M3 else 127.0
+    top = jnp.max(jnp.abs(values), axis=-1)
+    if jnp.dtype(pool_dtype) == E4M3:
+        _, e = jnp.frexp(top)  # a power of two, so that nothing is lost
+        factor = jnp.ldexp(jnp.float32(1), jnp.clip(e, -119, 127)) / largest
+    else:
+        factor = jnp.maximum(top, 2.0**-110) / largest
+    rest, terms = values / factor[..., None], []
+    for _ in range(num_terms(q.dtype, pool_dtype)):
+        term = (jnp.round(rest) if jnp.dtype(pool_dtype) == INT8 else rest).astype(pool_dtype)
+        terms.append(term)
+        rest = (rest - term.astype(jnp.float32)) * base(pool_dtype)
+    return terms, factor
 
 
 def convert(x: jax.Array, dtype: Any) -> jax.Array:

@@ -76,7 +76,8 @@ def smem_bytes(config: SplitConfig, geom: Geometry, pool_bytes: int = 2) -> int:
     ring = config.stages * tile * (h + hv) * pool_bytes
     if pool_bytes == 1:
         ring += tile * hv * 2 + config.stages * 2 * scale_words(geom, tile) * 4
-    small = (query_slots(config) * cols * h + cols * tile + cols * hv) * 2
+    terms = 1 if pool_bytes == 2 else 1.5  # of queries, at one byte each
+    small = int(query_slots(config) * cols * h * terms + cols * tile + cols * hv) * 2
     return ring + small + 4 * reduce_scratch(cols) + 1024
 
 
@@ -125,8 +126,8 @@ def split_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Output `[T, K, G, Hv]` and base-2 log-sum-exp by column, f32 `[U, K, cols]`.
 
-    `q` is packed (`pack_queries`) in the dtype of the matmuls, and so is `factor`, of the scores;
-    `slopes`, `sinks` and `gain`, of the values, are f32 `[blocks, cols]` (`pack_columns`).
+    `q` is packed (`pack_queries`); for one-byte pools its columns are those of all terms of the
+    queries (`quantised.split_terms`), and `factor`, of the scores, is packed too.  `slopes`, `sinks` and `gain`, of the values, are f32 `[blocks, cols]` (`pack_columns`).
     `scales` are those of K and V, packed by `pages.pack_scales`.
     """
     _check(config, geom, k_pool.dtype)
@@ -134,11 +135,12 @@ def split_attention(
     tile, stages, u = config.key_tile, config.stages, work.tiles.shape[0]
     pages = PageTiles(geom, tile)
     out_dtype = q.dtype if out_dtype is None else out_dtype
-    sds, smem, swz = jax.ShapeDtypeStruct, plgpu.SMEM, swizzled(q.dtype)
-    ring = lambda dim: smem(
-        (stages, tile, dim), k_pool.dtype, transforms=swizzled(k_pool.dtype, _swizzle(k_pool, dim))
-    )
     narrow = quantised.is_quantised(k_pool.dtype)
+    dtype = quantised.compute_dtype(out_dtype, k_pool.dtype)
+    sds, smem, swz = jax.ShapeDtypeStruct, plgpu.SMEM, swizzled(dtype)
+    as_stored = lambda dim: swizzled(k_pool.dtype, _swizzle(k_pool, dim))
+    ring = lambda dim: smem((stages, tile, dim), k_pool.dtype, transforms=as_stored(dim))
+    terms = q.shape[2] // cols
     out_type = (
         sds((geom.num_tokens, geom.num_kv_heads, geom.group, hv), out_dtype),
         sds((u, geom.num_kv_heads, cols), jnp.float32),
@@ -147,10 +149,14 @@ def split_attention(
     )
     copies = (2 if scales is None else 4) * pages.per_tile
     scratch = dict(
-        q=smem((query_slots(config), cols, geom.head_dim), q.dtype, transforms=swz),
+        q=smem(
+            (query_slots(config), terms * cols, geom.head_dim),
+            q.dtype,
+            transforms=as_stored(geom.head_dim) if narrow else swz,
+        ),
         k=ring(geom.head_dim),
         v=ring(hv),
-        p=smem((cols, tile), q.dtype, transforms=swz),
+        p=smem((cols, tile), dtype, transforms=swz),
         o=smem((cols, hv), out_dtype),
         red=smem((reduce_scratch(cols),), jnp.float32),
         q_full=plgpu.Barrier(num_barriers=2),
@@ -159,7 +165,7 @@ def split_attention(
         kv_free=plgpu.Barrier(num_barriers=stages),
     )
     if narrow:
-        scratch["wide_v"] = smem((tile, hv), q.dtype, transforms=swz)
+        scratch["wide_v"] = smem((tile, hv), dtype, transforms=swz)
     if scales is not None:
         words = scale_words(geom, tile)
         scratch["k_scale"] = scratch["v_scale"] = smem((stages, words), jnp.float32)
@@ -181,7 +187,7 @@ def split_attention(
     )
     inputs = {name: x for name, x in inputs.items() if x is not None}
     call = _Split(
-        math=Columns(Ops(bool(interpret)), geom, scoring, tile, q.dtype, out_dtype),
+        math=Columns(Ops(bool(interpret)), geom, scoring, tile, dtype, out_dtype, terms),
         pages=pages,
         config=config,
     )
