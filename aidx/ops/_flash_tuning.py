@@ -78,7 +78,7 @@ def _plain(spec: FlashSpec, ops: FlashOperands) -> bool:
 
 
 def _given(ops: FlashOperands) -> set[str]:
-    return {name for name, x in ops._asdict().items() if x is not None and x != ()}
+    return {name for name, x in ops._asdict().items() if jax.tree.leaves(x)}
 
 
 # --- candidates ----------------------------------------------------------------------------------
