@@ -14,6 +14,9 @@ over 989 TFLOP/s, recomputation not (`aidx.train.train_flops_per_token`).
 compiler's own analysis: fused, beside logits that are whole.
 `logging` is a step of the 1B case with a SummaryWriter that takes every step's scalars and, every
 tenth, histograms of all parameters, beside a step without.
+`tensorboard` is scalars a second and histograms of 100M elements (bf16, on the device, 100 leaves)
+beside tensorboardX itself; `overhead` what five scopes cost a step of 5 ms, with and without a
+profiler.  With `--profile FOLDER` a step's device time by scope, of a run by itself.
 """
 
 import argparse
@@ -106,39 +109,41 @@ def measure_aidx(case: str, args: argparse.Namespace) -> None:
     peak = stats.get("peak_bytes_in_use", 0)
     speed_rows(case, "aidx", config, batch, length, seconds[WARMUP:], peak)
     print(f"loss {float(metrics.loss):.4f} grad_norm {float(metrics.grad_norm):.4f}", flush=True)
-    if args.profile:
-        profile(lambda s: compiled(s, windows[0])[0], state, args.profile / f"{case}.txt")
 
 
-def profile(step, state, out: pathlib.Path) -> None:
-    """Device time of two steps by kernel, longest first."""
+def measure_profile(case: str, args: argparse.Namespace) -> None:
+    """Device time of three steps by scope, and by kernel; the shares of the rooflines."""
     import jax
 
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(2):
-                state = step(state)
-            jax.block_until_ready(state)
-        file = max(pathlib.Path(folder).rglob("*.xplane.pb"))
-        data = jax.profiler.ProfileData.from_file(str(file))
-        spent: dict[str, list[float]] = {}
-        for plane in data.planes:
-            if "GPU" not in plane.name:
-                continue
-            for line in plane.lines:
-                if "Stream" not in line.name:
-                    continue
-                for event in line.events:
-                    stats = dict(event.stats)
-                    name = f"{stats.get('hlo_op', '?')} | {event.name[:90]}"
-                    spent.setdefault(name, []).append(event.duration_ns / 1e6)
-    rows = sorted(spent.items(), key=lambda item: -sum(item[1]))
-    total = sum(sum(times) for times in spent.values())
-    lines = [f"total {total / 2:.2f} ms a step, {len(rows)} kernels"]
-    lines += [f"{sum(t) / 2:9.3f} ms {len(t) / 2:6.1f}x  {name}" for name, t in rows[:120]]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines[:30]), flush=True)
+    from aidx.telemetry.profiler import Profiler, profile_scope, scope_costs
+    from aidx.train import next_token_batch
+
+    config, batch, length = model_config(case, args.tiny)
+    step, state = aidx_step(config, args.remat, args.chunk)
+    shape = (batch, length + 1)
+    data = next_token_batch(jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size))
+    costs = scope_costs(step, state, data)
+    compiled = step.lower(state, data).compile()
+    for _ in range(2):
+        state, metrics = compiled(state, data)
+    metrics.loss.block_until_ready()
+    with Profiler(device_trace=True) as profiler:
+        for _ in range(3):
+            with profile_scope("step"):
+                state, metrics = compiled(state, data)
+        jax.block_until_ready((state, metrics))
+    report_ = profiler.report(programs=[compiled], costs=costs, calls=3)
+    args.profile.mkdir(parents=True, exist_ok=True)
+    (args.profile / f"{case}.json").write_text(report_.to_json())
+    (args.profile / f"{case}.html").write_text(report_.to_html())
+    kernels: dict[str, list[float]] = {}
+    for path, _, seconds, _ in report_.device_timeline:
+        kernels.setdefault("/".join(path), []).append(1e3 * seconds)
+    rows = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:150]
+    lines = [f"{sum(t) / 3:9.3f} ms {len(t) / 3:6.1f}x  {name}" for name, t in rows]
+    table = report_.table(least=0.004)
+    (args.profile / f"{case}.txt").write_text("\n".join([table, "", *lines]) + "\n")
+    print(table, flush=True)
 
 
 def measure_torch(case: str, args: argparse.Namespace) -> None:
@@ -243,10 +248,119 @@ def Times(into: list[float]):
     return Keep()
 
 
+def measure_tensorboard(args: argparse.Namespace) -> None:
+    """Scalars a second, and histograms of a tree of 100M elements, beside tensorboardX itself."""
+    import jax
+    import jax.numpy as jnp
+    import tensorboardX
+
+    from aidx.telemetry.tensorboard import SummaryWriter
+
+    scalars, leaves, size = (500, 4, 1000) if args.tiny else (20_000, 100, 1_000_000)
+    tree = {
+        f"layer_{i:02}": jax.random.normal(jax.random.key(i), (size,)).astype(jnp.bfloat16)
+        for i in range(leaves)
+    }
+    jax.block_until_ready(tree)
+    peers = {"aidx": SummaryWriter, "tensorboardX": tensorboardX.SummaryWriter}
+    for who, make in peers.items():
+        rates = []
+        for _ in range(3):
+            with tempfile.TemporaryDirectory() as folder, make(folder) as writer:
+                begun = time.perf_counter()
+                for i in range(scalars):
+                    writer.add_scalar("loss", 0.5, i)
+                writer.flush()
+                rates.append(scalars / (time.perf_counter() - begun))
+        report("scalars", who, "rate", statistics.median(rates), "scalars/s")
+        with tempfile.TemporaryDirectory() as folder, make(folder) as writer:
+            if who == "aidx":
+                writer.add_histograms("warm", tree, 0)  # compiled before the clock runs
+                writer.flush()
+            begun = time.perf_counter()
+            if who == "aidx":
+                writer.add_histograms("params", tree, 1)
+                called = time.perf_counter() - begun
+                report(f"histograms {leaves * size:.0e} elements", who, "call", called, "s")
+            else:
+                for name, leaf in tree.items():
+                    writer.add_histogram(f"params/{name}", np_of(leaf), 1)
+            writer.flush()
+            taken = time.perf_counter() - begun
+        report(f"histograms {leaves * size:.0e} elements", who, "to disk", taken, "s")
+
+
+def np_of(x):
+    """What tensorboardX can take of an array."""
+    import numpy as np
+
+    return np.asarray(x).astype(np.float32)
+
+
+def measure_overhead(args: argparse.Namespace) -> None:
+    """A step of 5 ms with five scopes: without them, with them, with a profiler running."""
+    import contextlib
+
+    import jax
+    import jax.numpy as jnp
+
+    from aidx.telemetry.profiler import Profiler, profile_scope
+
+    def wait(seconds: float) -> None:  # a step whose length does not depend on the machine
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    add = jax.jit(lambda x: x + 1)
+    x = jnp.zeros(1024)
+
+    def run(scope, n: int) -> list[float]:
+        nonlocal x
+        seconds = []
+        for _ in range(n):
+            begun = time.perf_counter()
+            with scope("data"):
+                pass
+            with scope("step"):
+                with scope("forward"), scope("inner"):
+                    x = add(x)
+                wait(0.005)
+            with scope("read"):
+                x.block_until_ready()
+            seconds.append(time.perf_counter() - begun)
+        return seconds
+
+    none = lambda name: contextlib.nullcontext()
+    times: dict[str, list[float]] = {"none": [], "off": [], "on": []}
+    run(none, 10)
+    for _ in range(3 if args.tiny else 12):  # in turns: clocks change
+        times["none"] += run(none, 40)
+        times["off"] += run(profile_scope, 40)
+        with Profiler():
+            times["on"] += run(profile_scope, 40)
+    base = statistics.median(times["none"])
+    for name in ("off", "on"):
+        extra = statistics.median(times[name]) - base
+        report("profiler 5 ms step, 5 scopes", f"aidx {name}", "overhead", 100 * extra / base, "%")
+        with Profiler() if name == "on" else contextlib.nullcontext():
+            begun = time.perf_counter()
+            for _ in range(10_000):
+                with profile_scope("alone"):
+                    pass
+            alone = (time.perf_counter() - begun) / 10_000
+        report("profiler 5 ms step, 5 scopes", f"aidx {name}", "scope", 1e6 * alone, "us")
+
+
 def run_one(name: str, args: argparse.Namespace) -> None:
     case, _, who = name.partition(":")
     if case == "cross-entropy":
         measure_cross_entropy(args)
+    elif case == "tensorboard":
+        measure_tensorboard(args)
+    elif case == "overhead":
+        measure_overhead(args)
+    elif who == "profile":
+        measure_profile(case, args)
     elif case == "logging":
         measure_logging(args)
     elif who == "torch":
@@ -259,12 +373,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [*CASES, "cross-entropy", "logging"]
+    names = [*CASES, "cross-entropy", "logging", "tensorboard", "overhead"]
     parser.add_argument("--cases", nargs="+", default=names, choices=names)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--remat", default="none", help="of the aidx step")
     parser.add_argument("--chunk", type=int, help="tokens of a chunk of the loss")
-    parser.add_argument("--profile", type=pathlib.Path, help="folder for kernel times")
+    parser.add_argument("--profile", type=pathlib.Path, help="folder for profiles of the steps")
+    parser.add_argument("--no-peers", action="store_true", help="aidx alone")
     parser.add_argument("--deadline", type=float, default=1e9, help="start no case after (s)")
     parser.add_argument("--out", type=pathlib.Path, help="results (default: bench/results)")
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -272,12 +387,14 @@ def main() -> None:
     if args.only:
         run_one(args.only, args)
         return
-    peers = all(importlib.util.find_spec(p) for p in ("torch", "transformers"))
+    peers = not args.no_peers and all(
+        importlib.util.find_spec(p) for p in ("torch", "transformers")
+    )
     todo = [
         f"{case}{who}"
         for case in args.cases
-        for who in ((":aidx", ":torch") if case in CASES else ("",))
-        if peers or who != ":torch"
+        for who in ((":aidx", ":torch", ":profile") if case in CASES else ("",))
+        if (peers or who != ":torch") and (args.profile or who != ":profile")
     ]
     probe = "import jax; print(jax.devices()[0].device_kind)"
     found = subprocess.run([sys.executable, "-c", probe], stdout=subprocess.PIPE, text=True)
@@ -289,6 +406,8 @@ def main() -> None:
             print(f"{name}: left out, the deadline has passed", flush=True)
             continue
         env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+        if name.endswith(":profile"):  # in command buffers, kernels of libraries have no names
+            env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
         command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
         print(f"--- {name}: exit {done.returncode}, {time.perf_counter() - begun:.0f} s in all")
@@ -301,16 +420,23 @@ def main() -> None:
 
 
 def write(rows: list[dict], device: str, folder: pathlib.Path) -> None:
-    packages = ("jax", "optax", "torch", "transformers")
+    """The rows, beside those that the file has of other cases."""
+    packages = ("jax", "optax", "torch", "transformers", "tensorboardX")
     versions = {p: importlib.metadata.version(p) for p in packages if importlib.util.find_spec(p)}
+    command = "python bench/training.py" + "".join(f" {a}" for a in sys.argv[1:])
+    file = folder / "training.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {"meta": {}, "rows": []}
+    new = {(row["case"], row["implementation"]) for row in rows}
+    kept = [r for r in earlier["rows"] if (r["case"], r["implementation"]) not in new]
+    commands = [c for c in earlier["meta"].get("command", "").split("; ") if c and c != command]
     meta = {
-        "command": "python bench/training.py" + "".join(f" {a}" for a in sys.argv[1:]),
+        "command": "; ".join([*commands, command]) if kept else command,
         "date": datetime.date.today().isoformat(),
         "device": device,
-        "versions": versions,
+        "versions": earlier["meta"].get("versions", {}) | versions,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "training.json").write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    file.write_text(json.dumps({"meta": meta, "rows": [*kept, *rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
