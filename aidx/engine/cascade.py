@@ -57,10 +57,7 @@ def shared_prefixes(
     in_order = lambda i: tables[i][: full[i]].astype(">u4").tobytes()  # bytes sort like the ids
     order = sorted(np.flatnonzero(full > 0).tolist(), key=in_order)
     heights = np.array(
-        [
-            _common(tables[a][: full[a]], tables[b][: full[b]])
-            for a, b in itertools.pairwise(order)
-        ],
+        [_common(tables[a][: full[a]], tables[b][: full[b]]) for a, b in itertools.pairwise(order)],
         np.int64,
     )
     while len(lens) < MAX_GROUPS:

@@ -127,8 +127,9 @@ def split_attention(
     """Output `[T, K, G, Hv]` and base-2 log-sum-exp by column, f32 `[U, K, cols]`.
 
     `q` is packed (`pack_queries`); for one-byte pools its columns are those of all terms of the
-    queries (`quantised.split_terms`), and `factor`, of the scores, is packed too.  `slopes`, `sinks` and `gain`, of the values, are f32 `[blocks, cols]` (`pack_columns`).
-    `scales` are those of K and V, packed by `pages.pack_scales`.
+    queries (`quantised.split_terms`), and `factor`, of the scores, is packed too.  `slopes`,
+    `sinks` and `gain`, of the values, are f32 `[blocks, cols]` (`pack_columns`).  `scales` are
+    those of K and V, packed by `pages.pack_scales`.
     """
     _check(config, geom, k_pool.dtype)
     cols, hv, ctas = geom.cols, geom.value_dim, num_shares(config, geom)

@@ -101,7 +101,7 @@ def write_kv(
         targets |= dict(k_scale=k_scale, v_scale=v_scale)
     if q is not None:
         targets["q_out"] = jnp.empty_like(inputs["q"])
-    call = _Write(tuple(parts), k.shape[0], block_size, scaled, bool(interpret))
+    call = _Write(tuple(parts), k.shape[0], block_size, scaled, k.dtype, bool(interpret))
     with jax.named_scope("write_kv"):
         state = {name: jax.new_ref(x) for name, x in targets.items()}
         names = (*inputs, *targets)
@@ -112,7 +112,7 @@ def write_kv(
         plgpu.kernel(
             body,
             out_type=(),
-            scratch_types=call.scratch(k.dtype),
+            scratch_types=call.scratch(),
             grid=(sum(call.tiles(part) for part in parts),),
             grid_names=("cta",),
             interpret=interpret_params(interpret),
@@ -200,6 +200,7 @@ class _Write:
     tokens: int
     block_size: int
     scaled: bool
+    dtype: Any  # of what comes
     interpret: bool
 
     def rows(self, part: _Part) -> int:
@@ -211,35 +212,44 @@ class _Write:
         """CTAs of a part."""
         return cdiv(self.rows(part), ROWS)
 
-    def scratch(self, dtype: Any) -> tuple[Any, ...]:
-        """A tile as it comes, one as it goes, and a barrier, for every part."""
-        out: list[Any] = [plgpu.Barrier()]
-        for part in self.parts:
-            for kind in (dtype, part.dtype):
-                tile = (ROWS, part.features)
-                out.append(plgpu.SMEM(tile, kind, transforms=part.transforms(kind)))
-        return tuple(out)
+    def tiles_of(self, part: _Part) -> list[tuple[Any, ...]]:
+        """(shape, dtype, transforms) of a tile as it comes and, where that differs, as it goes."""
+        changed = part.rotate or quantised.is_quantised(part.dtype)
+        kinds = (self.dtype, part.dtype) if changed else (self.dtype,)
+        return [
+            ((ROWS, part.features), kind, part.transforms(kind), i) for i, kind in enumerate(kinds)
+        ]
+
+    @property
+    def all_tiles(self) -> list[tuple[Any, ...]]:
+        """Those of all parts: a CTA has one part, and the less it takes the more fit an SM."""
+        return list(dict.fromkeys(tile for part in self.parts for tile in self.tiles_of(part)))
+
+    def scratch(self) -> tuple[Any, ...]:
+        """A barrier, and the tiles."""
+        tiles = [plgpu.SMEM(shape, x, transforms=t) for shape, x, t, _ in self.all_tiles]
+        return (plgpu.Barrier(), *tiles)
 
     def body(self, refs: dict[str, Any], scratch):
         full, *tiles = scratch
+        tiles = dict(zip(self.all_tiles, tiles, strict=True))
         cta, begin = lax.axis_index("cta"), 0
-        for i, part in enumerate(self.parts):
+        for part in self.parts:
             count = self.tiles(part)
             mine = (cta >= begin) & (cta < begin + count)
 
             @pl.when(mine)
-            def _(part=part, begin=begin, smem=tiles[2 * i : 2 * i + 2]):
+            def _(part=part, begin=begin):
+                smem = [tiles[x] for x in self.tiles_of(part)]
                 # the last tile begins inside the one before it, and writes from `own` on
                 own = (cta - begin) * ROWS
                 row = lax.min(own, jnp.int32(self.rows(part) - ROWS))
                 plgpu.copy_gmem_to_smem(refs[part.name].at[pl.ds(row, ROWS)], smem[0], full)
                 plgpu.barrier_wait(full)
-                source = smem[0]
-                if part.rotate or quantised.is_quantised(part.dtype):
-                    source = smem[1]
+                if len(smem) > 1:
                     self.transform(part, refs, (row, own), *smem)
                     plgpu.commit_smem()
-                self.put(part, refs, (row, own), source)
+                self.put(part, refs, (row, own), smem[-1])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             begin += count
