@@ -13,7 +13,6 @@ traced.  A fused kernel is charged to its root's scope, what has no name to `(un
 """
 
 import collections
-import contextlib
 import functools
 import os
 import re
@@ -141,6 +140,7 @@ class Profiler:
         self.device_trace = device_trace
         self._memory_wanted = memory
         self._lock = threading.Lock()
+        self._device = jax.local_devices()[0]
         self._durations: dict[Path, list[float]] = collections.defaultdict(list)
         self._compiling: dict[Path, float] = collections.defaultdict(float)
         self._memory: dict[Path, list[int]] = {}  # live before, live after, grown, host grown
@@ -213,9 +213,11 @@ class Profiler:
             return 0, 0
         resident = 0
         if self._statm >= 0:
-            with contextlib.suppress(OSError):  # a thread's scope ends while the profiler stops
+            try:
                 resident = PAGE * int(os.pread(self._statm, 128, 0).split()[1])
-        return live_bytes(), resident
+            except OSError:  # a thread's scope ended while the profiler stopped
+                resident = 0
+        return live_bytes(self._device), resident
 
     def add(
         self,
@@ -334,13 +336,13 @@ def kernel_timeline(trace: Trace) -> tuple[tuple[Path, float, float, str], ...]:
     return tuple(found)
 
 
-def live_bytes() -> int:
-    """Bytes in use on the first local device; 0 where it does not tell.
+def live_bytes(device: Any = None) -> int:
+    """Bytes in use on a device (the first local one); 0 where it does not tell.
 
     >>> live_bytes() >= 0
     True
     """
-    stats = jax.local_devices()[0].memory_stats()
+    stats = (device or jax.local_devices()[0]).memory_stats()
     return 0 if stats is None else int(stats.get("bytes_in_use", 0))
 
 

@@ -264,7 +264,7 @@ def test_kernels_count_by_formula_and_a_scan_as_often_as_it_runs():
 
 def test_memory_is_what_the_scopes_ends_saw(monkeypatch):
     seen = iter([10, 15, 25, 30])  # in: outer, inner; out: inner, outer
-    monkeypatch.setattr("aidx.telemetry.profiler.live_bytes", lambda: next(seen))
+    monkeypatch.setattr("aidx.telemetry.profiler.live_bytes", lambda device: next(seen))
     with Profiler() as profiler, profile_scope("outer"), profile_scope("inner"):
         held = bytearray(64 << 20)
         held[::4096] = b"x" * len(held[::4096])
