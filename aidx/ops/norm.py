@@ -32,6 +32,33 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float = 1e-6) -> jax.Array:
         return (y * _row(scale, x.ndim)).astype(x.dtype)
 
 
+def residual_rms_norm(
+    x: jax.Array, residual: jax.Array, scale: jax.Array, *, eps: float = 1e-6
+) -> tuple[jax.Array, jax.Array]:
+    """`h = x + residual` and `rms_norm(h)`, what every block of a decoder begins with.
+
+    Args:
+      x: `[..., D]`.
+      residual: of the same shape and dtype.
+      scale: `[D]`.
+      eps: added to the mean square.
+
+    Returns:
+      `(y, h)`, `[..., D]` in the dtype of x; y is of the rounded h.
+
+    Raises:
+      ValueError: x and residual differ, or scale is not `[D]`.
+
+    >>> import jax.numpy as jnp
+    >>> y, h = residual_rms_norm(jnp.ones(2), jnp.ones(2), jnp.ones(2), eps=0.0)
+    >>> y.tolist(), h.tolist()
+    ([1.0, 1.0], [2.0, 2.0])
+    """
+    _check_residual(x, residual)
+    h = x + residual
+    return rms_norm(h, scale, eps=eps), h
+
+
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, *, eps: float = 1e-5
 ) -> jax.Array:
@@ -66,6 +93,46 @@ def layer_norm(
             _check_vector("bias", bias, x)
             y = y + _row(bias, x.ndim)
         return y.astype(x.dtype)
+
+
+def residual_layer_norm(
+    x: jax.Array,
+    residual: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    eps: float = 1e-5,
+) -> tuple[jax.Array, jax.Array]:
+    """`h = x + residual` and `layer_norm(h)`.
+
+    Args:
+      x: `[..., D]`.
+      residual: of the same shape and dtype.
+      scale: `[D]`.
+      bias: `[D]`, or None for none.
+      eps: added to the variance.
+
+    Returns:
+      `(y, h)`, `[..., D]` in the dtype of x; y is of the rounded h.
+
+    Raises:
+      ValueError: x and residual differ, or scale or bias is not `[D]`.
+
+    >>> import jax.numpy as jnp
+    >>> y, h = residual_layer_norm(jnp.array([0.0, 1.0]), jnp.ones(2), jnp.ones(2), eps=0.0)
+    >>> y.tolist(), h.tolist()
+    ([-1.0, 1.0], [1.0, 2.0])
+    """
+    _check_residual(x, residual)
+    h = x + residual
+    return layer_norm(h, scale, bias, eps=eps), h
+
+
+def _check_residual(x: jax.Array, residual: jax.Array) -> None:
+    if (x.shape, x.dtype) != (residual.shape, residual.dtype):
+        raise ValueError(
+            f"residual is {residual.dtype}{residual.shape}, not as x {x.dtype}{x.shape}"
+        )
 
 
 def _row(vector: jax.Array, ndim: int) -> jax.Array:

@@ -123,13 +123,16 @@ class Vectors:
         scatter(ref, jnp.asarray(begin, jnp.int32), value)  # pyright: ignore[reportCallIssue]
 
     def _store_interpreted(self, ref, value, begin, length: int, inside: bool) -> None:
-        if len(ref.shape) > 1:  # such a tile is stored from its beginning
-            ref[...] = value[:length].reshape(ref.shape)
-            return
         tail = length % self.size
         if isinstance(begin, int):
-            count = min(self.size, length - begin)
-            ref[pl.ds(begin, count)] = value[:count]
+            part = slice(begin, min(begin + self.size, length))
+            value = value[: part.stop - part.start]
+            if len(ref.shape) > 1:
+                row = ref[...].reshape(-1)
+                row = jnp.concatenate([row[:begin], value, row[part.stop :]])
+                ref[...] = row.reshape(ref.shape)
+            else:
+                ref[part] = value
             return
         if inside or not tail:
             ref[pl.ds(begin, self.size)] = value

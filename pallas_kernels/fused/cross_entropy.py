@@ -5,7 +5,6 @@ for eight vectors, and the threads meet at the end of the row: `[rows, V]` in f3
 The backward writes the gradient where the logits were.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -19,37 +18,9 @@ from jax import lax
 from pallas_kernels._mgpu import HOPPER_SMS, MASKED, interpret_params
 
 from ._vectors import Vectors, checked_rows, store_scalar
+from .config import CROSS_ENTROPY, CrossEntropyConfig
 
 LOG2E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True)
-class CrossEntropyConfig:
-    """How the rows are shared out.
-
-    Attributes:
-      ctas: CTAs an SM, one warpgroup each; 0 makes one for every row.
-      vectors: 16-byte vectors that a thread of the forward loads at a time.
-      backward_ctas: CTAs an SM of the backward; 0 makes one for every row.
-      backward_vectors: as vectors.
-
-    Raises:
-      ValueError: a count that is out of range.
-
-    >>> CrossEntropyConfig().vectors
-    8
-    """
-
-    ctas: int = 0
-    vectors: int = 8
-    backward_ctas: int = 0
-    backward_vectors: int = 4
-
-    def __post_init__(self):
-        if self.ctas < 0 or self.backward_ctas < 0:
-            raise ValueError(f"{self.ctas=} and {self.backward_ctas=} must not be negative")
-        if not (1 <= self.vectors <= 16 and 1 <= self.backward_vectors <= 16):
-            raise ValueError(f"{self.vectors=} and {self.backward_vectors=} must be 1 to 16")
 
 
 def log_normaliser(
@@ -57,7 +28,7 @@ def log_normaliser(
     targets: jax.Array,
     *,
     total: bool = False,
-    config: CrossEntropyConfig = CrossEntropyConfig(),
+    config: CrossEntropyConfig = CROSS_ENTROPY,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """What the loss of a row is made of: `log sum exp(l)`, the target's logit, `sum l`.
@@ -157,7 +128,7 @@ def cross_entropy_backward(
     hit: jax.Array,
     every: jax.Array | None = None,
     *,
-    config: CrossEntropyConfig = CrossEntropyConfig(),
+    config: CrossEntropyConfig = CROSS_ENTROPY,
     interpret: Any = None,
 ) -> jax.Array:
     """`d l = power * exp(l - lse) - hit * onehot(target) - every`, in place of the logits.
@@ -197,12 +168,11 @@ def cross_entropy_backward(
             row = cta + i * ctas
             target, row_ref = targets_ref[row], logits_ref.at[row]
             lse, power, hit, *rest = (ref[row] for ref in row_refs)
-            base = lse * LOG2E
 
             def write(begins, inside):
                 parts = [tile.load(row_ref, at, inside=inside) for at in begins]
                 for at, part in zip(begins, parts, strict=True):
-                    d = jnp.exp2(part * LOG2E - base) * power
+                    d = jnp.exp2((part - lse) * LOG2E) * power
                     d = d - jnp.where(tile.indices() == target - at, hit, 0.0)
                     d = d - rest[0] if rest else d
                     tile.store(row_ref, d, at, inside=inside)

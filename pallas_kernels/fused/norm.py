@@ -20,38 +20,11 @@ from jax import lax
 from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES, WARPGROUP, cdiv, interpret_params
 
 from ._vectors import Vectors, checked_rows
+from .config import NORM, NormConfig
 
 LONGEST = 16_384  # bytes of a row, which waits in registers for its statistics
 BUDGET = 128  # registers a thread for the rows and the sums of a backward, of 255 (in SMEM the sums
 # of longer rows); of 64 where four warpgroups share an SM's
-
-
-@dataclasses.dataclass(frozen=True)
-class NormConfig:
-    """How the rows are shared out.
-
-    Attributes:
-      ctas: CTAs an SM, one warpgroup each, that share the rows of the forward; 0 makes one for
-        every row.
-      backward_ctas: CTAs an SM of the backward.
-      backward_warpgroups: of each of them.
-
-    Raises:
-      ValueError: a count that is out of range.
-
-    >>> NormConfig().backward_warpgroups
-    2
-    """
-
-    ctas: int = 0
-    backward_ctas: int = 2
-    backward_warpgroups: int = 2
-
-    def __post_init__(self):
-        if self.ctas < 0 or self.backward_ctas < 1:
-            raise ValueError(f"{self.ctas=} and {self.backward_ctas=} must be positive")
-        if not 1 <= self.backward_warpgroups <= 8:
-            raise ValueError(f"{self.backward_warpgroups=} must be 1 to 8")
 
 
 def norm(
@@ -62,7 +35,7 @@ def norm(
     *,
     eps: float,
     centred: bool,
-    config: NormConfig = NormConfig(),
+    config: NormConfig = NORM,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """`y = (h - mean(h)) / sqrt(var(h) + eps) * scale + bias` of `h = x + residual`.
@@ -140,7 +113,7 @@ def norm_backward(
     eps: float,
     centred: bool,
     biased: bool = False,
-    config: NormConfig = NormConfig(),
+    config: NormConfig = NORM,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The gradient of `norm`: with n the normalised h, r its factor and g = dy * scale,
