@@ -4,8 +4,8 @@
     python bench/ragged.py --tiny           # any machine: does it run
 
 Row lengths are drawn so that a batch padded to its longest row would be a quarter full.  `padded`
-is the same operation on the padded batch, as one writes it: attention with key lengths, layer norm
-of everything.  The metric is milliseconds a call, best of several.
+is the same operation on the whole padded batch; `padded, lengths` is attention told the lengths,
+which passes over blocks of padding.  The metric is milliseconds a call, best of several.
 """
 
 import argparse
@@ -14,14 +14,15 @@ import functools
 import json
 import pathlib
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import aidx
 from aidx.arrays import Ragged, ragged
+from bench.device_time import milliseconds
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
@@ -33,19 +34,6 @@ def lengths_of(rows, longest, fill=0.25, seed=0):
     lengths = np.clip(np.round(share * longest), 1, longest).astype(np.int32)
     lengths[0] = longest
     return lengths
-
-
-def milliseconds(f, wait, budget=1.5):
-    """Best time of a call; `wait` makes its result arrive."""
-    wait(f())
-    best, end = float("inf"), time.perf_counter() + budget
-    for _ in range(300):
-        start = time.perf_counter()
-        wait(f())
-        best = min(best, time.perf_counter() - start)
-        if time.perf_counter() > end:
-            break
-    return best * 1e3
 
 
 def attention_calls(lengths, heads, head_dim, dtype):
@@ -61,6 +49,9 @@ def attention_calls(lengths, heads, head_dim, dtype):
         return ragged.attention(q, k, v, causal=True).values
 
     def dense(q, k, v):
+        return aidx.flash_attention(q, k, v, causal=True)
+
+    def told(q, k, v):
         return aidx.flash_attention(q, k, v, causal=True, q_lens=kv_lens, kv_lens=kv_lens)
 
     def gradient_of(f, floats):
@@ -73,7 +64,8 @@ def attention_calls(lengths, heads, head_dim, dtype):
         return run
 
     with_values = lambda x, p: x.replace(values=p) if isinstance(x, Ragged) else p
-    for name, f, args in (("aidx", ours, packed), ("padded", dense, padded)):
+    cases = ("aidx", ours, packed), ("padded", dense, padded), ("padded, lengths", told, padded)
+    for name, f, args in cases:
         yield name, "attention", functools.partial(jax.jit(f), *args)
         yield name, "attention grad", functools.partial(jax.jit(gradient_of(f, with_values)), *args)
 

@@ -9,6 +9,7 @@ from .autodiff import grad as grad
 from .autodiff import partition as partition
 from .autodiff import value_and_grad as value_and_grad
 from .embedding import RowSparse as RowSparse
+from .formats import BSC as BSC
 from .formats import BSR as BSR
 from .formats import COO as COO
 from .formats import CSC as CSC

@@ -1,4 +1,4 @@
-"""What the four sparse formats share: properties, conversions and operators as methods."""
+"""What the sparse formats share: properties, conversions and operators as methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 class SparseMatrix:
-    """What the four formats share: properties and operators; the maths is in sibling modules."""
+    """What the formats share: properties and operators; the maths is in sibling modules."""
 
     data: Array
     shape: tuple[int, int]
@@ -38,12 +38,12 @@ class SparseMatrix:
 
     @property
     def nse(self) -> int:
-        """The capacity: entries (blocks, for BSR) that the arrays hold, padding included."""
+        """The capacity: entries (blocks of BSR and BSC) that there is room for."""
         return self.data.shape[len(self.batch_shape)]
 
     @property
     def nnz(self) -> Array:
-        """i32, used entries (blocks, for BSR); duplicates and stored zeros count."""
+        """i32, used entries (blocks, for BSR and BSC); duplicates and stored zeros count."""
         raise NotImplementedError
 
     @property

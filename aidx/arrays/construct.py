@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from .convert import sorted_order, to_coo
-from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix
+from .formats import BSC, BSR, COO, CSC, CSR, Array, SparseMatrix
 
 
 def eye(M: int, N: int | None = None, *, k: int = 0, dtype: Any = None, cls: Any = CSR) -> Any:
@@ -195,7 +195,7 @@ def _check(matrices: Sequence[SparseMatrix]) -> None:
 
 
 def _placed(matrices: Any, *, along_rows: bool, along_cols: bool, cls: Any) -> Any:
-    cls = cls or (CSR if isinstance(matrices[0], BSR) else type(matrices[0]))
+    cls = cls or (CSR if isinstance(matrices[0], BSR | BSC) else type(matrices[0]))
     heights, widths = ([m.shape[i] for m in matrices] for i in (0, 1))
     M = sum(heights) if along_rows else heights[0]
     N = sum(widths) if along_cols else widths[0]
@@ -265,7 +265,9 @@ def resize[A: SparseMatrix](a: A, nse: int) -> A:
     elif isinstance(a, CSR):
         fill = {"data": 0, "indices": N, "row_ids": M}
     else:
-        fill = {"data": 0, "indices": N // a.block_size[1]}  # pyright: ignore
+        assert isinstance(a, BSR | BSC)
+        padding = M // a.block_size[0] if isinstance(a, BSC) else N // a.block_size[1]
+        fill = {"data": 0, "indices": padding}
     fields = {}
     for name, value in fill.items():
         x = getattr(a, name)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
+from .formats import BSC, BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
 
 
 def to_dense(a: SparseMatrix) -> Array:
@@ -143,7 +143,7 @@ def bsr_from_dense(
 
 
 def to_coo(a: SparseMatrix) -> COO:
-    """As COO; entries stay in their order (BSR's blocks are spelled out, row by row).
+    """As COO; entries stay in their order (blocks are spelled out as they are stored).
 
     >>> import jax.numpy as jnp
     >>> to_coo(CSR.from_dense(jnp.eye(2))).row.tolist()
@@ -152,7 +152,7 @@ def to_coo(a: SparseMatrix) -> COO:
     if isinstance(a, COO):
         return a
     row, col = a.coordinates()
-    if isinstance(a, BSR):
+    if isinstance(a, BSR | BSC):
         M, N = a.shape
         lead = a.batch_shape
         padding = (row >= M) | (col >= N)
@@ -224,6 +224,8 @@ def to_bsr(a: SparseMatrix, block_size: tuple[int, int], *, nse: int | None = No
         raise ValueError(f"blocks of {block_size} do not divide {a.shape=}")
     if isinstance(a, BSR) and a.block_size == (bh, bw) and nse in (None, a.nse):
         return a
+    if isinstance(a, BSC) and a.block_size == (bh, bw) and nse in (None, a.nse):
+        return transpose_bsr(a.T)
     coo = to_coo(a)
     count = _count_distinct(coo.row // bh, coo.col // bw, a.shape[0] // bh)
     return _coo_to_bsr(coo, bh=bh, bw=bw, nse=capacity(nse, count))
@@ -240,7 +242,7 @@ def _coo_to_bsr(a: COO, *, bh: int, bw: int, nse: int) -> BSR:
 
 
 def transpose_bsr(a: BSR) -> BSR:
-    """The transpose: blocks transposed, in row-major order again.
+    """The transpose as a BSR: blocks transposed, in row-major order again (`a.T` copies none).
 
     >>> import jax.numpy as jnp
     >>> x = jnp.arange(8.0).reshape(2, 4)
@@ -263,15 +265,15 @@ def _transpose_bsr(a: BSR) -> BSR:
 
 
 def sort[A: SparseMatrix](a: A) -> A:
-    """Entries in order: by row then column (CSC: by column then row); duplicates stay.
+    """Entries in order: by row then column (CSC, BSC: by column then row); duplicates stay.
 
     >>> sort(COO.from_parts([1.0, 2.0], [1, 0], [0, 1], (2, 2))).row.tolist()
     [0, 1]
     """
     if isinstance(a, BSR):
         return transpose_bsr(transpose_bsr(a))  # pyright: ignore[reportReturnType]
-    if isinstance(a, CSC):
-        return _over_batch(_coo_to_csr, to_coo(a).T).T
+    if isinstance(a, CSC | BSC):
+        return sort(a.T).T  # pyright: ignore[reportReturnType]
     csr = _over_batch(_coo_to_csr, to_coo(a))
     return csr if isinstance(a, CSR) else to_coo(csr)  # pyright: ignore[reportReturnType]
 
@@ -289,8 +291,8 @@ def coalesce[A: SparseMatrix](a: A, *, nse: int | None = None) -> A:
     >>> coalesce(COO.from_parts([1.0, 2.0, 4.0], [1, 0, 1], [0, 1, 0], (2, 2))).data.tolist()
     [2.0, 5.0]
     """
-    if isinstance(a, CSC):
-        return coalesce(a.T, nse=nse).T
+    if isinstance(a, CSC | BSC):
+        return coalesce(a.T, nse=nse).T  # pyright: ignore[reportReturnType]
     if isinstance(a, BSR):
         row, col = a.block_coordinates()
         rows = a.shape[0] // a.block_size[0]

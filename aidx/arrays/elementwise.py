@@ -20,7 +20,7 @@ from .convert import (
     to_bsr,
     to_coo,
 )
-from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
+from .formats import BSC, BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
 
 
 def used_places(a: SparseMatrix) -> Array:
@@ -240,6 +240,8 @@ def add(a: SparseMatrix, b: Any, *, nse: int | None = None) -> Any:
         x = jnp.broadcast_to(_matrix_like(a, b), (*a.batch_shape, *a.shape))
         return _over(_add_dense, a, x)
     _same_shape(a, b)
+    if isinstance(a, BSC):
+        return add(a.T, b.T, nse=nse).T
     if a.batch_shape or b.batch_shape:
         nse = _total_capacity(a, b) if nse is None else nse
         return _over(functools.partial(_add_sparse, nse=nse), a, b)

@@ -1,4 +1,4 @@
-"""`COO`, `CSR`, `CSC`, `BSR`: sparse matrices as frozen pytrees of static shape and capacity.
+"""`COO`, `CSR`, `CSC`, `BSR`, `BSC`: sparse matrices as frozen pytrees of static size.
 
 The arrays hold `nse` entries ("number of stored entries"), a capacity fixed when the array is made;
 entries that are not used are padding: row M, column N, value 0, always behind the used ones in the
@@ -259,11 +259,9 @@ class BSR(SparseMatrix):
         return self.indptr[..., -1]
 
     @property
-    def T(self) -> BSR:
-        """The transpose: blocks transposed and sorted anew."""
-        from .convert import transpose_bsr
-
-        return transpose_bsr(self)
+    def T(self) -> BSC:
+        """The transpose; the arrays are shared."""
+        return BSC(self.data, self.indices, self.indptr, (self.shape[1], self.shape[0]))
 
     def block_coordinates(self) -> tuple[Array, Array]:
         """(block rows, block columns) i32 `[nse]`; padding is (M // bh, N // bw)."""
@@ -277,6 +275,82 @@ class BSR(SparseMatrix):
         row = rows[..., None, None] * bh + inside(bh).reshape(*lead, bh, 1)
         col = cols[..., None, None] * bw + inside(bw).reshape(*lead, 1, bw)
         return row, col
+
+
+@struct.dataclass
+class BSC(SparseMatrix):
+    """Compressed columns of dense blocks: the transpose of a BSR, sharing its arrays.
+
+    A block is stored as it stands there: entry e adds `data[e].T`.
+
+    >>> import jax.numpy as jnp
+    >>> a = BSR.from_dense(jnp.arange(8.0).reshape(2, 4), block_size=(1, 2)).T
+    >>> type(a).__name__, a.shape, a.block_size, a.data.shape
+    ('BSC', (4, 2), (2, 1), (4, 1, 2))
+    >>> a.to_dense().tolist()
+    [[0.0, 4.0], [1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]
+    """
+
+    data: Array  # [nse, bw, bh], any dtype
+    indices: Array  # [nse] i32, block rows; M // bh in padding
+    indptr: Array  # [N // bw + 1] i32, from 0
+    shape: tuple[int, int] = struct.field(pytree_node=False)
+    core_ndim: ClassVar[int] = 3
+
+    @classmethod
+    def from_parts(cls, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> BSC:
+        """BSC of these arrays, checked; what lies past `indptr[-1]` is padding.
+
+        Raises:
+          ValueError: as `BSR.from_parts`.
+        """
+        M, N = _static_shape(shape)
+        return BSR.from_parts(data, indices, indptr, (N, M)).T
+
+    @classmethod
+    def from_dense(
+        cls,
+        x: Any,
+        *,
+        block_size: tuple[int, int],
+        nse: int | None = None,
+        tolerance: float = 0.0,
+    ) -> BSC:
+        """Blocks of x that hold a magnitude above `tolerance`; `nse` blocks."""
+        turned = jnp.asarray(x).swapaxes(-1, -2)
+        options: Any = dict(block_size=block_size[::-1], nse=nse, tolerance=tolerance)
+        return BSR.from_dense(turned, **options).T
+
+    @classmethod
+    def from_scipy(
+        cls, matrix: Any, *, block_size: tuple[int, int] | None = None, nse: int | None = None
+    ) -> BSC:
+        """A scipy.sparse matrix or array; `block_size` is needed unless it is BSR."""
+        turned = None if block_size is None else block_size[::-1]
+        return BSR.from_scipy(matrix.T, block_size=turned, nse=nse).T
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        """(bh, bw)."""
+        return self.data.shape[-1], self.data.shape[-2]
+
+    @property
+    def nnz(self) -> Array:
+        """i32 `[*batch]`, used blocks."""
+        return self.indptr[..., -1]
+
+    @property
+    def T(self) -> BSR:
+        """The transpose; the arrays are shared."""
+        return BSR(self.data, self.indices, self.indptr, (self.shape[1], self.shape[0]))
+
+    def block_coordinates(self) -> tuple[Array, Array]:
+        """(block rows, block columns) i32 `[nse]`; padding is (M // bh, N // bw)."""
+        return self.T.block_coordinates()[::-1]
+
+    def coordinates(self) -> tuple[Array, Array]:
+        """(rows `[nse, 1, bh]`, columns `[nse, bw, 1]`) of every stored value."""
+        return self.T.coordinates()[::-1]
 
 
 # --- checks --------------------------------------------------------------------------------------
@@ -296,7 +370,7 @@ def checked[A: SparseMatrix](a: A) -> A:
     """
     if any(isinstance(x, Tracer) for x in jax.tree.leaves(a)):
         return a
-    (M, N), blocks = a.shape, a.block_size if isinstance(a, BSR) else (1, 1)
+    (M, N), blocks = a.shape, a.block_size if isinstance(a, BSR | BSC) else (1, 1)
     M, N = M // blocks[0], N // blocks[1]
     if isinstance(a, COO):
         row, col = np.asarray(a.row), np.asarray(a.col)
@@ -307,10 +381,10 @@ def checked[A: SparseMatrix](a: A) -> A:
             place = (int(row.ravel()[at]), int(col.ravel()[at]))
             raise ValueError(f"entry {at} is at {place}, outside {a.shape}")
         return a
-    assert isinstance(a, CSR | CSC | BSR)
+    assert isinstance(a, CSR | CSC | BSR | BSC)
     indptr = np.asarray(a.indptr).reshape(-1, a.indptr.shape[-1])
     indices = np.asarray(a.indices).reshape(len(indptr), -1)
-    minor = M if isinstance(a, CSC) else N
+    minor = M if isinstance(a, CSC | BSC) else N
     for pointers, ids in zip(indptr, indices, strict=True):
         if pointers[0] != 0 or (np.diff(pointers) < 0).any() or pointers[-1] > a.nse:
             raise ValueError(f"indptr must ascend from 0 to at most nse={a.nse}: {pointers}")

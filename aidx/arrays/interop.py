@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix
+from .formats import BSC, BSR, COO, CSC, CSR, Array, SparseMatrix
 
 
 def from_scipy(matrix: Any, cls: Any = CSR, *, nse: int | None = None) -> Any:
@@ -87,6 +87,8 @@ def to_scipy(a: SparseMatrix) -> Any:
         row, col, data = (np.asarray(x) for x in (a.row, a.col, a.data))
         used = row < a.shape[0]
         return scipy.sparse.coo_array((data[used], (row[used], col[used])), a.shape)
+    if isinstance(a, BSC):  # which scipy lacks
+        return to_scipy(a.T).T
     make = {
         CSR: scipy.sparse.csr_array,
         CSC: scipy.sparse.csc_array,
@@ -98,7 +100,7 @@ def to_scipy(a: SparseMatrix) -> Any:
 
 
 def to_jax(a: SparseMatrix) -> Any:
-    """`jax.experimental.sparse`: BCOO of COO and BSR, BCSR of CSR, BCSR of CSC's transpose.
+    """`jax.experimental.sparse`: BCOO of COO, BSR and BSC, BCSR of CSR, BCSR of CSC's transpose.
 
     CSR and CSC share their arrays with the result; COO's index vectors are stacked.
 

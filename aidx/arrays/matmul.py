@@ -41,7 +41,7 @@ def matmul(
 
     Returns:
       Dense in the common dtype, accumulated in f32 at least; or for two sparse sides a matrix of
-      a's format (CSR for BSR), sorted and without duplicates.
+      a's format (CSR for blocks), sorted and without duplicates.
 
     Raises:
       ValueError: sizes that do not fit, or a capacity that is missing or too small.

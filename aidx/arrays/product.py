@@ -23,10 +23,10 @@ from jax.interpreters import ad, batching, mlir
 
 from aidx.ops import registry
 
-from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
+from .formats import BSC, BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
 
 PART = 2**24  # numbers that an `xla` product may hold between gathering and adding
-LAYOUTS = {COO: "coo", CSR: "csr", CSC: "csc", BSR: "csr"}
+LAYOUTS = {COO: "coo", CSR: "csr", CSC: "csc", BSR: "csr", BSC: "csc"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +69,10 @@ class Spec:
 
 
 def pattern_of(a: SparseMatrix) -> tuple[Spec, tuple[Array, ...]]:
-    """(spec, (rows, columns[, offsets])) of one matrix; BSR counts in blocks."""
-    block = a.block_size if isinstance(a, BSR) else None
-    ids = a.block_coordinates() if isinstance(a, BSR) else a.coordinates()
-    spec = Spec(a.shape, block, LAYOUTS[type(a)])
+    """(spec, (rows, columns[, offsets])) of one matrix; BSR and BSC count in blocks."""
+    block = a.block_size if isinstance(a, BSR | BSC) else None
+    ids = a.block_coordinates() if isinstance(a, BSR | BSC) else a.coordinates()
+    spec = Spec(a.shape, block, LAYOUTS[type(a)], isinstance(a, BSC))
     return spec, ids if isinstance(a, COO) else (*ids, a.indptr)  # pyright: ignore
 
 

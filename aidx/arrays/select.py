@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from .convert import capacity, poisoned, to_csc, to_csr
-from .formats import BSR, COO, CSC, CSR, Array, SparseMatrix, major_ids, offsets_of
+from .formats import BSC, BSR, COO, CSC, CSR, Array, SparseMatrix, major_ids, offsets_of
 
 
 def slice_rows[A: SparseMatrix](a: A, start: int, stop: int, *, nse: int | None = None) -> A:
     """Rows `start..stop` (Python's slice, step 1), in a's format and order.
 
     Args:
-      a: one matrix; a BSR is cut between blocks.
+      a: one matrix; BSR and BSC are cut between blocks.
       start: static; negative ones count from the end.
       stop: as start.
       nse: the capacity; counted when not given, and a's under jit.
@@ -32,11 +32,12 @@ def slice_rows[A: SparseMatrix](a: A, start: int, stop: int, *, nse: int | None 
     """
     _single(a)
     start, stop, _ = slice(start, stop).indices(a.shape[0])
-    height = a.block_size[0] if isinstance(a, BSR) else 1
+    blocks = isinstance(a, BSR | BSC)
+    height = a.block_size[0] if blocks else 1
     if start % height or stop % height:
         raise ValueError(f"rows {start}..{stop} cut through blocks of {height}")
-    row, col = a.block_coordinates() if isinstance(a, BSR) else a.coordinates()
-    grid = a.shape[1] // a.block_size[1] if isinstance(a, BSR) else a.shape[1]
+    row, col = a.block_coordinates() if blocks else a.coordinates()
+    grid = a.shape[1] // a.block_size[1] if blocks else a.shape[1]
     kept = (row >= start // height) & (row < stop // height) & (col < grid)
     count = jnp.sum(kept)
     if nse is None and isinstance(count, Tracer):
@@ -51,10 +52,13 @@ def _cut(a: Any, kept: Array, start: int, *, rows: int, nse: int) -> Any:
     (at,) = jnp.nonzero(kept, size=nse, fill_value=a.nse)
     pick = lambda x, fill: x.at[at].get(mode="fill", fill_value=fill)
     data = poisoned(pick(a.data, 0), jnp.sum(kept) > nse)
-    if isinstance(a, BSR):
+    if isinstance(a, BSR | BSC):
         (bh, bw), (row, col) = a.block_size, a.block_coordinates()
         row = jnp.where(at < a.nse, pick(row, 0) - start, rows // bh)
-        return BSR(data, pick(col, a.shape[1] // bw), offsets_of(row, rows // bh), shape)
+        col = pick(col, a.shape[1] // bw)
+        if isinstance(a, BSC):
+            return BSC(data, row, offsets_of(col, a.shape[1] // bw), shape)
+        return BSR(data, col, offsets_of(row, rows // bh), shape)
     row, col = a.coordinates()
     row = jnp.where(at < a.nse, pick(row, 0) - start, rows)
     col = pick(col, a.shape[1])
@@ -91,8 +95,9 @@ def take_rows[A: COO | CSR | CSC](a: A, rows: Any, *, nse: int | None = None) ->
     [[0.0, 2.0], [0.0, 2.0], [1.0, 0.0]]
     """
     _single(a)
-    if isinstance(a, BSR):
-        raise TypeError("rows of a BSR come in blocks: slice_rows, or .to_csr() first")
+    if isinstance(a, BSR | BSC):
+        name = type(a).__name__
+        raise TypeError(f"rows of a {name} come in blocks: slice_rows, or .to_csr() first")
     rows = jnp.asarray(rows, jnp.int32)
     if rows.ndim != 1:
         raise ValueError(f"rows must be a vector, not {rows.shape}")

@@ -39,6 +39,7 @@ from .embedding import RowSparse as RowSparse
 from .embedding import distinct_rows as distinct_rows
 from .embedding import embedding_value_and_grad as embedding_value_and_grad
 from .embedding import update_rows as update_rows
+from .formats import BSC as BSC
 from .formats import BSR as BSR
 from .formats import COO as COO
 from .formats import CSC as CSC
@@ -73,7 +74,7 @@ from .two_four import two_four as two_four
 from .two_four import two_four_matmul as two_four_matmul
 
 # What is saved with `save_tree` is checked when it is read.
-for _cls in (COO, CSR, CSC, BSR):
+for _cls in (COO, CSR, CSC, BSR, BSC):
     _register(_cls, validate=checked)
 _register(TwoFour)
 _register(RowSparse)

@@ -5,11 +5,11 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from aidx.arrays import BSR, COO, CSC, CSR
+from aidx.arrays import BSC, BSR, COO, CSC, CSR
 
 M, N, NSE = 4, 6, 10  # of every random matrix here
 BLOCK = (2, 3)
-FORMATS = [COO, CSR, CSC, BSR]
+FORMATS = [COO, CSR, CSC, BSR, BSC]
 few = settings(max_examples=20, deadline=None, database=None, derandomize=True)
 
 
@@ -35,7 +35,7 @@ def dense_of(parts, shape=(M, N)):
 
 
 def build(cls, parts, shape=(M, N), nse=NSE):
-    """`cls` of these entries, padded to `nse` (BSR: to all blocks)."""
+    """`cls` of these entries, padded to `nse` (BSR, BSC: to all blocks)."""
     rows, cols, values = parts
     pad = nse - len(rows)
     coo = COO.from_parts(
@@ -44,8 +44,11 @@ def build(cls, parts, shape=(M, N), nse=NSE):
         np.pad(cols, (0, pad), constant_values=shape[1]),
         shape,
     )
+    blocks = (shape[0] // BLOCK[0]) * (shape[1] // BLOCK[1])
     if cls is BSR:
-        return coo.to_bsr(BLOCK, nse=(shape[0] // BLOCK[0]) * (shape[1] // BLOCK[1]))
+        return coo.to_bsr(BLOCK, nse=blocks)
+    if cls is BSC:
+        return coo.T.to_bsr(BLOCK[::-1], nse=blocks).T
     return {COO: COO.to_coo, CSR: COO.to_csr, CSC: COO.to_csc}[cls](coo)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import sparse as jax_sparse
 
-from aidx.arrays import BSR, COO, CSC, CSR, deserialize, serialize, sparse
+from aidx.arrays import BSC, BSR, COO, CSC, CSR, deserialize, serialize, sparse
 from tests.arrays.patterns import FORMATS, NSE, M, N, build, close, dense_of, entries, few, ids
 
 every_format = pytest.mark.parametrize("cls", FORMATS, ids=ids)
@@ -59,7 +59,7 @@ def test_dense_and_back(cls, parts):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64, jnp.int32, jnp.bool_], ids=str)
 def test_any_dtype(cls, dtype):
     x = X.astype(dtype)
-    options = {"block_size": (2, 2)} if cls is BSR else {}
+    options = {"block_size": (2, 2)} if cls in (BSR, BSC) else {}
     a = cls.from_dense(x, **options)
     assert a.dtype == dtype == a.to_dense().dtype
     assert (a.to_dense() == x).all()
@@ -68,8 +68,9 @@ def test_any_dtype(cls, dtype):
 
 @pytest.mark.smoke
 def test_transposing_shares_the_arrays():
-    for cls, back in ((COO, COO), (CSR, CSC), (CSC, CSR)):
-        a = cls.from_dense(X)
+    for cls, back in ((COO, COO), (CSR, CSC), (CSC, CSR), (BSR, BSC), (BSC, BSR)):
+        options = {"block_size": (2, 1)} if cls in (BSR, BSC) else {}
+        a = cls.from_dense(X, **options)
         assert type(a.T) is back and a.T.data is a.data
         assert all(x is y for x, y in zip(jax.tree.leaves(a.T.T), jax.tree.leaves(a), strict=True))
 
@@ -163,8 +164,8 @@ def test_resize_and_stack():
     assert sparse.resize(a, 5).nse == 5 and (sparse.resize(a, 9).to_dense() == X).all()
     with pytest.raises(ValueError, match="too small"):
         sparse.resize(a, 4)
-    for cls in (COO, BSR):
-        options = {"block_size": (2, 2)} if cls is BSR else {}
+    for cls in (COO, BSR, BSC):
+        options = {"block_size": (2, 2)} if cls in (BSR, BSC) else {}
         parts = [cls.from_dense(k * X, **options) for k in (1, 2)]
         parts[1] = sparse.resize(parts[1], parts[1].nse + 2)
         s = sparse.stack(parts)
@@ -257,7 +258,7 @@ def test_random_places_are_distinct_and_cover_the_matrix(shape, nse):
 @given(parts=entries(), rows=st.lists(st.integers(-1, M), min_size=3, max_size=3))
 def test_rows_and_columns(cls, parts, rows):
     a, x = build(cls, parts), dense_of(parts)
-    if cls is not BSR:
+    if cls not in (BSR, BSC):
         taken = np.stack([x[r] if 0 <= r < M else 0 * x[0] for r in rows])
         close(sparse.take_rows(a, jnp.array(rows), nse=3 * NSE).to_dense(), taken)
         close(sparse.slice_rows(a, 1, 3, nse=NSE).to_dense(), x[1:3])

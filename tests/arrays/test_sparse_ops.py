@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aidx.arrays
-from aidx.arrays import BSR, COO, CSC, CSR, SparseMatrix, sparse
+from aidx.arrays import BSC, BSR, COO, CSC, CSR, SparseMatrix, sparse
 from aidx.ops import registry
 from tests.arrays.patterns import FORMATS, NSE, M, N, build, close, dense_of, entries, few, ids
 
@@ -209,15 +209,16 @@ def test_products_refuse_what_does_not_fit():
         a.astype(jnp.complex64).max()
 
 
-@pytest.mark.parametrize("cls", [COO, CSC, BSR], ids=ids)
+@pytest.mark.parametrize("cls", [COO, CSC, BSR, BSC], ids=ids)
 def test_sparse_results_keep_the_format(cls):
-    options = {"block_size": (1, 2)} if cls is BSR else {}
+    blocks = cls in (BSR, BSC)
+    options = {"block_size": (1, 2)} if blocks else {}
     x = jnp.array([[0.0, 2, 0, 1], [3, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 5]])
     a = cls.from_dense(x, **options)
     b = a @ a
-    assert type(b) is (CSR if cls is BSR else cls)
+    assert type(b) is (CSR if blocks else cls)
     np.testing.assert_array_equal(b.to_dense(), x @ x)
-    assert cls is BSR or int(b.nnz) == np.count_nonzero(x @ x)  # blocks hold zeros
+    assert blocks or int(b.nnz) == np.count_nonzero(x @ x)  # blocks hold zeros
     assert type(a + a) is cls and type(a * x) is cls and type(-a) is cls
     np.testing.assert_array_equal((a + a).to_dense(), 2 * x)
     np.testing.assert_array_equal((a * a).to_dense(), x * x)
@@ -245,7 +246,12 @@ def test_implementations_agree_and_refuse():
         assert jnp.isfinite(sparse.matmul(bad, y)).all()
     with pytest.raises(ValueError, match="no implementation"):
         f(implementation="magic")
-    assert [i.name for i in registry.implementations("spmm")] == ["mosaic_gpu", "cusparse", "eigen", "xla"]
+    assert [i.name for i in registry.implementations("spmm")] == [
+        "mosaic_gpu",
+        "cusparse",
+        "eigen",
+        "xla",
+    ]
 
 
 @pytest.mark.smoke

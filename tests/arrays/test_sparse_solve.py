@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aidx.arrays import BSR, COO, CSC, CSR, sparse
+from aidx.arrays import BSC, BSR, COO, CSC, CSR, sparse
 from tests.arrays.patterns import build, entries, few, ids
 
 SIZE = 4
@@ -54,7 +54,7 @@ def test_triangular_solves_and_their_derivatives(parts, seed):
 def test_every_format_and_option(cls):
     x = np.tril(np.arange(1.0, 17).reshape(4, 4)) / 4 + np.triu(np.ones((4, 4)), 1)
     a = cls.from_dense(
-        jnp.asarray(x, jnp.float32), **({"block_size": (2, 2)} if cls is BSR else {})
+        jnp.asarray(x, jnp.float32), **({"block_size": (2, 2)} if cls in (BSR, BSC) else {})
     )
     b = jnp.arange(1.0, 5)
     solve = lambda **options: sparse.triangular_solve(a, b, **options)
