@@ -5,9 +5,11 @@
     python bench/serving.py --models llama-3.2-1b --runs b1 b8
 
 CPU: float32, prompts of 8-256 and outputs of 16-256 tokens cut from Python's standard library, at
-concurrency 1, 8 and 32; peers (where torch and transformers are installed) are transformers one by
-one and as one left-padded `generate` of so many, same weights, same run.  All are greedy and ignore
-the end of text; how many of aidx's outputs equal transformers' token for token is in the results.
+concurrency 1, 8 and 32.  Of each concurrency there are four times as many requests (eight at 1): as
+one ends the next begins, and the last wave drains.  Peers (where torch and transformers are
+installed) are transformers one by one and as left-padded `generate`s of so many at a time, same
+requests, same weights, same run.  All are greedy and ignore the end of text; how many of aidx's
+outputs equal transformers' token for token is in the results.
 
 GPU: bf16, runs as in the table of vLLM's: b1 (a prompt of 128), b8, b64, b256 (prompts of 512), 128
 output tokens each; chat512: 512 requests of lognormal lengths; at most 256 running.  `decode step`
@@ -145,7 +147,7 @@ def on_cpu(args: argparse.Namespace) -> None:
             enable_prefix_caching=False,  # the prompts overlap, and a peer caches nothing
             warmup="greedy",
         )
-        count = max(args.num_prompts if concurrency > 1 else args.num_prompts // 4, concurrency)
+        count = args.num_prompts or max(8, args.waves * concurrency)
         requests = mixed_requests(count, llm.tokenizer, seed=0)
         speeds, texts = [], {}
         for _ in range(args.repeats):
@@ -169,7 +171,8 @@ def on_cpu(args: argparse.Namespace) -> None:
             rows.append(row(case, name, "outputs equal to aidx's", share, "%"))
         del llm
         gc.collect()
-    extra = {"requests": args.num_prompts, "model": path.name, "dtype": "float32"}
+    requests = args.num_prompts or f"{args.waves} waves, 8 at least"
+    extra = {"requests": requests, "model": path.name, "dtype": "float32"}
     write(rows, "cpu", args.out, extra)
 
 
@@ -277,7 +280,10 @@ def main() -> None:
     add("--out", type=pathlib.Path, default=RESULTS)
     add("--model", type=pathlib.Path, help="CPU: another checkpoint than the embedded one")
     add("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="CPU")
-    add("--num-prompts", type=int, default=32, help="CPU; a quarter of them at concurrency 1")
+    add(
+        "--waves", type=int, default=4, help="CPU: requests of each concurrency, in multiples of it"
+    )
+    add("--num-prompts", type=int, help="CPU: requests, in place of --waves")
     add("--repeats", type=int, default=3, help="CPU: aidx's median of so many runs")
     add("--models", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b"], help="GPU: shapes")
     add("--runs", nargs="+", default=list(RUNS), choices=RUNS, help="GPU")

@@ -431,12 +431,14 @@ def token_buckets(max_num_batched_tokens: int, *, cpu: bool = True) -> tuple[int
     """Tokens that other steps come in.
 
     Padding costs what tokens cost, on a GPU from some 256 tokens on (below, the parameters' bytes
-    are the bound).  So: halves, on a GPU with a size between two where steps of decodes and one
-    prompt fall; on a CPU quarters at the small end.
+    are the bound).  So: halves, and a size between two where steps of decodes and one prompt fall;
+    on a CPU quarters at the small end.
 
     Example:
         >>> token_buckets(2048)
         (32, 128, 512, 1024, 2048)
+        >>> token_buckets(256)
+        (16, 64, 128, 192, 256)
         >>> token_buckets(8192, cpu=False)
         (128, 384, 512, 768, 1024, 2048, 4096, 8192)
     """
@@ -452,6 +454,8 @@ def token_buckets(max_num_batched_tokens: int, *, cpu: bool = True) -> tuple[int
     while size > 32:
         size = -(-size // (2 if len(sizes) < 3 else 4))
         sizes.append(max(size, 16))
+    if 128 < max_num_batched_tokens <= 512:
+        sizes.append(max_num_batched_tokens * 3 // 4)
     return tuple(sorted(set(sizes)))
 
 
