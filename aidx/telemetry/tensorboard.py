@@ -2,47 +2,52 @@
 
 A call copies device arrays on the device (the next step may donate them), starts their way to the
 host and returns; a thread waits for them, encodes and writes.  Inside `jit` a call is a callback.
-Encodings are tensorboardX's, and the standard library's for pictures and sound.
 """
 
 import datetime
 import functools
-import io
-import json
 import os
 import pathlib
 import socket
-import sys
 import time
-import wave
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
-from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData  # pyright: ignore
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
+from ._callback import TensorBoardCallback as TensorBoardCallback
 from ._events import EventFile, Worker
 from ._graph import graph_of
-from ._histogram import (
-    automatic,
-    counted_on_device,
-    device_histogram,
-    tensorflow_edges,
-    trimmed,
+from ._histogram import automatic, counted_on_device, device_histogram, tensorflow_edges
+from ._report import ProfileReport
+from ._summaries import (
+    ArrayLike,
+    arranged,
+    boxed,
+    check_format,
+    check_thresholds,
+    counted_summary,
+    draw,
+    grid,
+    picture_summary,
+    profile_scalars,
+    scalar_event,
+    scalar_of,
+    snapshot,
+    sound_summary,
+    tensor_summary,
+    to_host,
+    with_components,
+    with_domains,
+    write_embedding,
 )
-from ._png import encode_png
 
-MAX_THRESHOLDS = 127  # of a PR curve, in tensorboardX's encoding
 QUEUE = 1024  # calls that may wait for the thread
-
-type ArrayLike = Any
 
 
 class SummaryWriter:
@@ -64,6 +69,7 @@ class SummaryWriter:
     raised by the next call.
 
     >>> import tempfile
+    >>> import jax.numpy as jnp
     >>> with SummaryWriter(tempfile.mkdtemp()) as writer:
     ...     writer.add_scalar("loss", jnp.float32(0.5), 1)
     ...     writer.add_histograms("params", {"w": jnp.ones(3, jnp.bfloat16)}, 1)
@@ -107,10 +113,25 @@ class SummaryWriter:
         scalar_value: ArrayLike,
         global_step: ArrayLike = None,
         walltime: float | None = None,
+        new_style: bool = False,
+        double_precision: bool = False,
         display_name: str = "",
         summary_description: str = "",
     ) -> None:
-        """A number of a curve."""
+        """A number of a curve; new_style or double_precision write it as a tensor, f32 or f64.
+
+        Raises:
+          ValueError: a display_name or summary_description with new_style or double_precision.
+        """
+        if new_style or double_precision:
+            if display_name or summary_description:
+                raise ValueError(f"{display_name=} and {summary_description=} are of the old style")
+            dtype = np.float64 if double_precision else np.float32
+            self._add(
+                lambda value: tensor_summary(tag, dtype(scalar_of(tag, value)), "scalars"),
+                {"value": scalar_value}, global_step, walltime,
+            )  # fmt: skip
+            return
         if isinstance(scalar_value, int | float) and not display_name + summary_description:
             # A number is its own copy: most calls take this way.
             now = time.time() if walltime is None else walltime
@@ -138,6 +159,16 @@ class SummaryWriter:
                 {"value": value}, global_step, walltime,
                 folder=os.path.join(self.log_dir, f"{main_tag.replace('/', '_')}_{tag}"),
             )  # fmt: skip
+
+    def add_tensor(
+        self,
+        tag: str,
+        tensor: ArrayLike,
+        global_step: ArrayLike = None,
+        walltime: float | None = None,
+    ) -> None:
+        """An array as it is, for readers of the file; 16-bit floats and less become f32."""
+        self._add(lambda x: tensor_summary(tag, x, "tensor"), {"x": tensor}, global_step, walltime)
 
     def add_histogram(
         self,
@@ -479,6 +510,23 @@ class SummaryWriter:
             )
         )  # fmt: skip
 
+    def add_profile(
+        self,
+        tag: str,
+        report: ProfileReport,
+        global_step: ArrayLike = None,
+        walltime: float | None = None,
+    ) -> None:
+        """A profile as a dashboard: its tables as text, and of every scope a curve over the runs.
+
+        Curves are `tag/host_ms/...` (medians), `tag/device_ms/...`, and where the device's peaks
+        are known `tag/of_flops_peak/...` and `tag/of_hbm/...`, for scopes above 0.5% of the time
+        that the device was busy; `tag/device_busy_share`; and `tag/memory_mib/...` of each program.
+        """
+        self.add_text(tag, report.to_markdown(), global_step, walltime)
+        for name, value in profile_scalars(report).items():
+            self.add_scalar(f"{tag}/{name}", value, global_step, walltime)
+
     # --- the thread ---
 
     def flush(self) -> None:
@@ -557,369 +605,3 @@ class SummaryWriter:
         if folder not in self._files:
             self._files[folder] = self._open(folder)
         self._files[folder].write(event)
-
-
-# --- arrays ---
-
-
-def snapshot(x: ArrayLike) -> Any:
-    """What stays what x is now: a copy, of a device array on its device and on its way.
-
-    Raises:
-      ValueError: the array has parts on devices of other processes.
-
-    >>> snapshot(3.0), snapshot(np.ones(2)).tolist()
-    (3.0, [1.0, 1.0])
-    """
-    if isinstance(x, jax.Array):
-        if not x.is_fully_addressable:
-            raise ValueError(f"an array of {x.shape} on {x.sharding} is not all in this process")
-        x = jnp.array(x, copy=True)
-        x.copy_to_host_async()
-        return x
-    return np.array(x) if isinstance(x, np.ndarray | list | tuple) else x
-
-
-def to_host(x: ArrayLike) -> np.ndarray:
-    """A NumPy array of x; bfloat16, float16 and float8 as float32.
-
-    >>> to_host(jnp.ones(2, jnp.float8_e4m3fn)).dtype
-    dtype('float32')
-    """
-    host = np.asarray(x)
-    if jnp.issubdtype(host.dtype, jnp.floating) and host.dtype.itemsize < 4:
-        return host.astype(np.float32)
-    return host.astype(np.int32) if host.dtype.kind == "V" else host  # int4 and its like
-
-
-def scalar_of(tag: str, value: np.ndarray) -> float:
-    """The one number of an array.
-
-    >>> scalar_of("loss", np.ones((1, 1)))
-    1.0
-    """
-    if value.size != 1:
-        raise ValueError(f"scalar {tag!r} has shape {value.shape}")
-    return float(value.reshape(()))
-
-
-def check_thresholds(n: int) -> None:
-    """Raise ValueError for a number of thresholds that cannot be written.
-
-    >>> check_thresholds(10)
-    """
-    if not 2 <= n <= MAX_THRESHOLDS:
-        raise ValueError(f"num_thresholds={n} must lie in [2, {MAX_THRESHOLDS}]")
-
-
-def check_format(dataformats: str, letters: str) -> None:
-    """Raise ValueError unless dataformats is an order of the letters (C may be absent).
-
-    >>> check_format("HWC", "CHW")
-    """
-    given = dataformats.upper()
-    if sorted(given) not in (sorted(letters), sorted(letters.replace("C", ""))):
-        raise ValueError(f"{dataformats=} is not an order of the letters {letters}")
-
-
-def arranged(x: np.ndarray, dataformats: str, wanted: str) -> np.ndarray:
-    """x as u8 with its axes in the wanted order; a missing C is one channel.
-
-    >>> arranged(np.ones((3, 4, 5)), "CHW", "HWC").shape
-    (4, 5, 3)
-    """
-    given = dataformats.upper()
-    if x.ndim != len(given):
-        raise ValueError(f"{x.shape} is not {dataformats}")
-    if "C" not in given:
-        x, given = x[..., None], f"{given}C"
-    if x.dtype != np.uint8:
-        x = (np.clip(x.astype(np.float32), 0.0, 1.0) * 255.0).astype(np.uint8)
-    return x.transpose([given.index(letter) for letter in wanted])
-
-
-def grid(images: np.ndarray) -> np.ndarray:
-    """`[N, H, W, C]` as one picture, in nearly square rows; the rest is black.
-
-    >>> grid(np.ones((3, 2, 2, 1), np.uint8)).shape
-    (4, 4, 1)
-    """
-    N, H, W, C = images.shape
-    columns = int(np.ceil(np.sqrt(N)))
-    rows = -(-N // columns)
-    full = np.zeros((rows * columns, H, W, C), images.dtype)
-    full[:N] = images
-    joined = full.reshape(rows, columns, H, W, C).transpose(0, 2, 1, 3, 4)
-    return joined.reshape(rows * H, columns * W, C)
-
-
-def boxed(image: np.ndarray, boxes: np.ndarray, colour: Sequence[int]) -> np.ndarray:
-    """A picture `[H, W, C]` as RGB with the frames of boxes drawn, one pixel wide.
-
-    >>> boxed(np.zeros((4, 4, 1), np.uint8), np.array([[0, 0, 2, 2]]), (9, 0, 0))[..., 0].sum()
-    np.uint64(72)
-    """
-    image = np.repeat(image, 3, axis=-1) if image.shape[-1] < 3 else image[..., :3].copy()
-    for box in np.round(boxes.reshape(-1, 4)).astype(int):
-        limits = np.array([image.shape[1], image.shape[0]] * 2) - 1
-        x0, y0, x1, y1 = np.clip(box, 0, limits)
-        image[[y0, y1], x0 : x1 + 1] = colour
-        image[y0 : y1 + 1, [x0, x1]] = colour
-    return image
-
-
-def draw(figure: Any, close: bool) -> np.ndarray:
-    """A figure of matplotlib as RGBA, u8 `[H, W, 4]`."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="rgba", dpi=figure.dpi)
-    width, height = (int(n) for n in figure.get_size_inches() * figure.dpi)
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    if close and pyplot is not None:
-        pyplot.close(figure)
-    return np.frombuffer(buffer.getvalue(), np.uint8).reshape(height, width, 4)
-
-
-# --- summaries ---
-
-
-def scalar_event(tag: str, value: float) -> Any:
-    """An event of one number.
-
-    >>> scalar_event("loss", 0.5).summary.value[0].simple_value
-    0.5
-    """
-    return Event(summary=Summary(value=[Summary.Value(tag=tag, simple_value=float(value))]))
-
-
-def picture_summary(tag: str, frames: np.ndarray, fps: float = 1.0) -> Any:
-    """`[T, H, W, C]` as an image summary.
-
-    >>> picture_summary("a", np.zeros((1, 2, 3, 1), np.uint8)).value[0].image.width
-    3
-    """
-    _, height, width, channels = frames.shape
-    image = Summary.Image(
-        height=height, width=width, colorspace=channels,
-        encoded_image_string=encode_png(frames, fps),
-    )  # fmt: skip
-    return Summary(value=[Summary.Value(tag=tag, image=image)])
-
-
-def sound_summary(tag: str, sound: np.ndarray, sample_rate: int) -> Any:
-    """Samples as an audio summary, 16-bit WAV.
-
-    >>> sound_summary("a", np.zeros(8), 8000).value[0].audio.length_frames
-    8
-    """
-    if sound.ndim not in (1, 2):
-        raise ValueError(f"sound {tag!r} has shape {sound.shape}, not [L] or [L, channels]")
-    samples = sound.reshape(len(sound), -1)
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(samples.shape[1])
-        file.setsampwidth(2)
-        file.setframerate(sample_rate)
-        file.writeframes((np.clip(samples, -1, 1) * 32767).round().astype("<i2").tobytes())
-    audio = Summary.Audio(
-        sample_rate=sample_rate, num_channels=samples.shape[1], length_frames=len(samples),
-        encoded_audio_string=buffer.getvalue(), content_type="audio/wav",
-    )  # fmt: skip
-    return Summary(value=[Summary.Value(tag=tag, audio=audio)])
-
-
-def counted_summary(tag: str, found: dict[str, np.ndarray], max_bins: int | None) -> Any:
-    """What `device_histogram` found as a histogram summary.
-
-    Raises:
-      ValueError: no value was finite.
-    """
-    if not found["num"]:
-        raise ValueError(f"histogram {tag!r} has no finite value")
-    limits, counts = trimmed(found["counts"], tensorflow_edges(), max_bins)
-    low, high, num, total, squares = (
-        float(found[name]) for name in ("min", "max", "num", "sum", "sum_squares")
-    )
-    return summary.histogram_raw(tag, low, high, num, total, squares, limits, counts)
-
-
-def with_domains(experiment: Any, domains: Mapping[str, Sequence]) -> None:
-    """Write the discrete domains into the experiment of an hparams summary.
-
-    >>> with_domains(summary.hparams({"lr": 1.0}, {})[0], {"lr": [0.1, 1.0]})
-    """
-    plugin = experiment.value[0].metadata.plugin_data
-    data = HParamsPluginData.FromString(plugin.content)
-    for info in data.experiment.hparam_infos:
-        for value in domains.get(info.name, ()):
-            one = info.domain_discrete.values.add()
-            if isinstance(value, bool):
-                one.bool_value = value
-            elif isinstance(value, str):
-                one.string_value = value
-            else:
-                one.number_value = float(value)
-    plugin.content = data.SerializeToString()
-
-
-def with_components(mesh: Any) -> Any:
-    """Tell the mesh plugin which of vertices, faces and colours there are, as it asks for.
-
-    >>> made = with_components(summary.mesh("m", np.zeros((1, 3, 3)), None, None))
-    >>> made.value[0].metadata.plugin_data.content[-2:]
-    b'8\\x02'
-    """
-    kinds = [int(value.tag.rsplit("_", 1)[1]) for value in mesh.value]  # 1, 2, 3
-    mask = sum(1 << kind for kind in kinds)
-    for value in mesh.value:  # field 7, which tensorboardX's schema lacks
-        value.metadata.plugin_data.content += bytes([7 << 3, mask])
-    return mesh
-
-
-def write_embedding(
-    log_dir: pathlib.Path,
-    where: str,
-    name: str,
-    vectors: np.ndarray,
-    metadata: Sequence | None,
-    header: Sequence[str] | None,
-    pictures: np.ndarray | None,
-) -> None:
-    """The files of TensorBoard's projector for one matrix."""
-    folder = log_dir / where
-    folder.mkdir(parents=True, exist_ok=True)
-    row = lambda cells: "\t".join(str(c) for c in cells) + "\n"
-    (folder / "tensors.tsv").write_text("".join(map(row, vectors)))
-    config = [f'tensor_name: "{name}"', f'tensor_path: "{where}/tensors.tsv"']
-    if metadata is not None:
-        lines = metadata if header else [[m] for m in metadata]
-        text = "".join(map(row, [header, *lines] if header else lines))
-        (folder / "metadata.tsv").write_text(text)
-        config.append(f'metadata_path: "{where}/metadata.tsv"')
-    if pictures is not None:
-        sprite = grid(arranged(pictures, "NCHW", "NHWC"))
-        (folder / "sprite.png").write_bytes(encode_png(sprite[None]))
-        size = pictures.shape[-1]
-        dims = f"single_image_dim: {size} single_image_dim: {size}"
-        config.append(f'sprite {{ image_path: "{where}/sprite.png" {dims} }}')
-    with (log_dir / "projector_config.pbtxt").open("a") as file:
-        file.write("embeddings {\n" + "".join(f"  {line}\n" for line in config) + "}\n")
-
-
-class TensorBoardCallback:
-    """Writes a run of `aidx.train.fit`: scalars, histograms, samples, hyperparameters.
-
-    Args:
-      writer: where to; it stays open.
-      scalars_every: steps between two of the training's scalars.
-      histograms_every: steps between two histograms of all parameters; None for none.
-      sample: `state -> {tag: text or picture [C, H, W]}`, called `sample_every` steps.
-      sample_every: None for none.
-      hparams: written at the end with the last metrics.
-
-    Raises:
-      ValueError: an interval that is not positive, or sample without sample_every.
-
-    >>> import tempfile
-    >>> with SummaryWriter(tempfile.mkdtemp()) as writer:
-    ...     TensorBoardCallback(writer, hparams={"lr": 0.1}).on_step(0, {"loss": 1.0})
-    """
-
-    def __init__(
-        self,
-        writer: SummaryWriter,
-        *,
-        scalars_every: int = 1,
-        histograms_every: int | None = None,
-        sample: Callable[[Any], Mapping[str, Any]] | None = None,
-        sample_every: int | None = None,
-        hparams: Mapping[str, Any] | None = None,
-    ):
-        for name, every in (
-            ("scalars_every", scalars_every),
-            ("histograms_every", histograms_every),
-            ("sample_every", sample_every),
-        ):
-            if every is not None and every < 1:
-                raise ValueError(f"{name}={every} must be positive")
-        if (sample is None) != (sample_every is None):
-            raise ValueError(f"sample and {sample_every=} need one another")
-        self.writer, self.scalars_every = writer, scalars_every
-        self.histograms_every = histograms_every
-        self.sample, self.sample_every = sample, sample_every
-        self.hparams = dict(hparams or {})
-        self.last: dict[str, float] = {}
-
-    def gradients(self, every: int) -> Callable[[Any, jax.Array], None]:
-        """A hook for `make_train_step(on_gradients=)`: histograms of the gradient, from the step.
-
-        The device counts every `every` steps only.
-        """
-
-        def hook(grads: Any, step: jax.Array) -> None:
-            write = lambda: self.writer.add_histograms("gradients", grads, step)
-            jax.lax.cond(step % every == 0, write, lambda: None)
-
-        return hook
-
-    def on_begin(self, state: Any, steps: int) -> None:
-        """Put what belongs together on one chart."""
-        del state, steps
-        self.writer.add_custom_scalars(
-            {
-                "training": {
-                    "loss": ["Multiline", ["train/loss", "evaluation/loss"]],
-                    "norms": [
-                        "Multiline",
-                        [f"train/{n}_norm" for n in ("grad", "param", "update")],
-                    ],
-                    "speed": ["Multiline", ["train/tokens_per_second", "train/mfu"]],
-                }
-            }
-        )
-
-    def on_state(self, step: int, state: Any) -> None:
-        """Histograms of the parameters, reduced before the state is donated; samples."""
-        if self.histograms_every is not None and step % self.histograms_every == 0:
-            self.writer.add_histograms("params", state.params, step)
-        if self.sample is not None and step % (self.sample_every or 1) == 0:
-            for tag, value in self.sample(state).items():
-                if isinstance(value, str):
-                    self.writer.add_text(tag, value, step)
-                else:
-                    self.writer.add_image(tag, value, step)
-
-    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Scalars of a step."""
-        self.last = {f"train/{name}": value for name, value in metrics.items()}
-        if step % self.scalars_every == 0:
-            for tag, value in self.last.items():
-                self.writer.add_scalar(tag, value, step)
-            for tag, value in memory_in_use().items():
-                self.writer.add_scalar(tag, value, step)
-
-    def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Scalars of an evaluation."""
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"evaluation/{name}", value, step)
-
-    def on_save(self, step: int) -> None:
-        """Checkpoints are no curve."""
-
-    def on_end(self, reason: str) -> None:
-        """Hyperparameters with what came of them; everything to disk."""
-        if self.hparams and self.last:
-            metrics = {f"hparam/{name}": value for name, value in self.last.items()}
-            self.writer.add_hparams(self.hparams, metrics, run_name="hparams")
-        self.writer.add_text("run", json.dumps({"ended": reason}))
-        self.writer.flush()
-
-
-def memory_in_use() -> dict[str, float]:
-    """GiB in use and at most in use of the first local device, where it tells.
-
-    >>> all(tag.startswith("memory/") for tag in memory_in_use())
-    True
-    """
-    stats = jax.local_devices()[0].memory_stats() or {}
-    names = {"bytes_in_use": "memory/in_use_gib", "peak_bytes_in_use": "memory/peak_gib"}
-    return {tag: stats[name] / 2**30 for name, tag in names.items() if name in stats}

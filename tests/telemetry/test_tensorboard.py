@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 import warnings
 import wave
@@ -20,6 +21,8 @@ import pytest
 
 from aidx.telemetry._histogram import device_histogram, tensorflow_edges
 from aidx.telemetry._png import encode_png
+from aidx.telemetry._report import host_row
+from aidx.telemetry.profiler import DeviceRow, Peak, ProfileReport
 from aidx.telemetry.tensorboard import SummaryWriter, TensorBoardCallback
 from aidx.train import fit, init_state, make_evaluate, make_train_step
 
@@ -54,6 +57,58 @@ def test_a_scalar_of_any_kind_is_read_back(tmp_path, value):
         writer.add_scalar("a/b", value, jnp.int32(7), walltime=123.5)
     (event,) = read(tmp_path).Scalars("a/b")
     assert (event.wall_time, event.step, event.value) == (123.5, 7, 1.5)
+
+
+def test_tensors_and_scalars_of_the_new_style_keep_their_precision(tmp_path):
+    third = np.float64(1) / 3
+    arrays = {
+        "i": np.arange(6, dtype=np.int16).reshape(2, 3), "flag": np.array([True, False]),
+        "half": jnp.array([[1.5]], jnp.bfloat16), "empty": np.zeros((0, 2), np.int32),
+    }  # fmt: skip
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalar("double", third, 1, double_precision=True)
+        writer.add_scalar("single", third, 1, new_style=True)
+        for name, x in arrays.items():
+            writer.add_tensor(name, x, 2)
+        with pytest.raises(ValueError, match="display_name='x'"):
+            writer.add_scalar("double", third, 1, new_style=True, display_name="x")
+    found = read(tmp_path)
+    tensor = lambda tag: tensor_util.make_ndarray(found.Tensors(tag)[0].tensor_proto)
+    assert tensor("double").item() == third and tensor("double").dtype == np.float64
+    assert tensor("single").item() == np.float32(third)
+    assert found.SummaryMetadata("double").plugin_data.plugin_name == "scalars"
+    for name, x in arrays.items():
+        assert tensor(name).shape == x.shape and (tensor(name) == np.asarray(x)).all()
+
+
+def test_a_profile_is_text_and_a_curve_for_every_scope(tmp_path):
+    rows = (
+        DeviceRow(("loss", "layer_0"), 0.5, 3, 2e12, 1e9),
+        DeviceRow(("loss", "layer_1"), 0.25, 3, 1e12, 1e9),
+        DeviceRow(("tiny",), 0.001, 1, 0.0, 0.0),
+    )
+    program = {"program": "jit_f", "peak": 3 * 2**20}
+    report = ProfileReport(
+        1.0, (host_row(("step",), [0.004, 0.006, 0.1]),), rows, 0.751, (program,),
+        peak=Peak(8e12, 8e9),
+    )  # fmt: skip
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_profile("profile", report, 12)
+    found = read(tmp_path)
+    scalars = {
+        tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]
+    }
+    wanted = {
+        "device_busy_share": 0.751, "host_ms/step": 6.0, "device_ms/loss": 750.0,
+        "device_ms/loss/layer_n": 750.0, "of_flops_peak/loss": 0.5,
+        "of_flops_peak/loss/layer_n": 0.5,
+        "of_hbm/loss": 1 / 3, "of_hbm/loss/layer_n": 1 / 3, "memory_mib/jit_f": 3.0,
+    }  # fmt: skip
+    assert set(scalars) == {f"profile/{name}" for name in wanted}
+    for name, value in wanted.items():
+        assert scalars[f"profile/{name}"] == [(12, pytest.approx(value, rel=1e-6))]
+    (text,) = tensor_util.make_ndarray(found.Tensors("profile/text_summary")[0].tensor_proto)
+    assert "| loss/layer_* | 750.000 |" in text.decode()
 
 
 def test_scalars_of_a_chart_are_runs_of_their_own(tmp_path):
@@ -369,6 +424,8 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(tmp_path):
         (lambda w: w.add_custom_scalars_marginchart(["a"]), "three tags"),
         (lambda w: TensorBoardCallback(w, scalars_every=0), "scalars_every=0"),
         (lambda w: TensorBoardCallback(w, sample=print), "need one another"),
+        (lambda w: TensorBoardCallback(w, profile_steps=range(0, 3)), r"range\(0, 3\)"),
+        (lambda w: w.add_image("a", np.ones((2, 2)), dataformats="CHX"), "CHX"),
     ],
 )
 def test_wrong_calls_are_refused_at_once(tmp_path, call, message):
@@ -393,6 +450,7 @@ def trained(tmp_path_factory):
         callback = TensorBoardCallback(
             writer, histograms_every=2, hparams={"lr": 0.25}, sample_every=3,
             sample=lambda state: {"text": "hi", "picture": jnp.ones((1, 2, 2))},
+            profile_steps=range(2, 4),
         )  # fmt: skip
         step = make_train_step(loss_fn, optimizer, on_gradients=callback.gradients(every=2))
         state = init_state({"w": jnp.zeros(4)}, optimizer, jax.random.key(0))
@@ -418,6 +476,13 @@ def test_the_callback_writes_the_run(trained):
     assert "text/text_summary" in tags["tensors"] and "run/text_summary" in tags["tensors"]
     assert found.Scalars("evaluation/loss")[0].step == 5
     assert read(folder / "hparams").Scalars("hparam/train/loss")
+    (event,) = found.Scalars("profile/device_busy_share")
+    assert event.step == 3 and event.value > 0
+    times = [tag for tag in tags["scalars"] if tag.startswith("profile/device_ms/")]
+    assert sum(found.Scalars(tag)[0].value for tag in times) > 0
+    layout = tensor_util.make_ndarray(found.Tensors("custom_scalars__config__")[0].tensor_proto)
+    categories = [c.title for c in layout_pb2.Layout.FromString(layout.item()).category]
+    assert categories == ["training", "speed", "memory", "profile"]
 
 
 def test_a_real_server_shows_the_pages(trained):
@@ -454,6 +519,11 @@ def test_a_real_server_shows_the_pages(trained):
         assert Image.open(io.BytesIO(blob)).size == (2, 2)
         experiment = json.loads(get("data/plugin/hparams/experiment", experimentName=""))
         assert [h["name"] for h in experiment["hparamInfos"]] == ["lr"]
+        charts = json.loads(get("data/plugin/custom_scalars/layout"))
+        assert [c["title"] for c in charts["category"]][-1] == "profile"
+        tags = urllib.parse.quote("profile/device_ms/.*")
+        shown = json.loads(get(f"data/plugin/custom_scalars/scalars?tag={tags}&run=."))
+        assert shown["regex_valid"] and shown["tag_to_events"]
         assert b"<!doctype html>" in get("").lower()
     finally:
         server.terminate()
