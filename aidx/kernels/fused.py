@@ -41,14 +41,6 @@ def _rows(x: jax.Array | None, trailing: int = 1) -> jax.Array | None:
     return x.reshape(math.prod(x.shape[: x.ndim - trailing]), *x.shape[x.ndim - trailing :])
 
 
-def _whole(apply: Any, size: int, in_batched: Any, x: Any, *others: Any) -> Any:
-    """A vmapped axis of the rows is one more leading axis of them: `batching` rule."""
-    del size
-    if not in_batched[0] or any(in_batched[1:]):
-        raise NotImplementedError("only the rows are vmapped")
-    return apply(x, *others), True
-
-
 # --- norms ---------------------------------------------------------------------------------------
 
 
