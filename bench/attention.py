@@ -66,54 +66,42 @@ COLUMNS = dict(split="columns", do_stages=1, dq_chunks=2)
 FORWARD_VARIANTS = {  # (head_dim, causal): name: config
     (128, False): {
         "base": F(block_kv=192),
-        "lane": F(block_kv=192, release="lane"),
-        "lane+warp": F(block_kv=192, **LANE),
+        "lane": F(block_kv=192, **LANE),
         "pair": F(block_kv=192, **PAIR),
-        "pair128": F(**PAIR),
     },
     (128, True): {
         "base": F(block_kv=192),
         "kv128": F(),
-        "lane+warp": F(block_kv=192, **LANE),
-        "lane+warp128": F(**LANE),
-        "pers+lane": F(persistent=True, **LANE),
+        "lane": F(block_kv=192, **LANE),
         "pair": F(block_kv=192, **PAIR),
         "pair128": F(**PAIR),
         "pers+pair": F(persistent=True, **PAIR),
     },
     (64, False): {
         "base": F(consumers=3),
-        "lane+warp": F(consumers=3, **LANE),
+        "lane": F(consumers=3, **LANE),
         "pair": F(consumers=3, **PAIR),
     },
     (64, True): {
         "base": F(consumers=3),
-        "lane+warp": F(consumers=3, **LANE),
+        "lane": F(consumers=3, **LANE),
         "pair": F(consumers=3, **PAIR),
     },
     (256, False): {
         "base": F(release="named", **WIDE),
-        "lane+warp": F(**WIDE, **LANE),
+        "lane": F(**WIDE, **LANE),
         "pair": F(**WIDE, **PAIR),
     },
     (256, True): {
         "base": F(release="named", **WIDE),
-        "lane+warp": F(**WIDE, **LANE),
+        "lane": F(**WIDE, **LANE),
         "pair": F(**WIDE, **PAIR),
     },
 }
 BACKWARD_VARIANTS = {
-    128: {"base": B(), "warp": B(issue="warp"), "lane+warp": B(**LANE), "pair": B(**PAIR)},
-    64: {
-        "base": B(block_q=128),
-        "lane+warp": B(block_q=128, **LANE),
-        "pair": B(block_q=128, **PAIR),
-    },
-    256: {
-        "base": B(**COLUMNS),
-        "lane+warp": B(**COLUMNS, **LANE),
-        "pair": B(**COLUMNS, **PAIR),
-    },
+    128: {"base": B(), "lane": B(**LANE), "pair": B(**PAIR)},
+    64: {"base": B(block_q=128), "lane": B(block_q=128, **LANE), "pair": B(block_q=128, **PAIR)},
+    256: {"base": B(**COLUMNS), "lane": B(**COLUMNS, **LANE), "pair": B(**COLUMNS, **PAIR)},
 }
 
 
@@ -182,14 +170,18 @@ def peers(metric):
     return forward if metric == "fwd" else both
 
 
-def variants(row, causal, metric):
-    """The same for tile shapes of aidx, timed in turns so that a drift of the clock hits all."""
+def variants(row, causal, metric, skip="$^"):
+    """The same for tile shapes of aidx, but for the names that `skip` matches."""
     head_dim = ROWS[row][-1]
     if metric == "fwd":
         table, f = FORWARD_VARIANTS[head_dim, causal], aidx_forward
     else:
         table, f = BACKWARD_VARIANTS[head_dim], aidx_both
-    return {f"aidx:{name}": functools.partial(f, config=config) for name, config in table.items()}
+    return {
+        f"aidx:{name}": functools.partial(f, config=config)
+        for name, config in table.items()
+        if not re.search(skip, name)
+    }
 
 
 def compile_all(entries, workers):
@@ -526,6 +518,7 @@ def main():
     parser.add_argument("--error-rows", default="S4096", help="rows of the stage `errors`")
     parser.add_argument("--stages", default="rows,check,errors,variants")
     parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--skip", default="$^", help="variants whose names match are not run")
     parser.add_argument("--rounds", type=int, default=5, help="turns whose median counts")
     options = parser.parse_args()
 
@@ -545,7 +538,7 @@ def main():
             check_repeats(rows[0], True, options.repeats, results.add),
         ),
         "errors": lambda: check_errors(inexact, True, results.add, workers),
-        "variants": lambda: timed(variants, False, **rest),
+        "variants": lambda: timed(functools.partial(variants, skip=options.skip), False, **rest),
         "memory": lambda: attention_options.check_memory(results),
     }
     for name in attention_options.STAGES:

@@ -181,33 +181,79 @@ def load_tile(source, target, barrier, by_warp: bool, **how: Any) -> None:
     plgpu.warp_map(issue)
 
 
+# Swizzling moves 16 bytes within a row of 128: a whole row is cleared without knowing where to.
+_CLEAR_ROWS = """
+{{
+    .reg .pred done, dead;
+    .reg .b32 at, row, low, zero;
+    mov.b32 zero, 0;
+    and.b32 at, $2, 127;
+    shl.b32 at, at, 4;
+NEXT:
+    setp.ge.u32 done, at, {total};
+    @done bra LAST;
+    div.u32 row, at, {group};
+    shl.b32 row, row, 3;
+    bfe.u32 low, at, 7, 3;
+    add.u32 row, row, low;
+    rem.u32 row, row, {rows};
+    setp.ge.s32 dead, row, $1;
+    add.u32 low, $0, at;
+    @dead st.shared.v4.b32 [low], {{zero, zero, zero, zero}};
+    add.u32 at, at, 2048;
+    bra NEXT;
+LAST:
+}}
+"""
+
+
 def clear_rows(tile, live, interpret: bool) -> None:
-    """Zero the rows of a 16-bit tile in SMEM from `live` on, 64 x 64 at a time."""
-    layout = plgpu.Layout.WGMMA
-    row = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=layout)
-    for first in range(0, tile.shape[0], 64):
-        for column in range(0, tile.shape[1], 64):
-            part = tile.at[pl.ds(first, 64), pl.ds(column, 64)]
-            x = part[...] if interpret else plgpu.load(part, layout=layout)
-            part[...] = jnp.where(row + first < live, x, jnp.zeros_like(x))
+    """A warpgroup zeroes the rows from `live` on of `[parts, rows, columns]` in shared memory.
 
-
-def load_live(source, target, barrier, landed, live, interpret: bool, **how: Any) -> None:
-    """`load_tile` of a tile whose rows from `live` on arrive as zeros, whatever memory holds there.
-
-    A masked P is zero, but 0 * NaN is NaN.  The warpgroup that loads waits for such a tile on
-    `landed`, clears the rows and passes it on; others go straight to `barrier`.
+    The tiles are `swizzled`, of 16-bit numbers.
     """
-    whole = live >= target.shape[0]
-    pl.when(whole)(lambda: load_tile(source, target, barrier, **how))
+    parts, rows, columns = tile.shape
+    if interpret:
+        row = lax.broadcasted_iota(jnp.int32, tile.shape, 1)
+        tile[...] = jnp.where(row < live, tile[...], jnp.zeros((), tile.dtype))
+        return
+    from jax.experimental.mosaic import gpu as mgpu
+
+    group = 8 * 2 * columns  # bytes of 8 rows
+    ptx = _CLEAR_ROWS.format(group=group, rows=rows, total=parts * rows // 8 * group)
+    types = (plgpu.RefType(swizzled(tile.dtype)), plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=types)
+    def emit(_, ref, live):
+        base, lane = mgpu.utils.memref_ptr(ref), mgpu.utils.thread_idx()
+        mgpu.utils.inline_ptx(ptx, base, live.registers[()], lane, has_side_effects=True)
+
+    emit(tile, jnp.asarray(live, jnp.int32))  # pyright: ignore[reportCallIssue]
+
+
+def load_live(sources, tile, barrier, landed, live, interpret: bool, **how: Any) -> None:
+    """`load_tile` of every part of `[parts, rows, columns]`, rows from `live` on arriving as zeros.
+
+    Memory may hold anything there: a masked P is zero, but 0 * NaN is NaN.  The warpgroup that
+    loads waits for such a tile on `landed`, clears the rows and passes it on; others go straight to
+    `barrier`.  Both barriers expect an arrival for every part.
+    """
+    whole = live >= tile.shape[1]
+
+    def load(to):
+        for part, source in enumerate(sources):
+            load_tile(source, tile.at[part], to, **how)
+
+    pl.when(whole)(lambda: load(barrier))
 
     @pl.when(jnp.logical_not(whole))
     def _():
-        load_tile(source, target, landed, **how)
+        load(landed)
         plgpu.barrier_wait(landed)
-        clear_rows(target, live, interpret)
+        clear_rows(tile, live, interpret)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(barrier)
+        for _ in sources:
+            plgpu.barrier_arrive(barrier)
 
 
 def div(a, b: int):

@@ -121,6 +121,7 @@ class Refs(NamedTuple):
     do_free: Any
     ds_ready: Any
     k_done: Any
+    landed: Any
 
 
 def head_group(p: Problem) -> int:
@@ -561,13 +562,23 @@ class Consumer:
         plgpu.copy_smem_to_gmem(staging.at[self.part, self.rows], out.at[at])
 
 
-def load_parts(p: Problem, src, at, dst, full, shared: bool = True) -> None:
-    """One tile, column part by column part; `shared` by the CTAs of a cluster."""
+def load_parts(p: Problem, refs: Refs, src, at, dst, full, end, *, shared: bool) -> None:
+    """One tile, column part by column part; what a cluster shares is loaded by all its CTAs.
+
+    Where lengths are dynamic, rows from `end` on become zeros.
+    """
     c, columns = p.config, dst.shape[-1]
-    how = dict(collective_axes=CLUSTER) if shared and c.cluster > 1 else {}
-    for part in range(c.parts):
-        where = (*at, pl.ds(part * columns, columns)) if c.parts > 1 else at
-        _mgpu.load_tile(src.at[where], dst.at[part], full, c.issue == "warp", **how)
+    how: dict[str, Any] = dict(by_warp=c.issue == "warp")
+    if shared and c.cluster > 1:
+        how["collective_axes"] = CLUSTER
+    split = [(pl.ds(part * columns, columns),) for part in range(c.parts)] if c.parts > 1 else [()]
+    sources = [src.at[(*at, *part)] for part in split]
+    if p.dynamic:
+        live = end - at[1].start
+        _mgpu.load_live(sources, dst, full, refs.landed, live, p.interpret, **how)
+        return
+    for part, source in enumerate(sources):
+        _mgpu.load_tile(source, dst.at[part], full, **how)
 
 
 def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
@@ -575,8 +586,12 @@ def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
     c = p.config
     plgpu.set_max_registers(_mgpu.registers(c.consumers)[1], action="decrease")
     kv = (b, pl.ds(kv_tile * c.block_kv, c.block_kv), kv_head)
-    load_parts(p, refs.k, kv, refs.k_smem, refs.k_full, shared=False)
-    load_parts(p, refs.v, kv, refs.v_smem, refs.v_full, shared=False)
+    load = functools.partial(load_parts, p, refs)
+    query_end = key_end = None
+    if p.dynamic:
+        query_end, key_end = refs.extra.query_end[b], refs.extra.key_end[b]
+    load(refs.k, kv, refs.k_smem, refs.k_full, key_end, shared=False)
+    load(refs.v, kv, refs.v_smem, refs.v_full, key_end, shared=False)
 
     def one_head(head_i, before):
         head = kv_head * p.group + head_i
@@ -589,11 +604,13 @@ def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
             slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
             pl.when(it >= c.stages)(lambda: plgpu.barrier_wait(refs.q_free.at[slot]))
             q_full, stats = refs.q_full.at[slot], refs.stats.at[b, head, :, rows]
-            load_parts(p, refs.q, (b, rows, head), refs.q_smem.at[slot], q_full)
+            load(refs.q, (b, rows, head), refs.q_smem.at[slot], q_full, query_end, shared=True)
             _mgpu.load_tile(stats, refs.stats_smem.at[slot], q_full, c.issue == "warp")
             pl.when(it >= c.do_stages)(lambda: plgpu.barrier_wait(refs.do_free.at[do_slot]))
             do_full = refs.do_full.at[do_slot]
-            load_parts(p, refs.do, (b, rows, head), refs.do_smem.at[do_slot], do_full)
+            load(
+                refs.do, (b, rows, head), refs.do_smem.at[do_slot], do_full, query_end, shared=True
+            )
 
         return before + (end - first)
 
@@ -645,6 +662,7 @@ def scratch_types(p: Problem) -> list:
         free(c.do_stages),
         barrier(2, c.consumers),
         barrier(arrivals=c.consumers),
+        barrier(arrivals=n) if p.dynamic else None,
     ]
 
 

@@ -54,6 +54,7 @@ class Refs(NamedTuple):
     v_full: Any
     k_free: Any
     v_free: Any
+    landed: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,12 +171,22 @@ class Consumer(fwd.Consumer):
 
 def produce(p: Problem, refs: Refs, b, head, q_tile, end, blocks) -> None:
     """The warpgroup that loads: Q and dO of every consumer, then K and V block by block."""
-    c = p.config
+    c, ends = p.config, refs.extra
     plgpu.set_max_registers(_mgpu.registers(c.consumers)[1], action="decrease")
+    query_end, key_end = (ends.query_end[b], ends.key_end[b]) if p.dynamic else (None, None)
+
+    def load(src, at, ring, slot, full, end):
+        if not p.dynamic:
+            plgpu.copy_gmem_to_smem(src.at[at], ring.at[slot], full.at[slot])
+            return
+        live, dst = end - at[1].start, ring.at[pl.ds(slot, 1)]
+        to = (full.at[slot], refs.landed)
+        _mgpu.load_live([src.at[at]], dst, *to, live, p.interpret, by_warp=c.issue == "warp")
+
     for w in range(c.consumers):
         rows = (b, pl.ds(q_tile * c.block_q + w * TILE, TILE), head)
-        plgpu.copy_gmem_to_smem(refs.q.at[rows], refs.q_smem.at[w], refs.q_full.at[w])
-        plgpu.copy_gmem_to_smem(refs.do.at[rows], refs.do_smem.at[w], refs.q_full.at[w])
+        load(refs.q, rows, refs.q_smem, w, refs.q_full, query_end)
+        load(refs.do, rows, refs.do_smem, w, refs.q_full, query_end)
     rings = (
         (refs.k, refs.k_smem, refs.k_full, refs.k_free),
         (refs.v, refs.v_smem, refs.v_full, refs.v_free),
@@ -188,7 +199,7 @@ def produce(p: Problem, refs: Refs, b, head, q_tile, end, blocks) -> None:
         at = (b, pl.ds(block * c.block_kv, c.block_kv), div(head, p.group))
         for src, dst, full, free in rings:
             pl.when(i >= c.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-            plgpu.copy_gmem_to_smem(src.at[at], dst.at[slot], full.at[slot])
+            load(src, at, dst, slot, full, key_end)
 
     @pl.loop(lax.max(blocks - c.stages, jnp.int32(0)), blocks)
     def _(i):  # leave no completion unobserved
@@ -266,6 +277,7 @@ def backward_dq(
             barrier(config.stages),
             barrier(config.stages, config.consumers),
             barrier(config.stages, config.consumers),
+            plgpu.Barrier(num_arrivals=1) if p.dynamic else None,
         ],
         grid=(p.total,),
         grid_names=("cta",),

@@ -239,6 +239,8 @@ class Consumer:
         prob = jnp.exp2(value * LOG2E - self.statistic(where, 0))
         if p.rate:
             dp = tile.dropped(self.kept(where), dp)
+        if p.dynamic:  # V past the end may hold NaN
+            dp = jnp.where(prob > 0.0, dp, 0.0)
         ds = prob * (dp - self.statistic(where, 1)) * (1.0 / p.kept)
         fresh = [ds * slope for slope in slopes]
         if not p.whole:

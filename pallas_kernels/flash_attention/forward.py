@@ -138,6 +138,7 @@ class Refs(NamedTuple):
     v_free: Any
     q_free: Any
     turn: Any
+    landed: Any
 
 
 # --- which tile, which blocks ---------------------------------------------------------------------
@@ -653,6 +654,7 @@ def produce(p: Problem, refs: Refs) -> None:
         first, end = tile_blocks(p, refs, b, head, q_tile)
         blocks = end - first
         kv_head = div(head, p.group)
+        key_end = refs.extra.key_end[b] if p.dynamic else None
 
         def load_q():
             for w in range(c.consumers):
@@ -672,10 +674,14 @@ def produce(p: Problem, refs: Refs) -> None:
             block = block_at(p, refs, b, head, q_tile, end, i)
             rows = pl.ds(block * c.block_kv, c.block_kv)
             pl.when(done + i >= c.stages)(lambda: await_slot(p, refs, which, slot))
-            shared = dict(collective_axes=CLUSTER) if c.cluster > 1 else {}
-            _mgpu.load_tile(
-                src.at[b, rows, kv_head], dst.at[slot], full.at[slot], c.issue == "warp", **shared
-            )
+            shared: dict[str, Any] = dict(collective_axes=CLUSTER) if c.cluster > 1 else {}
+            source, how = src.at[b, rows, kv_head], dict(shared, by_warp=c.issue == "warp")
+            if which == 1 and p.dynamic:
+                live, tile = key_end - rows.start, dst.at[pl.ds(slot, 1)]
+                to = (full.at[slot], refs.landed)
+                _mgpu.load_live([source], tile, *to, live, p.interpret, **how)
+            else:
+                _mgpu.load_tile(source, dst.at[slot], full.at[slot], **how)
 
         # K of the next tile may start before the consumers have let go of Q
         pl.when(blocks > 0)(lambda: load(0, jnp.int32(0)))
@@ -727,6 +733,7 @@ def scratch_types(p: Problem) -> list:
         free,
         barrier(c.consumers),
         barrier(c.consumers),
+        plgpu.Barrier(num_arrivals=1) if p.dynamic else None,
     ]
 
 

@@ -136,6 +136,8 @@ class Extra(NamedTuple):
 
     rows: Any = None  # [B, 2, rows] i32: the interval of every row
     ranges: Any = None  # [B, tiles, 4] i32: of every tile of rows
+    key_end: Any = None  # [B] i32: past the last key that some query sees; NaN may follow
+    query_end: Any = None  # [B] i32: past the last query that sees some key
     slopes: Any = None  # [N] f32
     sinks: Any = None  # [N] f32
     words: Any = None  # [B, N, T'] u32
@@ -156,6 +158,8 @@ def extra_operands(
         rows = pad_rows(*pair, block_q if by_query else block_kv)
         rows = jnp.broadcast_to(rows, (batch, *rows.shape[1:]))
         found["rows"], found["ranges"] = rows, tile_ranges(rows, tile_rows)
+        found["key_end"] = _last(bounds.key_lo, bounds.key_hi, batch)
+        found["query_end"] = _last(bounds.query_lo, bounds.query_hi, batch)
     if options.alibi_slopes is not None:
         found["slopes"] = options.alibi_slopes.astype(jnp.float32)
     if options.sinks is not None:
@@ -173,6 +177,11 @@ def extra_operands(
             options.blocks, options.band, bounds, block_q, block_kv, by_query=by_query
         )
     return Extra(**found)
+
+
+def _last(lo: jax.Array, hi: jax.Array, batch: int) -> jax.Array:
+    """[B] i32: past the end of all intervals that are not empty."""
+    return jnp.broadcast_to(jnp.where(lo < hi, hi, 0).max(-1).astype(jnp.int32), (batch,))
 
 
 def _pad_last(x: jax.Array, multiple: int) -> jax.Array:
@@ -265,8 +274,9 @@ def statistics(
 ) -> jax.Array:
     """[B, N, 2 or 3, T'] f32: lse in base 2, delta, and the bits of the dropout words.
 
-    A row that saw nothing gets 1e30 for its lse, so that P = 0.
+    A row that saw nothing gets 1e30 for its lse, so that P = 0, and its delta may be NaN.
     """
+    delta = jnp.where(jnp.isneginf(lse), 0.0, delta)
     lse = jnp.where(jnp.isneginf(lse), 1e30, lse * LOG2E)
     pad = ((0, 0), (0, 0), (0, -lse.shape[-1] % multiple))
     rows = [jnp.pad(lse, pad, constant_values=1e30), jnp.pad(delta, pad)]

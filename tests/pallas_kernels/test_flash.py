@@ -183,6 +183,38 @@ def test_wide_heads_send_p_unrounded():
     assert relative(dk.astype(jnp.float32), want[1]) < 2.7e-3
 
 
+def poisoned(x, ends, value):
+    at = jnp.arange(x.shape[1])[None, :, None, None]
+    return jnp.where(at < ends[:, None, None, None], x, jnp.asarray(value, x.dtype))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_nan_past_the_lengths_reaches_nothing(deterministic):
+    kv_lens, q_lens = jnp.array([40, 100]), jnp.array([70, 31])
+    bounds = fa.dynamic_bounds(causal, 72, 104, kv_lens=kv_lens, q_lens=q_lens)
+    q, k, v, do = arrays(2, 72, 104, 2, 1, 64, 64)
+    ends = (q_lens, kv_lens, kv_lens, q_lens)
+    zeroed, nan = (
+        [poisoned(x, end, value) for x, end in zip((q, k, v, do), ends, strict=True)]
+        for value in (0, jnp.nan)
+    )
+    call = dict(scale=0.2, band=causal, bounds=bounds)
+    run = functools.partial(fa.flash_attention_fwd, interpret=True, **call)
+    run = functools.partial(run, config=fa.ForwardConfig(block_kv=64, consumers=1))
+    for got, want in zip(run(*nan[:3]), run(*zeroed[:3]), strict=True):
+        np.testing.assert_array_equal(got, want)
+    out, lse = fa.reference(*(x.astype(jnp.float32) for x in zeroed[:3]), **call)
+    back = functools.partial(
+        fa.flash_attention_bwd, deterministic=deterministic, interpret=True, **call
+    )
+    back = functools.partial(back, config=fa.BackwardConfig(consumers=1))
+    want = back(*zeroed[:3], out.astype(BF16), lse, zeroed[3])
+    # what a caller's garbage leaves in out is garbage as well
+    got = back(*nan[:3], poisoned(out.astype(BF16), q_lens, jnp.nan), lse, nan[3])
+    for a, b in zip(got[:3], want[:3], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_sinks_get_their_gradient():
     sinks = jnp.array([0.5, 2.0])
     q, k, v, do = arrays(1, 64, 64, 2, 2, 64, 64)
@@ -326,3 +358,44 @@ def test_on_the_device(head_dim, tokens):
     grads = pull((do.astype(jnp.float32), jnp.zeros_like(lse)))
     for a, b in zip(got[:3], grads, strict=True):
         assert relative(a.astype(jnp.float32), b) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_nan_past_the_lengths_on_the_device(head_dim):
+    """Needs one H100 or H200: clearing is PTX there, which the interpreter does not run."""
+    kv_lens = jnp.array([333, 0, 128, 449])
+    q, k, v, do = arrays(4, 300, 450, 4, 2, head_dim, head_dim)
+    bounds = fa.dynamic_bounds(causal, 300, 450, kv_lens=kv_lens)
+    call = dict(scale=0.1, band=causal, bounds=bounds)
+    both = {}
+    for value in (0, jnp.nan):
+        k, v = (poisoned(x, kv_lens, value) for x in (k, v))
+        out, lse = fa.flash_attention_fwd(q, k, v, **call)
+        both[value] = (
+            out,
+            lse,
+            *fa.flash_attention_bwd(q, k, v, out, lse, do, deterministic=True, **call)[:3],
+        )
+    got, want = both.values()
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("change", [{}, dict(cluster=2), dict(cluster=2, persistent=True)])
+def test_sharing_configurations_on_the_device(change, kv_heads):
+    """Needs one H100 or H200: the interpreter has neither clusters' copies nor their timing."""
+    q, k, v, do = arrays(2, 1000, 1100, 4, kv_heads, 128, 128)
+    call = dict(scale=0.1, band=fa.Band(right=0, offset=100))
+    share = dict(release="lane", issue="warp")
+    want = fa.flash_attention_fwd(q, k, v, **call)
+    got = fa.flash_attention_fwd(q, k, v, config=fa.ForwardConfig(**share, **change), **call)
+    assert relative(*(x[0].astype(jnp.float32) for x in (got, want))) < 4e-3
+    np.testing.assert_allclose(got[1], want[1], atol=1e-3)
+    change = {name: x for name, x in change.items() if name == "cluster"}
+    back = functools.partial(fa.flash_attention_bwd, q, k, v, *want, do, **call)
+    pairs = zip(back(config=fa.BackwardConfig(**share, **change))[:3], back()[:3], strict=True)
+    for a, b in pairs:
+        assert relative(a.astype(jnp.float32), b.astype(jnp.float32)) < 4e-3
