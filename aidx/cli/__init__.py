@@ -1,4 +1,4 @@
-"""The command line: `aidx demo | generate | chat | train | profile | bench | info`.
+"""The command line: `aidx demo | generate | chat | train | profile | bench | tune | info`.
 
 One module per command: `add_parser(commands)` says what it takes, `run(args)` does it and returns
 the exit code.  0: done; 1: it could not be done, and one line on standard error says why; 2: the
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from aidx.cli import bench, chat, demo, generate, info, profile, train
+from aidx.cli import bench, chat, demo, generate, info, profile, train, tune
 
 EXAMPLES = """\
 examples:
@@ -21,6 +21,7 @@ examples:
   aidx train --config run.toml                text in, a model out
   aidx profile script.py --its --options      where its time goes
   aidx bench --concurrency 1 8 32             tokens/s and latencies
+  aidx tune --op flash_attention              the fastest tiles on this device
   aidx info                                   devices, and what each op runs on
 """
 
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="store_true", help="print the version and leave")
     commands = root.add_subparsers(metavar="command", dest="command")
-    for module in (demo, generate, chat, train, profile, bench, info):
+    for module in (demo, generate, chat, train, profile, bench, tune, info):
         module.add_parser(commands)
     return root
 

@@ -66,28 +66,21 @@ def prepare(
     return Trial(tunable, sets, dict(static), want)
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """One call, and a chain of them (None where another clock is used), compiled."""
+def compiled(trial: Trial, config: Hashable, chain: bool = True) -> Any:
+    """The program of a configuration, of all sets: (total, outputs of the first set).
 
-    once: Any
-    chain: Any
-
-
-def compiled(trial: Trial, config: Hashable, chain: bool = True) -> Programs:
-    """The programs of a configuration."""
-    call = trial.call(config)
-    once = jax.jit(call).lower(*trial.sets[0]).compile()
-    if not chain:
-        return Programs(once, None)
-    return Programs(once, jax.jit(chained(call, ROUNDS)).lower(*trial.sets).compile())
+    Without `chain` (where another clock is used) it is that one call alone.
+    """
+    call = jax.jit(trial.call(config))  # traced and lowered once, however often it is called
+    program = chained(call, ROUNDS) if chain else lambda *sets: (0.0, call(*sets[0]))
+    return jax.jit(program).lower(*trial.sets).compile()
 
 
 def attempt(
     trial: Trial,
     config: Hashable,
     timer: Timer | None = None,
-    programs: Callable[[], Programs] | None = None,
+    program: Callable[[], Any] | None = None,
 ) -> Measurement:
     """What becomes of one configuration: its seconds, if its result is right, or its failure.
 
@@ -98,18 +91,18 @@ def attempt(
       trial: operands and the reference's result.
       config: the configuration.
       timer: a clock in place of the device's time.
-      programs: gives the compiled programs where they are made elsewhere.
+      program: gives what `compiled` gives, where that is made elsewhere.
     """
     text = config_text(config)
     try:
-        made = programs() if programs else compiled(trial, config, chain=timer is None)
-        got = jax.block_until_ready(made.once(*trial.sets[0]))
+        made = program() if program else compiled(trial, config, chain=timer is None)
+        got = jax.block_until_ready(made(*trial.sets))[1]
         error = (trial.tunable.error or relative_error)(got, trial.want)
         limit = trial.tunable.limit(trial.sets[0])
         if not error <= limit:
             return Measurement(text, error=_finite(error), failure=f"wrong: error {error:.2g} is "
                                f"above {limit:.2g}")  # fmt: skip
-        seconds = timer(trial, config) if timer else device_seconds(made.chain, trial.sets)
+        seconds = timer(trial, config) if timer else device_seconds(made, trial.sets)
         return Measurement(text, seconds=seconds, error=error)
     except FAILURES as error:
         return Measurement(text, failure=_reason(error))
@@ -192,8 +185,11 @@ def _worst(got: jax.Array, want: jax.Array, floor: float | None) -> jax.Array:
 # --- time ----------------------------------------------------------------------------------------
 
 
-def chained(f: Callable[..., Any], rounds: int) -> Callable[..., jax.Array]:
-    """One program that calls f on every set of operands in turn, `rounds` times, one by one."""
+def chained(f: Callable[..., Any], rounds: int) -> Callable[..., tuple[jax.Array, Any]]:
+    """One program that calls f on every set of operands in turn, `rounds` times, one by one.
+
+    One more call, of the first set, comes after them for its outputs.
+    """
 
     def body(_: Any, state: Any) -> Any:
         total, *sets = state
@@ -205,7 +201,11 @@ def chained(f: Callable[..., Any], rounds: int) -> Callable[..., jax.Array]:
             total, *sets = jax.lax.optimization_barrier((sum(read, total), *sets))
         return (total, *sets)
 
-    return lambda *sets: jax.lax.fori_loop(0, rounds, body, (jnp.float32(0), *sets))[0]
+    def program(*sets: Any) -> tuple[jax.Array, Any]:
+        total, first, *_ = jax.lax.fori_loop(0, rounds, body, (jnp.float32(0), *sets))
+        return total, f(*first)
+
+    return program
 
 
 def device_seconds(chain: Any, sets: Sequence[Any], *, repeats: int = 5) -> float:
@@ -222,7 +222,7 @@ def device_seconds(chain: Any, sets: Sequence[Any], *, repeats: int = 5) -> floa
 
     took(1)
     samples = [took(QUEUE) - took(1) for _ in range(repeats)]
-    return max(median(samples) / ((QUEUE - 1) * ROUNDS * len(sets)), 1e-9)
+    return max(median(samples) / ((QUEUE - 1) * (ROUNDS * len(sets) + 1)), 1e-9)
 
 
 def median(values: Sequence[float]) -> float:

@@ -188,8 +188,8 @@ class _Cases:
         from .trial import attempt
 
         self.prepare(op, case, [config])
-        programs = self.compiled[config].result
-        return dataclasses.asdict(attempt(self.trial, self._config(config), programs=programs))
+        program = self.compiled[config].result
+        return dataclasses.asdict(attempt(self.trial, self._config(config), program=program))
 
     def _config(self, text: str) -> Hashable:
         from .tunable import config_text
@@ -201,6 +201,18 @@ class _Cases:
         return found[text]
 
 
+def listed(ops: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """(name, shapes) of what can be tuned of these ops, of all where there are none.
+
+    >>> listed([])
+    [...]
+    """
+    from . import tunable as known
+
+    found = {t.name: t.shapes for op in ops or [None] for t in known.tunables(op)}
+    return list(found.items())
+
+
 def main(modules: Sequence[str]) -> None:
     """Answer the messages on standard input until it ends."""
     # Whatever prints goes to standard error; the answers have the first standard output alone.
@@ -210,7 +222,12 @@ def main(modules: Sequence[str]) -> None:
 
     known.load(modules)
     cases = _Cases()
-    requests = {"describe": cases.describe, "prepare": cases.prepare, "time": cases.time}
+    requests = {
+        "list": listed,
+        "describe": cases.describe,
+        "prepare": cases.prepare,
+        "time": cases.time,
+    }
     for line in sys.stdin.buffer:
         message = json.loads(line)
         try:

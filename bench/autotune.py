@@ -1,0 +1,107 @@
+"""What tuning gains over the heuristics: the default configuration beside the fastest.
+
+    python bench/autotune.py [--op OP ...] [--shapes TEXT ...] [--limit SECONDS] [--timeout SECONDS]
+
+Every configuration is timed in a worker process (`aidx.ops.autotune`): device time, operands
+rotated, only where its result is within tolerance of the reference.  Rows go to
+bench/results/<device>/autotune.json, or into $OUT where that is set; beside them `tuning.json` is
+the table itself, which `aidx.ops.autotune.Tuning.load` reads and aidx/data/tuning ships.
+"""
+
+import argparse
+import collections
+import datetime
+import json
+import os
+import pathlib
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from aidx.cli.tune import MODULES, row, short  # noqa: E402
+from aidx.ops.autotune import Tuning  # noqa: E402
+from aidx.ops.autotune.tune import START_SECONDS, table, tune  # noqa: E402
+from aidx.ops.autotune.worker import Worker  # noqa: E402
+
+CASES = (  # what a run without arguments times, the most telling first
+    ("flash_attention/forward", "B=4 T=4096 N=32 K=8 H=128 causal"),
+    ("paged_attention/forward", "R=64 n=1 ctx=1024 N=32 K=8 H=128 block=64"),
+    ("paged_attention/forward", "R=1 n=1 ctx=4096 N=32 K=8 H=128 block=64"),
+    ("flash_attention/forward", "B=1 T=16384 N=16 H=128"),
+    ("flash_attention/backward", "B=4 T=4096 N=32 K=8 H=128 causal"),
+    ("paged_attention/forward", "R=4 n=512 ctx=2048 N=32 K=8 H=128 block=64"),
+    ("flash_attention/forward", "B=4 T=4096 N=32 H=64 causal"),
+    ("paged_attention/forward", "R=8 n=1 ctx=4096 N=32 K=8 H=128 block=64"),
+    ("flash_attention/forward", "B=4 T=4096 N=8 H=256 causal"),
+    ("flash_attention/backward", "B=4 T=4096 N=32 H=64 causal"),
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", nargs="+", default=[])
+    parser.add_argument("--shapes", nargs="+")
+    parser.add_argument("--import", nargs="+", default=[], dest="modules")
+    parser.add_argument("--limit", type=float, default=float("inf"))
+    parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--device", default="h200", help="folder of the results")
+    options = parser.parse_args()
+    begun, outcomes = time.time(), []
+    folder = pathlib.Path(os.environ.get("OUT") or ROOT / "bench" / "results" / options.device)
+    with Worker((*MODULES, *options.modules), memory_fraction=0.6) as worker:
+        cases = CASES
+        if options.op:
+            listed = worker.ask(START_SECONDS, do="list", ops=options.op)
+            cases = [(name, text) for name, own in listed for text in options.shapes or own]
+        for case in cases:
+            if time.time() - begun > options.limit:
+                print(f"not begun: {case}")
+                continue
+            outcomes += tune([case], worker, cache=None, timeout=options.timeout)
+            show(outcomes[-1], time.time() - begun)
+            write(outcomes, folder, options)  # what a run that is cut short has found
+
+
+def show(outcome, seconds):
+    found = row(outcome)
+    print(f"[{seconds:4.0f} s] {outcome.op}  {outcome.case}")
+    if outcome.problem:
+        print(f"  {outcome.problem}", flush=True)
+        return
+    for m in sorted((m for m in outcome.entry.measurements if m.seconds), key=lambda m: m.seconds):
+        note = " <- default" if m.config == outcome.default else ""
+        config = short(json.loads(m.config))
+        print(f"  {m.seconds * 1e6:9.1f} us  error {m.error:.3f}  {config}{note}")
+    for reason, count in collections.Counter(found["failures"].values()).items():
+        print(f"  {count} failed: {reason[:150]}")
+    sys.stdout.flush()
+
+
+def write(outcomes, folder, options):
+    known = [outcome for outcome in outcomes if outcome.entry is not None]
+    rows = []
+    for outcome in known:
+        found, case = row(outcome), f"{outcome.op} {outcome.case}"
+        for name, label in (("best_seconds", "aidx"), ("default_seconds", "heuristic")):
+            if found[name] is not None:
+                value = {"metric": "time", "value": found[name] * 1e6, "unit": "us"}
+                rows.append({"case": case, "implementation": label, **value})
+    if not known:
+        return
+    entry = known[0].entry
+    meta = {
+        "command": f"python bench/autotune.py {' '.join(sys.argv[1:])}".strip(),
+        "date": datetime.date.today().isoformat(),
+        "device": entry.device,
+        "versions": {"jax": entry.jax},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "autotune.json").write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    file = folder / "tuning.json"
+    (Tuning.load(file) | table(known) if file.is_file() else table(known)).save(file)
+
+
+if __name__ == "__main__":
+    main()
