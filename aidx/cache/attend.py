@@ -92,6 +92,11 @@ def contiguous_attend(
         before, tokens = cache, q.shape[1]
         cache = cache.append(layer, k, v, counts)
         own = cache.windows[layer]
+        options = dict(scale=scale, logits_soft_cap=soft_cap, sinks=sinks)
+        if own is None and tokens == 1 and implementation is None and _is_pool(cache, layer, q):
+            seen = lambda f: lambda: f(cache, layer, q, counts, window=window, **options)
+            out = jax.lax.platform_dependent(cuda=seen(_decode_as_pool), default=seen(_decode))
+            return out, cache
         if own is None:
             keys, values = (x.astype(q.dtype) for x in cache.get(layer)[:2])
             where: dict[str, Any] = dict(
@@ -118,15 +123,70 @@ def contiguous_attend(
             keys,
             values,
             q_lens=counts,
-            scale=scale,
-            logits_soft_cap=soft_cap,
-            sinks=sinks,
             implementation=implementation,
+            **options,
             **where,
         )
         return out, cache
 
     return attend
+
+
+POOL_BLOCKS = (64, 128, 32, 16, 8)  # tokens: sizes of blocks that a row is cut into
+
+
+def _is_pool(cache: KVCache, layer: int, q: Array) -> bool:
+    """Whether a layer's buffers, reshaped, are pools that the paged kernels read."""
+    capacity, head_dim = cache.capacity(layer), q.shape[-1]
+    stored = cache.k[layer].dtype
+    return (
+        q.dtype in (jnp.bfloat16, jnp.float16)
+        and (stored == q.dtype or cache.k_scale is not None)
+        and head_dim in (64, 128, 192, 256)
+        and any(capacity % size == 0 for size in POOL_BLOCKS)
+    )
+
+
+def _decode_as_pool(cache: KVCache, layer: int, q: Array, counts: Array | None, **options) -> Array:
+    """One query a row: a row's buffer is so many blocks, and its table counts them."""
+    rows, capacity = q.shape[0], cache.capacity(layer)
+    size = next(size for size in POOL_BLOCKS if capacity % size == 0)
+    pool = lambda x: x.reshape(-1, size, *x.shape[2:])
+    scales = {}
+    if cache.k_scale is not None and cache.v_scale is not None:
+        by_head = lambda x: jnp.swapaxes(pool(x), 1, 2)  # a 32nd of what is read
+        scales = dict(k_scale=by_head(cache.k_scale[layer]), v_scale=by_head(cache.v_scale[layer]))
+    out = paged_attention(
+        q[:, 0],
+        pool(cache.k[layer]),
+        pool(cache.v[layer]),
+        jnp.arange(rows * capacity // size, dtype=jnp.int32).reshape(rows, -1),
+        jnp.clip(cache.lengths[layer], 1, capacity),  # a row without a token is masked below
+        jnp.arange(rows + 1, dtype=jnp.int32),
+        max_q=1,
+        tokens_first=True,
+        **scales,
+        **options,
+    )
+    if counts is not None:
+        out = jnp.where(counts[:, None, None] > 0, out, 0)
+    return out[:, None]
+
+
+def _decode(cache: KVCache, layer: int, q: Array, counts: Array | None, **options) -> Array:
+    """One query a row, by `flash_attention`."""
+    lengths = cache.lengths[layer]
+    keys, values = (x.astype(q.dtype) for x in cache.get(layer)[:2])
+    return flash_attention(
+        q,
+        keys,
+        values,
+        causal=True,
+        query_offset=lengths - (1 if counts is None else counts),
+        kv_lens=jnp.minimum(lengths, cache.capacity(layer)),
+        q_lens=counts,
+        **options,
+    )
 
 
 def paged_attend(

@@ -47,6 +47,7 @@ def run(spec: PagedSpec, ops: PagedOperands, config: Any) -> tuple[jax.Array, ja
         v_scale=ops.v_scale,
         return_lse=spec.return_lse,
         deterministic=spec.deterministic,
+        tokens_first=spec.tokens_first,
         config=config,
     )
     if spec.return_lse:

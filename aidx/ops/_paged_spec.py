@@ -41,6 +41,7 @@ class PagedSpec:
     soft_cap: float | None = None
     deterministic: bool = False
     return_lse: bool = False  # False: the caller drops lse
+    tokens_first: bool = False  # pools are [P, block_size, K, H]
     config: PagedAttentionConfig = PagedAttentionConfig()
 
 

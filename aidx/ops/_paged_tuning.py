@@ -35,7 +35,7 @@ SHAPES = tuple(
 def config(spec: PagedSpec, ops: PagedOperands) -> Any:
     """The kernels' configuration; None (their own choice) for calls that are not tuned."""
     given = {name for name, x in ops._asdict().items() if x is not None}
-    if spec.deterministic or not given <= PLAIN | {"alibi_slopes", "sinks"}:
+    if spec.deterministic or spec.tokens_first or not given <= PLAIN | {"alibi_slopes", "sinks"}:
         return None
     if ops.k_pool.dtype.itemsize == 1:
         return None  # what holds one byte a value chooses by shared memory alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -52,6 +53,7 @@ def paged_attention(
     v_scale: Array | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    tokens_first: bool = False,
     implementation: registry.ImplementationChoice = None,
     config: PagedAttentionConfig | None = None,
 ) -> Any:
@@ -84,6 +86,8 @@ def paged_attention(
       v_scale: as k_scale.
       return_lse: also the natural log-sum-exp `[T, N]` f32, the sink left out.
       deterministic: a row's output does not depend on what else is in the batch.
+      tokens_first: the pools are `[P, block_size, K, H]`: a contiguous cache `[B, S, K, H]` is one,
+        reshaped (`xla` transposes it, which costs a copy).  Scales are as ever.
       implementation: None, a name or a sequence of names (see `aidx.ops.registry`).
       config: tile sizes.
 
@@ -137,10 +141,11 @@ def _prepare(
     v_scale: Any,
     return_lse: bool,
     deterministic: bool,
+    tokens_first: bool,
     config: PagedAttentionConfig | None,
 ) -> tuple[PagedSpec, PagedOperands]:
     """Validate a call and bring it to `(PagedSpec, PagedOperands)`."""
-    _check_pools(q, k_pool, v_pool, k_scale, v_scale)
+    _check_pools(q, k_pool, v_pool, k_scale, v_scale, tokens_first)
     T, N, H = q.shape
     tables = _integers("block_tables", block_tables, 2)
     R = tables.shape[0]
@@ -149,7 +154,7 @@ def _prepare(
     max_q = T if max_q is None else max_q
     if max_q < 1 and T > 0:
         raise ValueError(f"max_q must be at least 1, not {max_q}")
-    _check_rows(indptr, lens, tables, k_pool.shape[2], T, max_q)
+    _check_rows(indptr, lens, tables, k_pool.shape[1 if tokens_first else 2], T, max_q)
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window counts keys and must be an int of at least 1, not {window!r}")
     if logits_soft_cap is not None and not logits_soft_cap > 0:
@@ -169,6 +174,7 @@ def _prepare(
         soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         deterministic=bool(deterministic),
         return_lse=bool(return_lse),
+        tokens_first=bool(tokens_first),
         config=config or PagedAttentionConfig(),
     )
     operands = PagedOperands(
@@ -189,16 +195,20 @@ def _prepare(
     return spec, operands
 
 
-def _check_pools(q: Array, k_pool: Array, v_pool: Array, k_scale: Any, v_scale: Any) -> None:
+def _check_pools(
+    q: Array, k_pool: Array, v_pool: Array, k_scale: Any, v_scale: Any, tokens_first: bool
+) -> None:
     if q.ndim != 3:
         raise ValueError(f"q must be [T, N, H], not {q.shape}")
     if k_pool.ndim != 4 or v_pool.ndim != 4 or k_pool.shape[:3] != v_pool.shape[:3]:
         raise ValueError(
             f"pools must be [P, K, block_size, H] alike, not {k_pool.shape=} {v_pool.shape=}"
         )
+    heads = 2 if tokens_first else 1
+    scales = (k_pool.shape[0], k_pool.shape[heads], k_pool.shape[3 - heads])
     if q.shape[2] != k_pool.shape[3]:
         raise ValueError(f"{q.shape=} and {k_pool.shape=} differ in head_dim")
-    if k_pool.shape[1] == 0 or q.shape[1] % k_pool.shape[1]:
+    if k_pool.shape[heads] == 0 or q.shape[1] % k_pool.shape[heads]:
         raise ValueError(
             f"query heads of {q.shape=} are no multiple of the heads of {k_pool.shape=}"
         )
@@ -214,10 +224,8 @@ def _check_pools(q: Array, k_pool: Array, v_pool: Array, k_scale: Any, v_scale: 
             )
         if not quantised and not jnp.issubdtype(pool.dtype, jnp.floating):
             raise TypeError(f"{name}_pool must be floats, int8 or float8_e4m3fn, not {pool.dtype}")
-        if quantised and scale.shape not in (pool.shape[:3], pool.shape[1:2]):
-            raise ValueError(
-                f"{name}_scale must be {pool.shape[:3]} or {pool.shape[1:2]}, not {scale.shape}"
-            )
+        if quantised and scale.shape not in (scales, scales[1:2]):
+            raise ValueError(f"{name}_scale must be {scales} or {scales[1:2]}, not {scale.shape}")
 
 
 def _check_rows(
@@ -271,7 +279,17 @@ def _cascade(cascade: Any, R: int) -> dict[str, Any]:
 
 # In order of preference.
 registry.register("paged_attention", "mosaic_gpu", platforms=("cuda",))(_paged_peers.mosaic_forward)
-registry.register("paged_attention", "xla")(_paged_xla.forward)
+
+
+@registry.register("paged_attention", "xla")
+def _xla(spec: PagedSpec, ops: PagedOperands) -> tuple[Array, Array]:
+    """Gathers and matmuls, over pools whose heads come first."""
+    if not spec.tokens_first:
+        return _paged_xla.forward(spec, ops)
+    spec = dataclasses.replace(spec, tokens_first=False)
+    heads_first = lambda pool: jnp.swapaxes(pool, 1, 2)
+    ops = ops._replace(k_pool=heads_first(ops.k_pool), v_pool=heads_first(ops.v_pool))
+    return _paged_xla.forward(spec, ops)
 
 
 def _explained(*args: Any, **kwargs: Any) -> tuple[PagedSpec, PagedOperands]:

@@ -50,6 +50,7 @@ def paged_attention(
     v_scale: jax.Array | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    tokens_first: bool = False,
     config: Config | None = None,
     interpret: Any = None,
 ) -> Any:
@@ -84,6 +85,8 @@ def paged_attention(
       return_lse: also the natural log-sum-exp, f32 `[T, N]`, the sink left out, -inf for no key.
       deterministic: a row's output has the same bits whatever else is in the batch and however
         its prompt was chunked: one kernel for all rows, keys cut at fixed positions.
+      tokens_first: the pools are `[P, block_size, K, H]`, as a contiguous cache `[B, S, K, H]` is;
+        scales are `[P, K, block_size]` all the same.
       config: which kernel and how; by default chosen from the static shapes.
       interpret: True runs the GPU interpreter (with race detection) on any machine.
 
@@ -103,7 +106,7 @@ def paged_attention(
     >>> jax.eval_shape(f, q, pool, pool, *rows).shape
     (2, 8, 64)
     """
-    geom = _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q)
+    geom = _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q, tokens_first)
     for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if x is not None and x.shape != (geom.num_heads,):
             raise ValueError(f"{name} has shape {x.shape}, not ({geom.num_heads},)")
@@ -420,7 +423,9 @@ def _run_prefill(call: _Call, config: PrefillConfig, min_tokens: int, out: jax.A
     return out, lambda: prefill.unpack_rows(lse, tiles, geom)
 
 
-def _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q) -> Geometry:
+def _geometry(
+    q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q, tokens_first
+) -> Geometry:
     """The shapes, checked."""
     ranks = (q.ndim, k_pool.ndim, v_pool.ndim, block_tables.ndim)
     if ranks != (3, 4, 4, 2):
@@ -430,8 +435,10 @@ def _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q) ->
         )
     t, n, h = q.shape
     p, k, size, h_k = k_pool.shape
+    if tokens_first:
+        k, size = size, k
     rows, per_row = block_tables.shape
-    if h != h_k or v_pool.shape[:3] != (p, k, size):
+    if h != h_k or v_pool.shape[:3] != k_pool.shape[:3]:
         raise ValueError(f"{q.shape=}, {k_pool.shape=} and {v_pool.shape=} do not fit")
     if k == 0 or n % k:
         raise ValueError(f"{n} query heads are not a multiple of {k} KV heads")
@@ -453,12 +460,13 @@ def _geometry(q, k_pool, v_pool, block_tables, context_lens, q_indptr, max_q) ->
         raise NotImplementedError(f"{q.shape=}, {k_pool.shape=}, {block_tables.shape=}: empty")
     if n // k > MAX_COLS:
         raise NotImplementedError(f"{n // k} query heads a KV head are more than {MAX_COLS}")
-    return Geometry(t, n, k, h, value_dim, p, size, rows, per_row, min(max_q, t))
+    max_q = min(max_q, t)
+    return Geometry(t, n, k, h, value_dim, p, size, rows, per_row, max_q, tokens_first=tokens_first)
 
 
 def _check_extras(geom, k_pool, positions, tree_mask, cascade, k_scale, v_scale) -> None:
     """Arguments that few calls have, checked."""
-    t, shape = geom.num_tokens, k_pool.shape[:3]
+    t, shape = geom.num_tokens, (geom.num_blocks, geom.num_kv_heads, geom.block_size)
     for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (x is not None) != quantised.is_quantised(k_pool.dtype):
             raise ValueError(f"{name} goes with int8 and float8_e4m3fn, not {k_pool.dtype=}")

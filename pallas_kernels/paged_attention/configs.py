@@ -20,6 +20,14 @@ def arguments(
     return q, pool, pool, sds((rows, width), i32), sds((rows,), i32), sds((rows + 1,), i32)
 
 
+def turned(*args):
+    """`arguments` with pools whose tokens come first."""
+    q, pool, _, *rest = arguments(*args)
+    p, k, size, h = pool.shape
+    pool = jax.ShapeDtypeStruct((p, size, k, h), pool.dtype)
+    return q, pool, pool, *rest
+
+
 def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
     """(name, function, abstract arguments).
 
@@ -42,6 +50,8 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
                 ("decode options", shapes(64, 64), dict(max_q=1, **everything)),
                 ("chunk options", shapes(2048, 4), dict(max_q=512, **everything)),
                 ("deterministic", shapes(64, 64), dict(max_q=1, deterministic=True)),
+                ("decode tokens first", turned(64, 64), dict(max_q=1, tokens_first=True)),
+                ("mixed tokens first", turned(576, 65), dict(max_q=512, tokens_first=True)),
             ]
         for name, args, options in calls:
             yield f"paged/{name}", functools.partial(paged_attention, **options), args

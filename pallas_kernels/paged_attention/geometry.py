@@ -38,6 +38,7 @@ class Geometry:
     blocks_per_row: int  # M
     max_q: int  # no row owns more query tokens
     q_tokens: int = 1  # tokens of a query tile
+    tokens_first: bool = False  # pools are [P, block_size, K, H], not [P, K, block_size, H]
 
     @property
     def group(self) -> int:

@@ -91,10 +91,9 @@ class PageTiles:
         part = rem(tile, max(self.geom.block_size // self.tile, 1)) * self.tile
 
         def copy(source, target, j, block):
-            if self.geom.block_size > self.tile:
-                source = source.at[block, head, pl.ds(part, self.tile)]
-            else:
-                source = source.at[block, head]
+            tokens = pl.ds(part, self.tile) if self.geom.block_size > self.tile else slice(None)
+            where = (tokens, head) if self.geom.tokens_first else (head, tokens)
+            source = source.at[(block, *where)]
             if self.per_tile > 1:
                 target = target.at[pl.ds(j * self.box, self.box)]
             plgpu.copy_gmem_to_smem(source, target, barrier)

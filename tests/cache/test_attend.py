@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from aidx.cache import KVCache, KVCacheConfig, contiguous_attend, no_cache_attend
+from aidx.cache import attend as attending
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 LENGTHS = (13, 9)
@@ -172,3 +173,54 @@ def test_a_row_of_nan_hurts_no_other_row_and_no_later_tenant(changes):
     given, cache = call(cache, *(np.roll(x[:, :5], 1, 0) for x in (q, k, v)), jnp.array([0, 3]))
     expected = dense(q[0, :3], k[0, :3], v[0, :3], **changes)
     np.testing.assert_allclose(given[1, :3], expected, atol=2e-6)
+
+
+# Decode over the buffer as a pool of blocks: what a GPU runs.
+
+
+def filled_cache(dtype, head_dim=64, size=48, rows=3):
+    geometry = dict(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=head_dim)
+    cache = KVCache.create(KVCacheConfig(**geometry, max_seq_len=size, max_batch=rows, dtype=dtype))
+    x = jax.random.normal(jax.random.key(0), (rows, size - 1, 2, head_dim), jnp.bfloat16)
+    cache = cache.append(0, x, x + 1, jnp.array([5, 47, 20][:rows]))
+    return cache.append(0, x[:, :1], x[:, :1], jnp.array([1, 1, 0][:rows]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("counts", [None, [1, 0, 1]])
+def test_a_buffer_read_as_blocks_is_the_buffer(dtype, counts):
+    """Rows of several lengths, one that does not take part, a window; heads of 64."""
+    cache = filled_cache(dtype)
+    q = jax.random.normal(jax.random.key(1), (3, 1, 4, 64), jnp.bfloat16)
+    assert attending._is_pool(cache, 0, q)
+    counts = counts and jnp.array(counts)
+    for options in ({}, dict(window=7, scale=0.3, sinks=jnp.linspace(-1.0, 1.0, 4))):
+        common = dict(logits_soft_cap=None, scale=None, sinks=None, window=None) | options
+        as_pool = attending._decode_as_pool(cache, 0, q, counts, **common)
+        as_rows = attending._decode(cache, 0, q, counts, **common)
+        np.testing.assert_allclose(
+            *(np.asarray(x, np.float32) for x in (as_pool, as_rows)), atol=0.03
+        )
+
+
+@pytest.mark.smoke
+def test_decode_on_a_gpu_is_the_paged_kernel_without_a_copy():
+    """The program for a GPU calls the kernel on the reshaped buffer; the one for a CPU does not."""
+    cache = filled_cache("bfloat16", size=64)
+    q, kv = jnp.ones((3, 1, 4, 64), jnp.bfloat16), jnp.ones((3, 1, 2, 64), jnp.bfloat16)
+
+    def step(cache, q, kv):
+        return contiguous_attend()(cache, 0, q, kv, kv)
+
+    traced = jax.jit(step, donate_argnums=0).trace(cache, q, kv)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert "stablehlo.transpose" not in text
+    assert "mosaic_gpu" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize("change", [dict(head_dim=8), dict(dtype="float32"), dict(size=41)])
+def test_other_buffers_are_no_pools(change):
+    cache = filled_cache(**({"dtype": "bfloat16"} | change))
+    q = jnp.ones((3, 1, 4, change.get("head_dim", 64)), jnp.bfloat16)
+    assert not attending._is_pool(cache, 0, q)

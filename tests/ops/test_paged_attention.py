@@ -80,6 +80,22 @@ def test_rows_match_dense_attention(name, options):
     check(batch(rows), max(n for n, _ in rows), ours, theirs)
 
 
+def test_tokens_may_come_first_in_the_pool():
+    """The layout of a contiguous cache, scales of one-byte pools as ever."""
+    rows = cases.PAGED_SMALL["mixed"]
+    q, k, v, *rest = batch(rows)
+    first = lambda x: x.swapaxes(1, 2)
+    call = dict(max_q=max(n for n, _ in rows), config=SMALL)
+    out = paged_attention(q, first(k), first(v), *rest, tokens_first=True, **call)
+    np.testing.assert_array_equal(out, paged_attention(q, k, v, *rest, **call))
+    stored, scale = quantise(jnp.nan_to_num(k), jnp.int8)
+    call |= dict(k_scale=scale, v_scale=scale)
+    out = paged_attention(q, first(stored), first(stored), *rest, tokens_first=True, **call)
+    np.testing.assert_array_equal(out, paged_attention(q, stored, stored, *rest, **call))
+    with pytest.raises(ValueError, match="k_scale must be"):
+        paged_attention(q, stored, stored, *rest, tokens_first=True, **call)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", cases.PAGED_SMALL)
 @pytest.mark.parametrize("a", OPTIONS)

@@ -116,6 +116,18 @@ def test_cluster_of_two_warpgroups_with_options(capfd):
     check(args, 5, capfd, config=config, window=100, logits_soft_cap=20.0, **vectors)
 
 
+@pytest.mark.parametrize("config", [SPLIT, pa.ClusterConfig(2, 1, 2)], ids=["split", "cluster"])
+def test_tokens_may_come_first_in_the_pool(config, capfd):
+    """As a contiguous cache lies: the same bits as with the heads first."""
+    q, k_pool, v_pool, *rest = make([130, 0, 70], [1, 1, 1])
+    turned = (q, k_pool.swapaxes(1, 2), v_pool.swapaxes(1, 2), *rest)
+    out, lse = run(turned, 1, config=config, tokens_first=True)
+    want, want_lse = run((q, k_pool, v_pool, *rest), 1, config=config)
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(lse, want_lse)
+    assert "RACE" not in capfd.readouterr().out
+
+
 # ------------------------------------------------------------------- pools of one byte a value
 
 
