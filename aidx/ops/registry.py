@@ -21,7 +21,7 @@ from jax.sharding import get_abstract_mesh
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
-from . import autotune
+from . import _kernel_store, autotune
 from ._platform import platform_of as platform_of
 
 type ImplementationChoice = str | Sequence[str] | None
@@ -417,13 +417,37 @@ def _lower(ctx: Any, *operands: Any, call: Call, in_tree: Any, out_avals: Any) -
 def _lowered(
     call: Call, candidates: Any, in_tree: Any, platform: str, avals: Any, state: Any
 ) -> bytes:
-    """The MLIR of `_run` on operands of these (shape, dtype, weak_type), as bytecode."""
-    del candidates, state  # they tell apart what has to be lowered anew
+    """The MLIR of `_run` on operands of these (shape, dtype, weak_type), as bytecode.
+
+    `candidates` and `state` tell apart what has to be lowered anew.
+    """
+    name = _kernel_name(call, candidates, in_tree, platform, avals, state)
+    kept = None if name is None else _kernel_store.load(name)
+    if kept is not None:
+        return kept
     run = functools.partial(_run, call=call, in_tree=in_tree, platform=platform)
     leaves = [jax.ShapeDtypeStruct(s, d, weak_type=weak) for s, d, weak in avals]
     lowered = jax.jit(run, keep_unused=True).trace(*leaves).lower(lowering_platforms=(platform,))
     module: Any = lowered.compiler_ir()
-    return mlir.module_to_bytecode(module)
+    code = mlir.module_to_bytecode(module)
+    if name is not None:
+        _kernel_store.store(name, code)
+    return code
+
+
+def _kernel_name(
+    call: Call, candidates: Any, in_tree: Any, platform: str, avals: Any, state: Any
+) -> str | None:
+    """What a lowered kernel is called on disk; None: it is not kept there."""
+    *flags, tuner = state
+    own = all(i.forward.__module__.partition(".")[0] == "aidx" for i in candidates)
+    if call.table is not None or not own or tuner.mode != "off":
+        return None
+    names = tuple(i.name for i in candidates)
+    avals = tuple((shape, str(dtype), weak) for shape, dtype, weak in avals)
+    return _kernel_store.key(
+        (call.op, names, call.spec, call.direction, str(in_tree), platform, avals, *flags)
+    )
 
 
 _deferred_p.def_abstract_eval(lambda *_, call, in_tree, out_avals: list(out_avals))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aidx.ops import registry
+from aidx.ops import _kernel_store, registry
 from aidx.ops.flash_attention import flash_attention
 from aidx.ops.paged_attention import PagedAttentionConfig, paged_attention
 
@@ -194,6 +194,47 @@ def test_a_lowered_kernel_keeps_operands_that_it_does_not_read(table):
     x = jnp.float32(0)
     traced = jax.jit(lambda x, y: registry.dispatch(call, (x, y))).trace(x, x)
     assert "1.7" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_kernel_is_lowered_once_a_directory(table, tmp_path, monkeypatch):
+    """What another process lowered is read; what its name does not describe is never kept."""
+    runs = []
+
+    def kernel(spec, operands):
+        runs.append(spec)
+        return operands + 17.0
+
+    other = lambda spec, operands: operands + 3.0
+    kernel.__module__ = other.__module__ = "aidx.ops.test"
+    registry.register("op", "xla")(other)
+    registry.register("op", "gpu", platforms=("cuda",), before="xla")(kernel)
+    monkeypatch.setattr(_kernel_store, "directory", lambda: tmp_path)
+
+    def lower(spec):
+        """As a new process would."""
+        registry._lowered.cache_clear()
+        registry._bind.cache_clear()
+        call = registry.Call("op", ("gpu", "xla"), spec)
+        traced = jax.jit(lambda x: registry.dispatch(call, x)).trace(jnp.float32(0))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    first, made = lower(1), len(runs)
+    assert "1.7" in first and made
+    [file] = tmp_path.iterdir()
+    assert lower(1) == first and len(runs) == made
+    lower(2)
+    assert len(runs) > made and len(list(tmp_path.iterdir())) == 2
+    file.write_bytes(file.read_bytes()[:-1])  # a broken file is as none
+    made = len(runs)
+    assert lower(1) == first and len(runs) > made
+    held = len(list(tmp_path.iterdir()))
+    lower(print)  # a function says nothing of itself
+    kernel.__module__ = "elsewhere"  # nor does code that is not hashed
+    lower(3)
+    assert len(list(tmp_path.iterdir())) == held
+    monkeypatch.setattr(_kernel_store, "directory", lambda: tmp_path / "missing")
+    kernel.__module__ = "aidx.ops.test"
+    assert "1.7" in lower(4)  # no room is no error
 
 
 def test_equal_layers_are_traced_once():
