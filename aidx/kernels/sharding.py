@@ -82,7 +82,7 @@ def partitioned(rule: ShardingRule | None, call: ops.Call, args: tuple[Any, ...]
     split.def_partition(
         partition=_Partition(rule, call, run, ins, outs),
         sharding_rule=_text(ins, outs),
-        need_replication_factors=tuple(sorted(_whole(rule, ins, outs))),
+        need_replication_factors=_in_order(_whole(rule, ins, outs), (*ins, *outs)),
     )
     return jax.tree.unflatten(jax.tree.structure(shapes), split(*leaves))
 
@@ -192,6 +192,11 @@ def _whole(rule: ShardingRule, ins: tuple[Axes, ...], outs: tuple[Axes, ...]) ->
         kept |= {f for f in found if not f.startswith(("vmapped", "lead")) and f not in axes}
         kept |= set() if leading else {f for f in found if f.startswith("lead")}
     return kept & found
+
+
+def _in_order(factors: set[str], axes: tuple[Axes, ...]) -> Axes:
+    """Factors as they first appear, which is how the compiler wants them."""
+    return tuple(dict.fromkeys(f for own in axes for f in own if f in factors))
 
 
 def _text(ins: tuple[Axes, ...], outs: tuple[Axes, ...]) -> str:
