@@ -1,9 +1,10 @@
 """Paged attention on one GPU: aidx beside JAX's own op, device time inside one program.
 
-    python bench/paged_attention.py [--sections large,small,chunk,narrow,cascade,peer] [--variants]
-        [--limit S] [--rows REGEX] [--dry]
+    python bench/paged_attention.py [--sections large,small,chunk,narrow,cascade,layout,fixed,peer]
+        [--variants] [--limit S] [--rows REGEX] [--dry]
     python bench/paged_attention.py --sections check [--rows REGEX]
-    python bench/paged_attention.py --sections write
+    python bench/paged_attention.py --sections write [--rows REGEX]
+    python bench/paged_attention.py --sections swap
 
 check   outputs of ragged mixes against a dense f32 reference; every slot that no sequence owns
         holds NaN, tables are padded with ids outside the pool, five runs have to be bitwise equal
@@ -12,7 +13,10 @@ large   TB/s of K and V over pools of 4.3 GB, tables shuffled, blocks of 16 and 
 small   rows that last microseconds: CUPTI sum of kernel durations per call
 chunk   chunked prefill and a mixed call, TFLOP/s, beside dense flash attention
 narrow  rows of `large` over int8 and float8_e4m3fn pools with scales: also tokens of context per us
-cascade decodes that share a prefix of 2k tokens, with and without telling the kernel
+cascade decodes that share a prefix, with and without telling the kernel
+layout  rows of `large` over pools whose tokens come first, as a contiguous cache lies
+fixed   rows of `large` in the deterministic mode, and its bits: rows alone, among others, in chunks
+swap    (alone) blocks to pinned host memory and back, beside a plain copy over the same bus
 write   (alone) new keys and values into their slots by one kernel and by XLA, the latter's queries
         and keys rotated by a fusion of their own
 peer    the rows of `large` by JAX's own op (deprecated)
@@ -60,14 +64,25 @@ LARGE = {
 SMALL = {"1x1k": [1024], "1x4k": [4096], "1x32k": [32768], "8x4k": [4096] * 8}
 LARGE_VARIANTS = {"c132t128": S(ctas=132, stages=3, key_tile=128)}
 NARROW = ("int8", "float8_e4m3fn")
+TOKENS_FIRST = "tokens first"  # a kind of pools
+SMALL_BLOCKS = ("large", "small", "chunk", "narrow", "peer")  # sections that blocks of 16 matter to
 NARROW_ROWS = ("64x4k", "256x4k", "16x32k")
 NARROW_VARIANTS = {
     "c264s4": S(ctas=264, stages=4),
     "a264s5": S(ctas=264, stages=5, alone=True),
     "c132t128s4": S(ctas=132, stages=4, key_tile=128),
 }
-SHARED = 2048  # tokens of the prefix that the rows of `cascade` share
-CASCADE = {"64x(2k+512)": [2560] * 64, "256x(2k+256)": [2304] * 256}
+# rows of (tokens of the prefix that they share, context lengths)
+CASCADE = {
+    "64x(2k+512)": (2048, [2560] * 64),
+    "256x(2k+256)": (2048, [2304] * 256),
+    "32x(8k+256)": (8192, [8448] * 32),
+    "8x(32k+256)": (32768, [33024] * 8),
+    "128x(1k+256)": (1024, [1280] * 128),
+    "128x(2k+256)": (2048, [2304] * 128),
+}
+LAYOUT_ROWS = ("64x4k", "256x1k", "16x32k")
+FIXED_ROWS = ("64x1k", "64x4k", "16x32k")
 SMALL_VARIANTS = {
     "k4w2": C(4, 2, 3),
     "split": S(ctas=264, stages=3),
@@ -271,8 +286,8 @@ def row(case, implementation, metric, value, unit):
     return dict(case=case, implementation=implementation, metric=metric, value=value, unit=unit)
 
 
-def aidx_call(config, max_q=1):
-    return functools.partial(pa.paged_attention, max_q=max_q, config=config)
+def aidx_call(config, max_q=1, **options):
+    return functools.partial(pa.paged_attention, max_q=max_q, config=config, **options)
 
 
 def narrow_call(config):
@@ -286,15 +301,15 @@ def narrow_call(config):
     return call
 
 
-def shared_call(cascade):
+def shared_call(shared, cascade):
     """All rows begin with the blocks of the first row's prefix; read it once, or by every row."""
 
     def call(q, k, v, table, lens, indptr):
-        blocks = SHARED // k.shape[2]
+        blocks = shared // k.shape[2]
         prefix = table[:1, :blocks]
         table = table.at[:, :blocks].set(prefix)
         group = jnp.zeros(lens.shape, jnp.int32)
-        given = (prefix, jnp.full((1,), SHARED, jnp.int32), group) if cascade else None
+        given = (prefix, jnp.full((1,), shared, jnp.int32), group) if cascade else None
         return pa.paged_attention(q, k, v, table, lens, indptr, max_q=1, cascade=given)
 
     return call
@@ -354,7 +369,8 @@ def copy_rate(x):
 def pool_shape(size, kind):
     """Of a pool of about POOL_TOKENS; JAX's own op wants the heads first."""
     blocks = POOL_TOKENS // size // 8 * 8
-    return (K, blocks, size, H) if kind == "jax" else (blocks, K, size, H)
+    shapes = {"jax": (K, blocks, size, H), TOKENS_FIRST: (blocks, size, K, H)}
+    return shapes.get(kind, (blocks, K, size, H))
 
 
 def fresh_pools(size, kind):
@@ -422,9 +438,15 @@ def jobs_of(sections, variants, pattern):
             yield section, name, decode(lens), "aidx", aidx_call(None), "bf16"
             for label, config in configs.items() if variants else ():
                 yield section, name, decode(lens), label, aidx_call(config), "bf16"
-    for name, lens in CASCADE.items() if "cascade" in sections else ():
-        yield "cascade", name, decode(lens), "aidx", shared_call(True), "bf16"
-        yield "cascade", name, decode(lens), "aidx, alone", shared_call(False), "bf16"
+    for name, (shared, lens) in CASCADE.items() if "cascade" in sections else ():
+        yield "cascade", name, decode(lens), "aidx", shared_call(shared, True), "bf16"
+        yield "cascade", name, decode(lens), "aidx, alone", shared_call(shared, False), "bf16"
+    for name in FIXED_ROWS if "fixed" in sections else ():
+        call = aidx_call(None, deterministic=True)
+        yield "fixed", f"{name} deterministic", decode(LARGE[name]), "aidx", call, "bf16"
+    for name in LAYOUT_ROWS if "layout" in sections else ():
+        call = aidx_call(None, tokens_first=True)
+        yield "layout", f"{name} tokens first", decode(LARGE[name]), "aidx", call, TOKENS_FIRST
     for kind in NARROW if "narrow" in sections else ():
         for name in NARROW_ROWS:
             case, rows = f"{name} {kind}", decode(LARGE[name])
@@ -440,8 +462,9 @@ def lower_all(sections, variants, pattern, limit, sds):
     threads, out = concurrent.futures.ThreadPoolExecutor(8), []
     for size in (64, 16):
         for job in jobs_of(sections, variants, pattern):
-            _, name, rows, label, call, kind = job
-            if not re.search(pattern, name) or (size == 16 and label not in ("aidx", "jax")):
+            section, name, rows, label, call, kind = job
+            small = section in SMALL_BLOCKS and label in ("aidx", "jax")
+            if not re.search(pattern, name) or (size == 16 and not small):
                 continue
             if time.time() - T0 > limit:
                 say("lowering cut short at", size, name, label)
@@ -480,6 +503,8 @@ def timed(sections, variants, pattern, limit, sds, dry, rows_out):
             say(size, name, label, "FAIL", type(e).__name__, str(e)[:300])
     if "chunk" in sections and not dry:
         dense(rows_out)
+    if "fixed" in sections and not dry:
+        fixed_bits(rows_out)
 
 
 def one_row(section, case, label, rows, compiled, args, rows_out):
@@ -580,7 +605,7 @@ def write_arguments(tokens, kind):
     return tuple(pools), out
 
 
-def writes(rows_out):
+def writes(rows_out, pattern):
     """Time of a write, with and without the rotation of q and k, beside the copy rate."""
     for kind in WRITE_KINDS:
         for name, tokens in WRITES.items():
@@ -588,6 +613,8 @@ def writes(rows_out):
             for rotate in (False, True):
                 for label, call in write_calls(kind, rotate).items():
                     case = f"write {name} {kind}" + (" rotated" if rotate else "")
+                    if not re.search(pattern, case):
+                        continue
                     try:
                         one_write(case, label, call, pools, sets, tokens, kind, rotate, rows_out)
                     except Exception as e:
@@ -633,6 +660,86 @@ def one_write(case, label, call, pools, sets, tokens, kind, rotate, rows_out):
     rows_out.append(row(case, label, "bandwidth", rate, "TB/s"))
 
 
+# ------------------------------------------------------------------------------ bits and the bus
+
+
+def fixed_bits(rows_out):
+    """The deterministic mode: a prompt of 700 tokens in chunks, alone and beside other rows."""
+    rng = np.random.default_rng(5)
+    size, total, others = 64, 700, [(3000, 1), (90, 5), (1500, 300)]
+    table = jnp.asarray(tables([total] + [n for n, _ in others], size, 200, rng, sets=1)[0])
+    pools = [jax.random.normal(jax.random.key(i), (200, K, size, H), jnp.bfloat16) for i in (0, 1)]
+    q = jax.random.normal(jax.random.key(2), (total, N, H), jnp.bfloat16)
+    more = jax.random.normal(jax.random.key(3), (sum(n for _, n in others), N, H), jnp.bfloat16)
+
+    def attend(begin, end, beside):
+        queries, rows = [q[begin:end]], [(end, end - begin)]
+        if beside:
+            queries, rows = [more, *queries], [*others, *rows]
+        lens, new = zip(*rows, strict=True)
+        own = jnp.concatenate([table[1:], table[:1]]) if beside else table[:1]
+        indptr = jnp.asarray(np.concatenate([[0], np.cumsum(new)]), jnp.int32)
+        f = functools.partial(pa.paged_attention, max_q=512, deterministic=True)
+        out = jax.jit(f)(
+            jnp.concatenate(queries), *pools, own, jnp.asarray(lens, jnp.int32), indptr
+        )
+        return np.asarray(out[-(end - begin) :], np.float32)
+
+    whole = np.concatenate([attend(0, 350, False), attend(350, 700, False)])
+    found = {
+        "other chunks": np.concatenate(
+            [attend(a, b, False) for a, b in ((0, 100), (100, 227), (227, 699), (699, 700))]
+        ),
+        "beside others": np.concatenate([attend(a, b, True) for a, b in ((0, 350), (350, 700))]),
+    }
+    for name, out in found.items():
+        differ = int((out != whole).sum())
+        say(f"deterministic, {name}: {differ} of {whole.size} values differ")
+        rows_out.append(
+            row(f"deterministic, {name}", "aidx", "values that differ", differ, "values")
+        )
+
+
+def swaps(rows_out):
+    """GB/s of 64 blocks of a model of 32 layers to the host and back, beside a copy of as much."""
+    from aidx.cache import PagedKVCache, swap_in, swap_out
+
+    cache = PagedKVCache.create(
+        num_layers=32, num_blocks=256, block_size=64, num_kv_heads=K, head_dim=H
+    )
+    blocks = np.random.default_rng(0).permutation(256)[:64]
+    bytes_ = cache.memory_bytes // 4
+
+    def best(f, reset=lambda x: x):
+        times = []
+        for _ in range(6):
+            t = time.perf_counter()
+            out = jax.block_until_ready(f())
+            times.append(time.perf_counter() - t)
+            reset(out)
+        return bytes_ / min(times[1:]) / 1e9
+
+    x = jnp.ones((bytes_ // 2,), jnp.bfloat16)
+    host = x.sharding.with_memory_kind("pinned_host")
+    kept = jax.device_put(x, host)
+    swapped = swap_out(cache, blocks)
+
+    def back():
+        nonlocal cache
+        cache = swap_in(cache, swapped, blocks)
+        return cache
+
+    rates = {
+        ("copy", "to the host"): best(lambda: jax.device_put(x, host)),
+        ("copy", "from the host"): best(lambda: jax.device_put(kept, x.sharding)),
+        ("aidx", "to the host"): best(lambda: swap_out(cache, blocks)),
+        ("aidx", "from the host"): best(back),
+    }
+    for (name, way), rate in rates.items():
+        say(f"swap {way:14s} {name:5s} {rate:6.1f} GB/s")
+        rows_out.append(row(f"swap {way}", name, "rate", rate, "GB/s"))
+
+
 def write(rows, name):
     folder = pathlib.Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "h200")
     folder.mkdir(parents=True, exist_ok=True)
@@ -671,8 +778,11 @@ def main():
         check(rows, args.rows)
         write(rows, "paged_attention_check")
     elif sections == ["write"]:
-        writes(rows)
+        writes(rows, args.rows)
         write(rows, "paged_write")
+    elif sections == ["swap"]:
+        swaps(rows)
+        write(rows, "swap")
     else:
         sds = dry_shapes() if args.dry else jax.ShapeDtypeStruct
         timed(sections, args.variants, args.rows, args.limit, sds, args.dry, rows)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aidx.cache import KVCache, KVCacheConfig, contiguous_attend
 from aidx.ops import registry
 from aidx.ops.attention_mask import block_mask
 from aidx.ops.flash_attention import flash_attention
@@ -249,3 +250,19 @@ def test_the_kernel_writes_what_the_scatter_writes(tokens, dtype, block_size=16,
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(a, b, rtol=0.13, atol=1.0)  # a step of int8 or fp8, rarely
         assert (np.abs(a - b) > 1e-2 * np.abs(b)).mean() < 0.01
+
+
+def test_decode_over_a_contiguous_cache_is_the_paged_kernel():
+    """A row's buffer read as blocks, tokens first, against flash attention on it."""
+    geometry = dict(num_layers=1, num_heads=32, num_kv_heads=8, head_dim=H)
+    for dtype in ("bfloat16", "int8"):
+        config = KVCacheConfig(**geometry, max_seq_len=1024, max_batch=4, dtype=dtype)
+        k, v = (jax.random.normal(jax.random.key(i), (4, 1000, 8, H), jnp.bfloat16) for i in (0, 1))
+        cache = KVCache.create(config).append(0, k, v, jnp.array([1000, 1, 77, 500]))
+        q = jax.random.normal(jax.random.key(2), (4, 1, 32, H), jnp.bfloat16)
+        attend = lambda name: jax.jit(
+            lambda cache, q: contiguous_attend(implementation=name)(cache, 0, q, k[:, :1], v[:, :1])
+        )
+        text = attend(None).lower(cache, q).as_text()
+        assert "mosaic_gpu" in text
+        assert_close([attend(None)(cache, q)[0]], [attend("xla")(cache, q)[0]], error=0.02)
