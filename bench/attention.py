@@ -186,22 +186,23 @@ def variants(row, causal, metric, skip="$^"):
 
 def compile_all(entries, workers):
     """{(row, causal, metric, name): compiled, or the refusal as text}."""
-    lowered, out = {}, {}
-    for row, causal, metric, name, f in entries:
-        key = row, causal, metric, name
-        args = jax.eval_shape(functools.partial(inputs, row))[: 3 if metric == "fwd" else 4]
-        try:
-            program = jax.jit(chained(functools.partial(f, causal=causal), CALLS[metric]))
-            lowered[key] = program.lower(*args)
-        except (NotImplementedError, ValueError, RuntimeError) as refusal:
-            out[key] = f"{type(refusal).__name__}: {str(refusal)[:90]}"
+    refusals = (NotImplementedError, ValueError, RuntimeError)
+    text = lambda refusal: f"{type(refusal).__name__}: {str(refusal)[:90]}"
+    futures, out = {}, {}
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        futures = {key: pool.submit(x.compile) for key, x in lowered.items()}
+        for row, causal, metric, name, f in entries:
+            key = row, causal, metric, name
+            args = jax.eval_shape(functools.partial(inputs, row))[: 3 if metric == "fwd" else 4]
+            program = jax.jit(chained(functools.partial(f, causal=causal), CALLS[metric]))
+            try:
+                futures[key] = pool.submit(program.lower(*args).compile)
+            except refusals as refusal:
+                out[key] = text(refusal)
         for key, future in futures.items():
             try:
                 out[key] = future.result()
-            except (NotImplementedError, ValueError, RuntimeError) as refusal:
-                out[key] = f"{type(refusal).__name__}: {str(refusal)[:90]}"
+            except refusals as refusal:
+                out[key] = text(refusal)
     return out
 
 

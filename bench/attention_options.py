@@ -20,8 +20,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from aidx.ops.attention_mask import block_mask  # noqa: E402
-from aidx.ops.flash_attention import FlashAttentionConfig, flash_attention  # noqa: E402
+from aidx.ops.flash_attention import flash_attention  # noqa: E402
 from bench.device_time import chained, seconds  # noqa: E402
+from pallas_kernels import flash_attention as fa  # noqa: E402
 from tests.ops.cases import packed_lengths  # noqa: E402
 
 SHARE = {"fwd": 1.0, "fwd+bwd": 3.5}
@@ -75,19 +76,19 @@ def aidx(**options):
 
 def compiled(case, workers):
     """{(metric, name): program, or the refusal as text}."""
-    shapes, found, lowered = jax.eval_shape(lambda: inputs(case.shape)), {}, {}
+    shapes, found, futures = jax.eval_shape(lambda: inputs(case.shape)), {}, {}
     refusals = (NotImplementedError, ExceptionGroup, ValueError, RuntimeError)
-    for metric in case.metrics:
-        for name, f in case.programs.items():
-            program = f if metric == "fwd" else both(f)
-            try:
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for metric in case.metrics:
+            for name, f in case.programs.items():
+                program = f if metric == "fwd" else both(f)
                 args = shapes[: 3 if metric == "fwd" else 4]
                 jitted = jax.jit(chained(program, case.calls(metric)))
-                lowered[metric, name] = jitted.lower(*args)
-            except refusals as refusal:
-                found[metric, name] = refusal
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for key, future in {k: pool.submit(x.compile) for k, x in lowered.items()}.items():
+                try:
+                    futures[metric, name] = pool.submit(jitted.lower(*args).compile)
+                except refusals as refusal:
+                    found[metric, name] = refusal
+        for key, future in futures.items():
             try:
                 found[key] = future.result()
             except refusals as refusal:
@@ -120,6 +121,35 @@ def measure(case, results, workers):
             line.append(f"{name} {rate:.0f}")
         print(f"{case.name:24s} {metric:8s} {'  '.join(line)}", flush=True)
     results.write()
+
+
+def tiles(band, cu=None, **config):
+    """Our forward kernel with tiles of one's own."""
+
+    def f(q, k, v):
+        lengths = q.shape[1], k.shape[1]
+        bounds = None
+        if cu is not None:
+            bounds = fa.dynamic_bounds(band, *lengths, borders=(cu[None], cu[None]))
+        config_ = fa.ForwardConfig(**config)
+        scale = q.shape[-1] ** -0.5
+        call = dict(band=band, bounds=bounds, scale=scale, config=config_)
+        return fa.flash_attention_fwd(q, k, v, **call)[0]
+
+    return f
+
+
+LANE = dict(release="lane", issue="warp")
+TILES = {  # forward tiles tried where a tile has few blocks
+    "base": dict(),
+    "pers": dict(persistent=True),
+    "lane": LANE,
+    "pers+lane": dict(LANE, persistent=True),
+    "lane+kv64": dict(LANE, block_kv=64),
+    "3wg+lane+kv64": dict(LANE, block_kv=64, consumers=3),
+    "pair": dict(LANE, cluster=2),
+    "pers+pair": dict(LANE, cluster=2, persistent=True),
+}
 
 
 # --- the cases -----------------------------------------------------------------------------------
@@ -163,15 +193,14 @@ def varlen_cases():
             sum(causal_pairs(n) for n in lengths),
             {
                 "aidx": aidx(causal=True, cu_seqlens=cu),
-                **{
-                    f"aidx:{rows}x{keys}": aidx(
-                        causal=True, cu_seqlens=cu, config=FlashAttentionConfig(rows, keys)
-                    )
-                    for rows, keys in ((128, 64), (192, 64), (64, 128))
-                },
                 "cudnn_jax": cudnn_packed(lengths, tokens),
             },
         )
+        if head_dim == 128:
+            chosen = {f"aidx:{n}": tiles(fa.Band(right=0), cu, **c) for n, c in TILES.items()}
+            shape = (1, tokens, heads, kv_heads, head_dim)
+            pairs = sum(causal_pairs(n) for n in lengths)
+            yield Case(f"varlen {name} tiles", shape, pairs, chosen, ("fwd",))
         batch = tokens // mean
         yield Case(
             f"dense {mean} {name}",
@@ -196,13 +225,13 @@ def window_cases():
             causal_pairs(tokens, 1024),
             {
                 "aidx": aidx(causal=True, window=1024),
-                "aidx:128x64": aidx(causal=True, window=1024, config=FlashAttentionConfig(128, 64)),
-                "aidx:128x128": aidx(
-                    causal=True, window=1024, config=FlashAttentionConfig(128, 128)
-                ),
                 "cudnn_jax": cudnn(is_causal=True, local_window_size=(1023, 0)),
             },
         )
+        band = fa.Band(left=1023, right=0)
+        chosen = {f"aidx:{n}": tiles(band, **c) for n, c in TILES.items()}
+        pairs = causal_pairs(tokens, 1024)
+        yield Case(f"window 1024 {name} tiles", shape, pairs, chosen, ("fwd",))
         yield Case(f"no window {name}", shape, causal_pairs(tokens), {"aidx": aidx(causal=True)})
 
 
