@@ -71,9 +71,8 @@ def _residual_rms_norm(x, residual, scale, *, eps=1e-6):
 
 
 def _residual_rms_norm_backward(operands, outputs, cotangents, *, eps):
-    dx, d_scale, _ = _normalise_backward(
-        outputs[1], operands[2], None, *cotangents, eps=eps, centred=False
-    )
+    dy, dh = cotangents
+    dx, d_scale, _ = _normalise_backward(outputs[1], operands[2], None, dy, dh, eps, False)
     return dx, dx, d_scale
 
 
@@ -82,7 +81,8 @@ def _layer_norm(x, scale, bias=None, *, eps=1e-5):
 
 
 def _layer_norm_backward(operands, outputs, dy, *, eps):
-    return _normalise_backward(*operands, dy, None, eps, True)
+    x, scale, bias = operands
+    return _normalise_backward(x, scale, bias, dy, None, eps, True)
 
 
 def _residual_layer_norm(x, residual, scale, bias=None, *, eps=1e-5):
@@ -190,7 +190,7 @@ def _softmax_cross_entropy(logits, targets, *, label_smoothing=0.0, z_loss=0.0):
 def _softmax_cross_entropy_backward(operands, outputs, cotangents, *, label_smoothing, z_loss):
     (logits, targets), (_, lse) = operands, outputs
     factors = cross_entropy.gradient_factors(
-        logits.shape[-1], targets, lse, *cotangents, label_smoothing, z_loss
+        logits.shape[-1], targets, lse, cotangents, label_smoothing, z_loss
     )
     flat = lambda x: _rows(x, 0)
     d = _kernels("cross_entropy").cross_entropy_backward(

@@ -49,15 +49,17 @@ def loss_of(V, targets, lse, picked, total, label_smoothing: float, z_loss: floa
     return jnp.where((targets >= 0) & (targets < V), loss, 0.0)
 
 
-def gradient_factors(V, targets, lse, d_loss, d_lse, label_smoothing: float, z_loss: float):
+def gradient_factors(V, targets, lse, cotangents, label_smoothing: float, z_loss: float):
     """`(power, hit, every)`, float32 `[...]` (every None without smoothing), so that
 
         d l = power * exp(l - lse) - hit * onehot(y) - every
 
-    >>> power, hit, every = gradient_factors(2, jnp.array(1), 0.0, jnp.array(1.0), 0.0, 0.5, 0.0)
+    >>> d = jnp.array(1.0), jnp.array(0.0)  # of the loss and of lse
+    >>> power, hit, every = gradient_factors(2, jnp.array(1), 0.0, d, 0.5, 0.0)
     >>> float(power), float(hit), float(every)
     (1.0, 0.5, 0.25)
     """
+    d_loss, d_lse = cotangents
     d_loss = jnp.where((targets >= 0) & (targets < V), d_loss, 0.0)
     power = d_loss * (1 + 2 * z_loss * lse) + d_lse
     every = d_loss * (label_smoothing / V) if label_smoothing else None
@@ -77,7 +79,7 @@ def softmax_cross_entropy_backward(operands, outputs, cotangents, *, label_smoot
     (logits, targets), (_, lse) = operands, outputs
     with jax.named_scope("cross_entropy_backward"):
         factors = gradient_factors(
-            logits.shape[-1], targets, lse, *cotangents, label_smoothing, z_loss
+            logits.shape[-1], targets, lse, cotangents, label_smoothing, z_loss
         )
         column = lambda x: x[..., None]
         power, hit, *every = (column(x) for x in factors if x is not None)

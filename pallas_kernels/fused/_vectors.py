@@ -8,13 +8,13 @@ loaded, replaced by a value that changes nothing, and not stored.
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels._mgpu import WARPGROUP
 
@@ -90,7 +90,7 @@ class Vectors:
                     value = arith.select(past, vector.broadcast(kind, empty), value)
                 registers.append(value)
             layout = mgpu.WGStridedFragLayout((self.size,), self.vec)
-            packed = np.empty(len(registers), dtype=object)
+            packed = first.registers.reshape(-1).repeat(len(registers))
             packed[:] = registers
             return mgpu.FragmentedArray(_registers=packed, _layout=layout, _is_signed=None)
 
@@ -99,7 +99,7 @@ class Vectors:
     def store(self, ref, value, begin: Any = 0, *, inside=False) -> None:
         """The tile into ref (flattened) from `begin` on, in ref's dtype; nothing past the end."""
         value = value.astype(ref.dtype)
-        length, static = int(np.prod(ref.shape)), begin if isinstance(begin, int) else None
+        length, static = math.prod(ref.shape), begin if isinstance(begin, int) else None
         if self.interpret:
             self._store_interpreted(ref, value, begin, length, inside)
             return
@@ -154,7 +154,7 @@ class Vectors:
 
         index = ir.IndexType.get()
         shape = ir.MemRefType(ref.type).shape
-        length, piece = int(np.prod(shape)) * repeat, WARPGROUP * self.vec
+        length, piece = math.prod(shape) * repeat, WARPGROUP * self.vec
         layout = mgpu.WGStridedFragLayout((self.size,), self.vec)
         begin = mgpu.c(static, index) if static is not None else None
         if begin is None:
