@@ -439,14 +439,15 @@ def _kernel_name(
     call: Call, candidates: Any, in_tree: Any, platform: str, avals: Any, state: Any
 ) -> str | None:
     """What a lowered kernel is called on disk; None: it is not kept there."""
-    *flags, tuner = state
+    *flags, settings = state
+    tuner = autotune.fingerprint(settings)
     own = all(i.forward.__module__.partition(".")[0] == "aidx" for i in candidates)
-    if call.table is not None or not own or tuner.mode != "off":
+    if call.table is not None or not own or tuner is None:
         return None
     names = tuple(i.name for i in candidates)
     avals = tuple((shape, str(dtype), weak) for shape, dtype, weak in avals)
     return _kernel_store.key(
-        (call.op, names, call.spec, call.direction, str(in_tree), platform, avals, *flags)
+        (call.op, names, call.spec, call.direction, str(in_tree), platform, avals, tuner, *flags)
     )
 
 

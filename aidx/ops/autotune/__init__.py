@@ -7,6 +7,7 @@ from .choice import recording as recording
 from .settings import Settings as Settings
 from .settings import mode as mode
 from .settings import settings as settings
+from .store import fingerprint as fingerprint
 from .table import Entry as Entry
 from .table import Measurement as Measurement
 from .table import Tuning as Tuning

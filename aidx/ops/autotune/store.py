@@ -8,6 +8,7 @@ import json
 import pathlib
 from typing import Any
 
+from .settings import Settings
 from .table import Entry, Tuning
 
 SHIPPED = pathlib.Path(__file__).resolve().parents[2] / "data" / "tuning"
@@ -59,6 +60,25 @@ def shipped() -> Tuning:
         if file.name != GATE:
             found |= Tuning.load(file)
     return found
+
+
+def fingerprint(context: Settings) -> str | None:
+    """What every choice of a context depends on beside the call: two of the same name choose alike.
+
+    None in the mode "on", where a choice depends on what is timed.
+
+    >>> off = Settings(cache=None)
+    >>> fingerprint(off) == fingerprint(Settings(cache=None)) != fingerprint(Settings(device="x"))
+    True
+    """
+    if context.mode == "on":
+        return None
+    folder = None if context.cache is None else pathlib.Path(context.cache)
+    files = sorted(folder.glob("*.json")) if folder is not None and folder.is_dir() else []
+    kept = [(file.name, file.stat().st_mtime_ns) for file in files]
+    tables = [table.to_json() for table in (*context.pinned, shipped())]
+    parts = repr((context.mode, context.device, kept, tables))
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 # --- the record of the compile gate --------------------------------------------------------------
