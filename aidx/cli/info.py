@@ -44,14 +44,25 @@ def run(args: argparse.Namespace) -> int:
         memory = f", {device['memory_gib']:.1f} GiB" if device["memory_gib"] else ""
         print(f"device {device['id']}: {device['kind']} ({device['platform']}{memory})")
     table = Table(title="implementations, in order of preference")
-    for column in ("op", "case", "implementation", "taken", "why not"):
+    for column in ("op", "case", "implementation", "taken", "why not, or how"):
         table.add_column(column, overflow="fold")
     for line in found["ops"]:
-        reason = line["reason"] or ("" if line["chosen"] else "an earlier one can do it")
+        how = "; ".join(line["configs"])
+        reason = line["reason"] or (how if line["chosen"] else "an earlier one can do it")
         table.add_row(
             line["op"], line["case"], line["name"], "yes" if line["chosen"] else "", reason
         )
     console.print(table)
+    for kernel in found["custom_kernels"]:
+        entries = ", ".join(
+            f"{e['name']} ({', '.join(e['platforms'])})" if e["platforms"] else e["name"]
+            for e in kernel["implementations"]
+        )
+        tuned = f"; tuned: {', '.join(kernel['tuned'])}" if kernel["tuned"] else ""
+        print(f"kernel {kernel['name']}: {entries}{tuned}")
+    tuning = found["tuning"]
+    print(f"tuning: mode {tuning['mode']}, {tuning['shipped']} shapes shipped for this device, "
+          f"disk cache {tuning['cache'] or 'off'}")  # fmt: skip
     return 0
 
 
@@ -84,11 +95,53 @@ def gather(heads: int, kv_heads: int, head_dim: int, dtype: str | None) -> dict[
             for d in jax.local_devices()
         ],
         "ops": [
-            {"op": op, "case": case, "name": e.name, "chosen": e.chosen, "reason": e.reason}
+            {
+                **{"op": op, "case": case, "name": e.name, "chosen": e.chosen, "reason": e.reason},
+                "configs": [str(choice) for choice in e.configs],
+            }
             for (op, case), lines in cases.items()
             for e in lines
         ],
+        "custom_kernels": custom_kernels(),
+        "tuning": tuning(),
     }
+
+
+def custom_kernels() -> list[dict[str, Any]]:
+    """The kernels that are registered here, those that installed packages offer among them.
+
+    >>> isinstance(custom_kernels(), list)
+    True
+    """
+    from aidx.ops import autotune, registry
+    from aidx.ops.autotune.tunable import load
+
+    load(["aidx.kernels.installed"])  # for what it registers
+    tuned = [tunable.name for tunable in autotune.tunables()]
+    return [
+        {
+            "name": op,
+            "implementations": [
+                {"name": entry.name, "platforms": list(entry.platforms)}
+                for entry in registry.implementations(op)
+            ],
+            "tuned": [name for name in tuned if name.split("/")[0] == op],
+        }
+        for op in registry.custom_ops()
+    ]
+
+
+def tuning() -> dict[str, Any]:
+    """What the tuner may do, and how many shapes are known for the first device."""
+    import jax
+
+    from aidx.ops import autotune
+    from aidx.ops.autotune.store import shipped
+
+    kind = jax.local_devices()[0].device_kind
+    settings = autotune.settings()
+    known = sum(entry.device == kind for entry in shipped().entries)
+    return {"mode": settings.mode, "cache": settings.cache, "shipped": known}
 
 
 def version(package: str) -> str | None:

@@ -171,6 +171,15 @@ def ops() -> tuple[str, ...]:
     return tuple(sorted([*_TABLES, *_PROVIDERS]))
 
 
+def custom_ops() -> tuple[str, ...]:
+    """The names of the ops that `register_op` was told of: custom kernels.
+
+    >>> "flash_attention" in custom_ops()
+    False
+    """
+    return tuple(sorted(_PROVIDERS))
+
+
 def implementations(op: str) -> tuple[Implementation, ...]:
     """The implementations of `op` in order of preference.
 
