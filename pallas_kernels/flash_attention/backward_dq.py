@@ -22,6 +22,7 @@ from jax import lax
 from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import MASKED, SMEM_BYTES, div, rem
 from pallas_kernels.flash_attention import forward as fwd
+from pallas_kernels.flash_attention import query_schedule as schedule
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.config import ForwardConfig
 from pallas_kernels.flash_attention.mask import TILE
@@ -58,7 +59,7 @@ class Refs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Problem(fwd.Problem):
+class Problem(schedule.Problem):
     """The static side of one call."""
 
     slope: Program | None = None  # of the score_mod: (value, d value / d score)
@@ -195,7 +196,7 @@ def produce(p: Problem, refs: Refs, b, head, q_tile, end, blocks) -> None:
     @pl.loop(0, blocks)
     def _(i):
         slot = rem(i, c.stages)
-        block = fwd.block_at(p, refs, b, head, q_tile, end, i)
+        block = schedule.block_at(p, refs, b, head, q_tile, end, i)
         at = (b, pl.ds(block * c.block_kv, c.block_kv), div(head, p.group))
         for src, dst, full, free in rings:
             pl.when(i >= c.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
@@ -250,13 +251,13 @@ def backward_dq(
         given = jax.tree.unflatten(tree, rest[: len(leaves)])
         refs = Refs(q, k, v, do, stats, given, *rest[len(leaves) :])
         wg = lax.axis_index("wg")
-        b, head, q_tile = fwd.decode(p, lax.axis_index("cta"))
-        first, end = fwd.tile_blocks(p, refs, b, head, q_tile)
+        b, head, q_tile = schedule.decode(p, lax.axis_index("cta"))
+        first, end = schedule.tile_blocks(p, refs, b, head, q_tile)
 
         @pl.when(wg < config.consumers)
         def _():
             plgpu.set_max_registers(_mgpu.registers(config.consumers)[0], action="increase")
-            place = fwd.place(p, refs, wg, b, head, q_tile, first, end, jnp.int32(0))
+            place = schedule.place(p, refs, wg, b, head, q_tile, first, end, jnp.int32(0))
             Consumer(*place).run(end - first)
 
         pl.when(wg == config.consumers)(lambda: produce(p, refs, b, head, q_tile, end, end - first))

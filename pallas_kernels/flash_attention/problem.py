@@ -27,6 +27,7 @@ from pallas_kernels.flash_attention.program import Program
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
+CLUSTER = "pair"  # the axis of the CTAs that share what they load
 
 
 class Modifier(NamedTuple):
