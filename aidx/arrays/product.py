@@ -26,6 +26,7 @@ from aidx.ops import registry
 from .formats import BSC, BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
 
 PART = 2**24  # numbers that an `xla` product may hold between gathering and adding
+ONE_COLUMN = 2**19  # entries above which cuSPARSE multiplies a vector faster than our kernel
 LAYOUTS = {COO: "coo", CSR: "csr", CSC: "csc", BSR: "csr", BSC: "csc"}
 
 
@@ -229,12 +230,15 @@ def _spmm_cusparse(spec: Spec, operands: Any) -> Array:
     if jax.default_backend() != "gpu":
         raise NotImplementedError("its descriptors are built on the machine that has the GPU")
     data, x, row, col, offsets = operands
-    cls, minor = (sparse.CSR, col) if spec.layout == "csr" else (sparse.CSC, row)
-    # It reads past the last offset: padding must be zeros at a place that exists.
-    used = jnp.arange(data.shape[0], dtype=jnp.int32) < offsets[-1]
-    parts = (jnp.where(used, data, 0), jnp.where(used, minor, 0), offsets)
-    matrix = cls(parts, shape=spec.shape)
-    return (matrix @ x[:, 0])[:, None] if x.shape[1] == 1 else matrix @ x
+    # It reads past the last offset, so the places of padding have to exist: a row of zeros more in
+    # x, or a row more of the result, which is cut.
+    (M, N), csr = spec.shape, spec.layout == "csr"
+    if csr:
+        matrix = sparse.CSR((data, col, offsets), shape=(M, N + 1))
+        x = jnp.pad(x, ((0, 1), (0, 0)))
+    else:
+        matrix = sparse.CSC((data, row, offsets), shape=(M + 1, N))
+    return ((matrix @ x[:, 0])[:, None] if x.shape[1] == 1 else matrix @ x)[:M]
 
 
 def _spmm_mosaic(spec: Spec, operands: Any) -> Array:
@@ -247,6 +251,8 @@ def _spmm_mosaic(spec: Spec, operands: Any) -> Array:
 
     data, x, row, col, *offsets = operands
     if spec.block is None:
+        if x.shape[1] == 1 and data.shape[0] > ONE_COLUMN and data.dtype == jnp.float32 and offsets:
+            raise NotImplementedError("one column of many entries: cuSPARSE is faster")
         if spec.layout == "csr":
             return sparse_kernels.row_matmul(data, x, row, col, offsets[0])
         return sparse_kernels.entry_matmul(data, x, row, col, rows=spec.shape[0])

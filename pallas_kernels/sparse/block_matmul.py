@@ -4,8 +4,9 @@
 
 One persistent CTA an SM.  A tile of the result is a block row by `tile_n` columns: two warpgroups
 multiply, a third brings the blocks of the row and the matching rows of x through a ring in shared
-memory, and runs ahead into the next tile while this one is stored.  Rows are dealt by size, longest
-first, forwards and backwards in turn, so that every CTA gets long and short ones.
+memory, and runs ahead into the next tile while this one is stored.  Tiles are taken from a common
+counter, the longest rows first, so that rows of any lengths keep every CTA busy to the end; columns
+of x come one group after another, so that all CTAs read the same ones and L2 serves them.
 """
 
 import dataclasses
@@ -25,7 +26,9 @@ ROWS = 64  # of one wgmma
 SIDES = (32, 64, 128)  # of a block
 DTYPES = ("bfloat16", "float16")
 CONSUMERS = 2
+PRODUCER = 40  # registers of a thread that loads: it also computes which tile is next
 DEPTH = 64  # of one stage, at most
+TILE = 64  # what columns in memory are multiples of: the swizzled tiles of TMA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class MatmulConfig:
     Attributes:
       tile_n: columns of x and of the result that a CTA takes at a time (128 or 256).
       stages: slices of a block, and of the rows of x that it meets, in flight.
+      counter: CTAs take tiles from a common counter; else each has its tiles from the start, dealt
+        forwards and backwards in turn (the interpreter has no atomics and always does this).
       num_sms: CTAs.
 
     >>> MatmulConfig(tile_n=100)
@@ -45,6 +50,7 @@ class MatmulConfig:
 
     tile_n: int = 256
     stages: int = 3
+    counter: bool = True
     num_sms: int = HOPPER_SMS
 
     def __post_init__(self):
@@ -60,7 +66,7 @@ class MatmulConfig:
         """For blocks of `height` rows and a result of `columns`.
 
         >>> MatmulConfig.of(128, 8192), MatmulConfig.of(64, 100).tile_n
-        (MatmulConfig(tile_n=256, stages=3, num_sms=132), 128)
+        (MatmulConfig(tile_n=256, stages=3, counter=True, num_sms=132), 128)
         """
         tile_n = 256 if columns > 128 else 128
         return cls(tile_n, 3 if height == 128 and tile_n == 256 else 4)
@@ -84,12 +90,16 @@ class Refs(NamedTuple):
     order: Any
     minor: Any
     rows: Any
+    counter: Any  # [1] i32 in global memory; None when tiles are dealt
     out: Any
     a: Any  # [stages, height, depth] or turned
     b: Any  # [stages, depth, tile_n]
     o: Any  # [CONSUMERS, ROWS, width of a consumer]
     full: Any
     free: Any
+    tiles: Any  # [2, 4] i32: what the counter gave, (row, first block, blocks, tile across)
+    told: Any
+    heard: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +162,55 @@ class BlockMatmul:
             plgpu.SMEM((CONSUMERS, *o), self.dtype, transforms=_mgpu.swizzled(self.dtype)),
             plgpu.Barrier(num_arrivals=2, num_barriers=c.stages),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=c.stages),
+            plgpu.SMEM((2, 4), jnp.int32),
+            plgpu.Barrier(num_arrivals=1, num_barriers=2),
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=2),
         ]
 
-    def walk(self, refs: Refs, f: Callable) -> Any:
+    @property
+    def dealt(self) -> bool:
+        """Whether a CTA knows its tiles from the start."""
+        return self.interpret or not self.config.counter
+
+    def walk(self, refs: Refs, f: Callable, produces: bool = False) -> Any:
         """`f(stages done, row, first block, blocks, first column) -> stages done` by tile."""
+        if self.dealt:
+            return self.walk_dealt(refs, f)
+
+        def fetch(j):
+            """The producer's: ask for this CTA's j-th tile, for all warpgroups to read."""
+            slot = rem(j, 2)
+            pl.when(j >= 2)(lambda: plgpu.barrier_wait(refs.heard.at[slot]))
+            _take_tile(refs, slot, self)
+            plgpu.barrier_arrive(refs.told.at[slot])
+
+        def tile(j):
+            """The j-th tile; its number of blocks is -1 past the end."""
+            slot = rem(j, 2)
+            plgpu.barrier_wait(refs.told.at[slot])
+            facts = tuple(refs.tiles[slot, i] for i in range(4))
+            if not produces:
+                plgpu.barrier_arrive(refs.heard.at[slot])
+            return facts
+
+        def step(carry):
+            j, done, row, first, count, across = carry
+            if produces:
+                fetch(j + 1)
+            done = f(done, row, first, count, across * self.config.tile_n)
+            return j + 1, done, *tile(j + 1)
+
+        zero = jnp.int32(0)
+        if produces:
+            fetch(zero)
+        last = lax.while_loop(lambda carry: carry[4] >= 0, step, (zero, zero, *tile(zero)))
+        if produces:  # leave no completion unobserved
+            for j in (last[0] - 1, last[0]):
+                pl.when(j >= 0)(lambda j=j: plgpu.barrier_wait(refs.heard.at[rem(j, 2)]))
+        return last[1]
+
+    def walk_dealt(self, refs: Refs, f: Callable) -> Any:
+        """`walk` over a fixed share of the tiles."""
         ctas, cta = min(self.config.num_sms, self.total), lax.axis_index("cta")
 
         def flat(j):
@@ -183,7 +238,7 @@ class BlockMatmul:
 
     def produce(self, refs: Refs) -> None:
         """Bring every stage of every tile."""
-        plgpu.set_max_registers(_mgpu.registers(CONSUMERS)[1], action="decrease")
+        plgpu.set_max_registers(_mgpu.registers(CONSUMERS, PRODUCER)[1], action="decrease")
         (height, width), c = self.block, self.config
         parts, last = width // self.depth, refs.order.shape[0] - 1
 
@@ -217,7 +272,7 @@ class BlockMatmul:
             lax.fori_loop(jnp.int32(0), count, load, start)
             return done + count * parts
 
-        total = self.walk(refs, one)
+        total = self.walk(refs, one, produces=True)
 
         @pl.loop(lax.max(total - c.stages, jnp.int32(0)), total)
         def _(stage):  # leave no completion unobserved
@@ -235,7 +290,7 @@ class BlockMatmul:
 
     def consume(self, refs: Refs, wg) -> None:
         """Multiply, 64 rows or half the columns of every tile."""
-        plgpu.set_max_registers(_mgpu.registers(CONSUMERS)[0], action="increase")
+        plgpu.set_max_registers(_mgpu.registers(CONSUMERS, PRODUCER)[0], action="increase")
         ops, stages = Ops(self.interpret), self.config.stages
         parts = self.block[1] // self.depth
 
@@ -291,9 +346,44 @@ class BlockMatmul:
 
     def body(self, *refs) -> None:
         """The kernel."""
+        if self.dealt:
+            refs = (*refs[:5], None, *refs[5:])
         r, wg = Refs(*refs), lax.axis_index("wg")
         pl.when(wg < CONSUMERS)(lambda: self.consume(r, wg))
         pl.when(wg == CONSUMERS)(lambda: self.produce(r))
+
+
+def _take_tile(refs: Refs, slot, call: BlockMatmul) -> None:
+    """The next tile of the common counter into `refs.tiles[slot]`, by one thread."""
+    splat = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), splat))
+    def take(_, counter, rows, tiles, slot):
+        from . import _warp as w
+
+        def put(facts):
+            for i, fact in enumerate(facts):
+                w.store_index(tiles, slot.registers.item(), i, fact)
+
+        def one_thread():
+            t = w.count_up(w.address(counter))
+
+            def facts():
+                wave = w.const(call.grid * call.group)
+                place, group = w.arith.remui(t, wave), w.const(call.group)
+                line = w.offset(w.address(rows), w.arith.divui(place, group), 16)
+                row, first, count, _ = w.load_four(line)
+                across = w.add(
+                    w.mul(w.arith.divui(t, wave), call.group), w.arith.remui(place, group)
+                )
+                return row, first, count, across
+
+            end = [w.const(i) for i in (0, 0, -1, 0)]
+            put(w.either(w.less(t, call.total), facts, end))
+
+        w.when(w.equal(w.thread_of_warpgroup(), 0), one_thread)
+
+    take(refs.counter, refs.rows, refs.tiles, slot)  # pyright: ignore[reportCallIssue]
 
 
 def block_matmul(
@@ -346,10 +436,11 @@ def block_matmul(
     if turned and height < ROWS:  # a transposed operand cannot be part of a wgmma's rows
         data, turned = data.swapaxes(1, 2), False
     config = config or MatmulConfig.of(height, n)
-    columns = cdiv(n, 8) * 8  # TMA's strides are multiples of 16 bytes
+    columns = cdiv(n, TILE) * TILE
     call = BlockMatmul((height, width), turned, rows, columns, data.dtype, config, bool(interpret))
     with jax.named_scope("block_matmul"):
         order = jnp.arange(nse, dtype=jnp.int32) if order is None else order.astype(jnp.int32)
+        counter = () if call.dealt else (jax.new_ref(jnp.zeros(1, jnp.int32)),)
         out = _mgpu.kernel(
             call.body,
             out_type=jax.ShapeDtypeStruct((rows * height, columns), data.dtype),
@@ -364,6 +455,7 @@ def block_matmul(
             order,
             minor.astype(jnp.int32),
             rows_by_size(indptr),
+            *counter,
         )
         return out[:, :n]
 

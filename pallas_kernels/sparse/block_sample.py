@@ -249,7 +249,7 @@ def block_sample(
     if 0 in (count, n, *g.shape, *x.shape):
         raise NotImplementedError(f"an empty side: {g.shape=}, {x.shape=}, nse={count}")
     config = config or SampleConfig()
-    features = max(cdiv(n, 8) * 8, DEPTH)  # TMA's strides are multiples of 16 bytes
+    features = cdiv(n, DEPTH) * DEPTH
     rows = g.shape[0] // block[0]
     call = BlockSample(block, count, rows, features, g.dtype, config, bool(interpret))
     fill = lambda v: jnp.pad(v, ((0, 0), (0, features - n)))

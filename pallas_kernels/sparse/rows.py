@@ -56,11 +56,12 @@ class RowConfig:
         """Enough chunks for every SM, and vectors that `columns` fill.
 
         >>> RowConfig.of(10**4, 32), RowConfig.of(10**7, 256)
-        (RowConfig(chunk=32, vector=1), RowConfig(chunk=128, vector=4))
+        (RowConfig(chunk=32, vector=1), RowConfig(chunk=256, vector=4))
         """
         vector = max(v for v in (1, 2, 4) if columns % v == 0 and (v == 1 or columns > 16 * v))
         warps = nse / (HOPPER_SMS * 32)
-        return cls(32 if warps < 64 else 64 if warps < 128 else 128, vector)
+        chunk = 32 if warps < 64 else 64 if warps < 128 else 128 if warps < 1024 else 256
+        return cls(chunk, vector)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,235 @@
+"""Sparse kernels against plain sums: blocks in the interpreter, everything on a GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.sparse import (
+    MatmulConfig,
+    RowConfig,
+    SampleConfig,
+    block_matmul,
+    block_sample,
+    entry_matmul,
+    reference,
+    row_matmul,
+    row_sample,
+)
+from pallas_kernels.sparse.block_matmul import BlockMatmul, rows_by_size
+from pallas_kernels.sparse.rows import continued
+
+ROWS, COLUMNS = 3, 4  # blocks of a matrix
+PADDING = 2
+
+
+def blocks(bh, bw, n, turned=False, dtype=jnp.bfloat16, seed=0):
+    """(data, x, minor, indptr, order, row): shuffled blocks, an empty row, padding of garbage."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((ROWS, COLUMNS)) < 0.6
+    mask[1] = False
+    row, minor = np.nonzero(mask)
+    nse = len(row) + PADDING
+    order = np.concatenate([rng.permutation(len(row)), np.arange(len(row), nse)])
+    block = (bw, bh) if turned else (bh, bw)
+    data = rng.standard_normal((nse, *block))
+    data[len(row) :] = np.nan
+    i32 = lambda x: jnp.asarray(x, jnp.int32)
+    return (
+        jnp.asarray(data, dtype),
+        jnp.asarray(rng.standard_normal((COLUMNS * bw, n)), dtype),
+        i32(np.pad(minor, (0, PADDING), constant_values=COLUMNS)),
+        i32(np.concatenate([[0], np.cumsum(mask.sum(1))])),
+        i32(order),
+        i32(np.pad(row, (0, PADDING), constant_values=ROWS)),
+    )
+
+
+def close(got, want, tolerance=1e-2):
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+def check_matmul(case, turned, capfd=None, **options):
+    data, x, minor, indptr, order, _ = case
+    got = block_matmul(data, x, minor, indptr, order=order, turned=turned, **options)
+    close(got, reference.block_matmul(data, x, minor, indptr, order=order, turned=turned))
+    if capfd is not None:
+        assert "RACE" not in capfd.readouterr().out
+
+
+def check_sample(case, block, capfd=None, **options):
+    _, x, minor, _, _, row = case
+    g = jax.random.normal(jax.random.key(1), (ROWS * block[0], x.shape[1]), x.dtype)
+    got = block_sample(g, x, row, minor, block=block, **options)
+    close(got, reference.block_sample(g, x, row, minor, block=block))
+    assert not np.asarray(got[-PADDING:], np.float32).any()
+    if capfd is not None:
+        assert "RACE" not in capfd.readouterr().out
+
+
+def two_ctas(height, n, **options):
+    """So that a CTA walks several tiles, forwards and backwards."""
+    return dataclasses.replace(MatmulConfig.of(height, n), num_sms=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("block", "n", "turned"),
+    [
+        pytest.param((128, 128), 72, False, marks=pytest.mark.smoke),
+        ((128, 64), 300, True),
+        ((64, 64), 136, False),
+        ((32, 32), 5, True),
+    ],
+)
+def test_blocks_times_dense(block, n, turned, capfd):
+    """Ragged ends of the columns, empty rows, shuffled and transposed blocks, padding of NaN."""
+    case = blocks(*block, n, turned)
+    check_matmul(case, turned, capfd, config=two_ctas(block[0], n), interpret=True)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("block", "n"), [((128, 64), 136), ((32, 32), 5)])
+def test_dense_products_at_blocks(block, n, capfd):
+    config = SampleConfig(num_ctas=2)
+    check_sample(blocks(*block, n), block, capfd, config=config, interpret=True)
+
+
+@pytest.mark.parametrize(("grid", "columns"), [(64, 8192), (128, 4096), (7, 1000), (300, 256)])
+def test_every_tile_is_dealt_once_and_long_rows_to_all(grid, columns):
+    """CTAs walk their shares forwards and backwards in turn: a row's tiles are spread over them."""
+    config = MatmulConfig(counter=False)
+    call = BlockMatmul((128, 128), False, grid, columns, jnp.bfloat16, config, False)
+    ctas = min(config.num_sms, call.total)
+    dealt = []
+    for cta in range(ctas):
+        turns = range(-(-call.total // ctas))
+        dealt += [j * ctas + (ctas - 1 - cta if j % 2 else cta) for j in turns]
+    assert sorted(t for t in dealt if t < call.total) == list(range(call.total))
+    assert call.tiles_n % call.group == 0
+
+
+def test_rows_come_longest_first():
+    assert rows_by_size(jnp.array([0, 2, 2, 7]))[:, 0].tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 5])
+def test_what_chunks_leave_to_the_second_pass(chunk):
+    """Sums of whole rows from those of chunks: the row a chunk goes on with, and only that."""
+    rng = np.random.default_rng(chunk)
+    row = np.sort(rng.integers(0, 6, 13))
+    row = np.concatenate([row, [6, 6]])  # padding
+    values = rng.standard_normal(15)
+    out, partial = np.zeros(6), np.zeros(-(-15 // chunk))
+    for c in range(len(partial)):
+        part = slice(c * chunk, (c + 1) * chunk)
+        for r in np.unique(row[part]):
+            total = values[part][row[part] == r].sum()
+            if c and row[c * chunk - 1] == r == row[c * chunk]:
+                partial[c] = total
+            elif r < 6:
+                out[r] = total
+    to = np.asarray(continued(jnp.asarray(row), 6, chunk))
+    np.add.at(out, to[to < 6], partial[to < 6])
+    want = np.bincount(row, values, 7)[:6]
+    np.testing.assert_allclose(out, want, atol=1e-12)
+
+
+def test_kernels_refuse():
+    data, x, minor, indptr, *_ = blocks(64, 64, 8)
+    with pytest.raises(NotImplementedError, match="float32"):
+        block_matmul(data.astype(jnp.float32), x.astype(jnp.float32), minor, indptr)
+    with pytest.raises(ValueError, match="dtypes differ"):
+        block_matmul(data, x.astype(jnp.float32), minor, indptr)
+    with pytest.raises(NotImplementedError, match="sides"):
+        block_matmul(data[:, :16, :16], x, minor, indptr)
+    with pytest.raises(ValueError, match="do not fit"):
+        block_matmul(data, x[:-1], minor, indptr)
+    with pytest.raises(NotImplementedError, match="empty"):
+        block_matmul(data, x[:, :0], minor, indptr)
+    with pytest.raises(NotImplementedError, match="shared memory"):
+        block_matmul(data, x, minor, indptr, config=MatmulConfig(256, 9))
+    with pytest.raises(ValueError, match="does not divide"):
+        block_sample(x[:-1], x, minor, minor, block=(64, 64))
+    with pytest.raises(NotImplementedError, match="shared memory"):
+        block_sample(x, x, minor, minor, block=(64, 64), config=SampleConfig(20))
+    i, f = jnp.zeros(3, jnp.int32), jnp.zeros(3)
+    with pytest.raises(NotImplementedError, match="int32"):
+        row_sample(jnp.zeros((2, 2), jnp.int32), jnp.zeros((2, 2), jnp.int32), i, i)
+    with pytest.raises(ValueError, match="equal vectors"):
+        entry_matmul(f, jnp.zeros((2, 2)), i, i[:2], rows=2)
+    with pytest.raises(ValueError, match="differ in their columns"):
+        row_sample(jnp.zeros((2, 2)), jnp.zeros((2, 3)), i, i)
+    with pytest.raises(ValueError, match="chunk"):
+        RowConfig(0)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("n", [1, 7, 32, 100, 256])
+def test_row_kernels_lower(n):
+    """On any machine; that they are right, a GPU says."""
+    s, i = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((500,), jnp.int32)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        data, x, g = s((500,), dtype), s((40, n), dtype), s((30, n), dtype)
+        for f, args in (
+            (row_matmul, (data, x, i, i, s((31,), jnp.int32))),
+            (functools.partial(entry_matmul, rows=30), (data, x, i, i)),
+            (row_sample, (g, x, i, i)),
+        ):
+            lowered = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
+            assert "mosaic_gpu" in lowered.as_text()
+
+
+# --- on a GPU (Hopper) ----------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("block", [(128, 128), (64, 64), (32, 32), (128, 32), (64, 128)])
+def test_blocks_on_a_gpu(block, turned):
+    for n in (5, 72, 520):
+        check_matmul(blocks(*block, n, turned), turned)
+        check_sample(blocks(*block, n), block)
+
+
+def long_rows(M, N, seed=0):
+    """(row, column, indptr): rows of every length, one of thousands, many empty; padding."""
+    rng = np.random.default_rng(seed)
+    lengths = np.where(rng.random(M) < 0.5, 0, rng.geometric(0.1, M))
+    lengths[7] = 5000
+    row = np.repeat(np.arange(M), lengths)
+    column = rng.integers(0, N, row.size)
+    i32 = lambda x: jnp.asarray(x, jnp.int32)
+    pad = lambda x, fill: i32(np.pad(x, (0, 99), constant_values=fill))
+    return pad(row, M), pad(column, N), i32(np.concatenate([[0], np.cumsum(lengths)]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n", [1, 7, 32, 100, 256])
+@pytest.mark.parametrize("chunk", [32, 128])
+def test_rows_on_a_gpu(n, dtype, chunk):
+    M, N = 600, 500
+    row, column, indptr = long_rows(M, N)
+    keys = jax.random.split(jax.random.key(0), 3)
+    data = jnp.where(row < M, jax.random.normal(keys[0], row.shape), 0).astype(dtype)
+    x, g = (
+        jax.random.normal(k, (s, n)).astype(dtype) for k, s in zip(keys[1:], (N, M), strict=True)
+    )
+    wide = lambda v: np.asarray(v, np.float64)
+    used = np.asarray(row) < M
+    r, c = np.asarray(row)[used], np.asarray(column)[used]
+    want = np.zeros((M, n))
+    np.add.at(want, r, wide(data)[used, None] * wide(x)[c])
+    config = dataclasses.replace(RowConfig.of(row.shape[0], n), chunk=chunk)
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    close(row_matmul(data, x, row, column, indptr, config=config), want, tolerance)
+    order = jnp.argsort(column)
+    got = entry_matmul(data[order], x, row[order], column[order], rows=M, config=config)
+    close(got, want, tolerance)
+    sampled = np.where(used, 0.0, 0.0)
+    sampled[used] = (wide(g)[r] * wide(x)[c]).sum(1)
+    close(row_sample(g, x, row, column, config=config), sampled, tolerance)
