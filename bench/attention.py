@@ -101,7 +101,12 @@ FORWARD_VARIANTS = {  # (head_dim, causal): name: config
 BACKWARD_VARIANTS = {
     128: {"base": B(), "lane": B(**LANE), "pair": B(**PAIR)},
     64: {"base": B(block_q=128), "lane": B(block_q=128, **LANE), "pair": B(block_q=128, **PAIR)},
-    256: {"base": B(**COLUMNS), "lane": B(**COLUMNS, **LANE), "pair": B(**COLUMNS, **PAIR)},
+    256: {
+        "base": B(**COLUMNS),
+        "early": B(**COLUMNS, early_free=True),
+        "lane+early": B(**COLUMNS, **LANE, early_free=True),
+        "pair+early": B(**COLUMNS, **PAIR, early_free=True),
+    },
 }
 
 

@@ -363,6 +363,9 @@ class Consumer:
             r.ds_smem[slot, self.rows] = ds
         if c.parts > 1 or p.dq:
             self.sync(1)
+        if c.early_free:  # dV is done by now: the next dO may be on its way during dQ and dK
+            ops.wait(0)
+            plgpu.barrier_arrive(r.do_free.at[do_slot])
         if not p.dq:
             dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot, self.part])
         for chunk in range(c.dq_chunks if p.dq else 0):
@@ -376,11 +379,11 @@ class Consumer:
                 return ops.load(dq_acc, 1)
 
             dq = ops.with_acc(dq_and_dk, c.dq_tile(p.head_dim))
-            if chunk == 0:
+            if chunk == 0 and not c.early_free:
                 plgpu.barrier_arrive(r.do_free.at[do_slot])
             self.add_dq(dq, head, query0, chunk)
         ops.wait(0)
-        if not p.dq:
+        if not p.dq and not c.early_free:
             plgpu.barrier_arrive(r.do_free.at[do_slot])
         plgpu.barrier_arrive(r.q_free.at[q_slot])
         return ops.carry(dk), ops.carry(dv)

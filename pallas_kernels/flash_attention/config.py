@@ -125,6 +125,8 @@ class BackwardConfig:
       dq_chunks: pieces in which a consumer computes and stores its columns of dQ.
       release, issue: as in `ForwardConfig`, of the rings of Q and dO ("named" is not offered).
       cluster: CTAs of neighbouring keys that share Q and dO (needs release="lane").
+      early_free: wait for dV before dQ is begun, so that the next dO may load meanwhile: for a ring
+        with one slot.
 
     >>> BackwardConfig(block_q=32)
     Traceback (most recent call last):
@@ -142,6 +144,7 @@ class BackwardConfig:
     release: str = "mbar"
     issue: str = "warpgroup"
     cluster: int = 1
+    early_free: bool = False
 
     def __post_init__(self):
         if self.split not in ("keys", "columns"):
