@@ -10,6 +10,7 @@ engine in a thread of its own, and every request is an async iterator that can b
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import os
 import pathlib
 import stat
@@ -121,6 +122,7 @@ class LLM:
             eos_token_ids=model.eos_token_ids,
             implementation=implementation,
             asynchronous=asynchronous,
+            window=None if None in model.windows else max(model.windows),
             cpu=cpu,
         )
         wanted = model.max_model_len if max_model_len is None else max_model_len
@@ -132,13 +134,13 @@ class LLM:
             )
         elif gpu_memory_utilization is not None:
             raise ValueError(f"{num_blocks=} and {gpu_memory_utilization=} both size the pool")
-        room = (num_blocks - 1) * block_size
-        if max_model_len is not None and max_model_len > room:
+        config = EngineConfig(**limits, num_blocks=num_blocks, max_model_len=wanted)
+        if max_model_len is not None and max_model_len > config.longest:
             raise ValueError(
                 f"{max_model_len=} does not fit the pool's {num_blocks - 1} blocks of {block_size} "
-                f"= {room} tokens: lower it, or give the pool more memory"
+                f"= {config.longest} tokens: lower it, or give the pool more memory"
             )
-        config = EngineConfig(**limits, num_blocks=num_blocks, max_model_len=min(wanted, room))
+        config = dataclasses.replace(config, max_model_len=config.longest)
         self.engine = Engine(model.forward, model.params, config, tokenizer=model.tokenizer)
         if warmup is None:
             warmup = not cpu

@@ -84,6 +84,7 @@ class EngineConfig:
         cascade_tokens: a decode step reads a prefix that rows share once where rows x tokens of the
             prefix reach this; 0: never.  None: `CASCADE_TOKENS` on a GPU, never on a CPU, whose
             caches serve the later reads.
+        window: see `SchedulerConfig`; there is no cascade with one, for a prefix is let go of.
         cpu: whether the traces come in sizes for a CPU or for a GPU (`row_buckets`).
 
     Raises:
@@ -111,6 +112,7 @@ class EngineConfig:
     swap_space_bytes: int = 4 << 30
     asynchronous: bool = True
     cascade_tokens: int | None = None
+    window: int | None = None
     cpu: bool = True
 
     def __post_init__(self):
@@ -121,7 +123,10 @@ class EngineConfig:
         object.__setattr__(self, "max_logprobs", min(self.max_logprobs, self.vocab_size))
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         if self.cascade_tokens is None:
-            object.__setattr__(self, "cascade_tokens", 0 if self.cpu else CASCADE_TOKENS)
+            never = self.cpu or self.window is not None
+            object.__setattr__(self, "cascade_tokens", 0 if never else CASCADE_TOKENS)
+        if self.cascade_tokens and self.window is not None:
+            raise ValueError(f"{self.cascade_tokens=}, but with {self.window=} no prefix stays")
         self.scheduler()
 
     def scheduler(self) -> scheduling.SchedulerConfig:
@@ -136,7 +141,16 @@ class EngineConfig:
             watermark=self.watermark,
             preemption_mode="recompute" if self.preemption_mode == "auto" else self.preemption_mode,
             max_swapped_blocks=self.swap_space_bytes // self.block_bytes,
+            window=self.window,
         )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the pool has blocks for, up to max_model_len."""
+        limits, blocks = self.scheduler(), self.num_blocks - 1
+        if scheduling.blocks_needed(limits, self.max_model_len, self.block_size) <= blocks:
+            return self.max_model_len
+        return blocks * self.block_size
 
     @property
     def block_bytes(self) -> int:
@@ -398,12 +412,13 @@ class Engine:
         """Where the engine stands, and what it has done."""
         batch = self._batch
         pool = batch.pool.stats()
-        room = pool.held * self.config.block_size
+        size = self.config.block_size
+        room, tokens = pool.held * size, batch.num_computed - batch.num_evicted * size
         return self._meter.snapshot(
             running=batch.num_running,
             waiting=len(batch.waiting),
             pool_use=pool.utilization,
-            pool_utilization=float(batch.num_computed.sum()) / room if room else 0.0,
+            pool_utilization=float(tokens.sum()) / room if room else 0.0,
         )
 
     @property
@@ -1146,5 +1161,6 @@ def _wanted(shape: stepping.Shape, variant: Variant | None) -> bool:
     """Whether requests of at most this variant, without masks or logprobs, can take the trace."""
     if variant is None:
         return True
-    widest = max(VARIANTS.index(variant), 0 if shape.decode else 1)
+    greedy = shape.decode and not shape.cascade  # the others draw where greedy would do
+    widest = max(VARIANTS.index(variant), 0 if greedy else 1)
     return not shape.sampler.masked and VARIANTS.index(shape.sampler.variant) <= widest

@@ -47,6 +47,8 @@ class SchedulerConfig:
         preemption_mode: what becomes of the blocks of a sequence that must give them back:
             `recompute` computes them again, `swap` keeps them in host memory.
         max_swapped_blocks: that host memory holds; beyond, sequences are recomputed.
+        window: keys that a query sees in the layer that sees the most, itself included; None: all.
+            Blocks that no later query sees go back to the pool.
 
     Raises:
         ValueError: a limit is below its least, or the policy or the mode is unknown.
@@ -67,6 +69,7 @@ class SchedulerConfig:
     watermark: float = 0.01
     preemption_mode: str = "recompute"
     max_swapped_blocks: int = 0
+    window: int | None = None
 
     def __post_init__(self):
         if self.policy not in POLICIES:
@@ -87,6 +90,27 @@ class SchedulerConfig:
             raise ValueError(f"max_swapped_blocks={self.max_swapped_blocks} is negative")
         if not 0 <= self.watermark < 1:
             raise ValueError(f"watermark={self.watermark} must be in [0, 1)")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1, or None")
+
+
+def blocks_needed(config: SchedulerConfig, num_tokens: int, block_size: int) -> int:
+    """The most blocks that a sequence of so many tokens holds at once.
+
+    Under a window these are the ones that the tokens of a step see, and one that is not published
+    yet or only begun at either end.
+
+    Example:
+        >>> limits = dict(max_num_seqs=2, max_num_batched_tokens=8)
+        >>> blocks_needed(SchedulerConfig(**limits), 100, 4)
+        25
+        >>> blocks_needed(SchedulerConfig(**limits, window=10), 100, 4)
+        7
+    """
+    whole = _ceil(num_tokens, block_size)
+    if config.window is None:
+        return whole
+    return min(whole, _ceil(config.window + config.max_num_batched_tokens, block_size) + 2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,7 +119,8 @@ class BatchScheduler:
 
     Columns have one entry a seat; an empty seat has zeros.  `num_tokens` counts the promised tokens
     (sampled by a step in flight) too; `num_sent` the entries of a seat's block table that the
-    device has; `num_published` the blocks that are in the prefix cache.
+    device has; `num_published` the blocks that are in the prefix cache; `num_evicted` the blocks in
+    front that a window let go of, null blocks since.
     """
 
     config: SchedulerConfig
@@ -110,6 +135,7 @@ class BatchScheduler:
     num_blocks: np.ndarray  # [S] i64
     num_sent: np.ndarray  # [S] i64
     num_published: np.ndarray  # [S] i64
+    num_evicted: np.ndarray  # [S] i64
     limit: np.ndarray  # [S] i64
     paused: np.ndarray  # [S] bool
     synchronous: np.ndarray  # [S] bool
@@ -121,6 +147,7 @@ class BatchScheduler:
     swap_outs: tuple[tuple[int, np.ndarray], ...] = ()  # (seq_id, blocks to host memory)
     swap_ins: tuple[tuple[int, np.ndarray], ...] = ()  # (seq_id, where they go; -1: nowhere)
     copies: tuple[tuple[int, int], ...] = ()  # (from, to) blocks
+    evicted: tuple[tuple[int, int, int], ...] = ()  # (seat, begin, end): null in its table now
 
     @property
     def num_running(self) -> int:
@@ -225,6 +252,7 @@ _COUNTERS = (
     "num_blocks",
     "num_sent",
     "num_published",
+    "num_evicted",
     "limit",
     "arrival",
     "user",
@@ -246,7 +274,8 @@ def check_fits(batch: BatchScheduler, seq: SequenceState) -> None:
             f"the prompt has {seq.num_prompt} tokens; max_model_len="
             f"{batch.config.max_model_len} must leave room for one more"
         )
-    need = _ceil(seq.limit - 1, batch.pool.block_size)  # the last token is never computed
+    # The last token is never computed.
+    need = blocks_needed(batch.config, seq.limit - 1, batch.pool.block_size)
     if need > batch.pool.num_blocks - 1:
         raise ValueError(
             f"{seq.num_prompt} prompt tokens and up to {seq.limit - seq.num_prompt} new ones need "
@@ -296,6 +325,7 @@ def finish(batch: BatchScheduler, seats: Iterable[int]) -> BatchScheduler:
         running=_replaced(batch.running, empty),
         tables=_replaced(batch.tables, dict.fromkeys(seats, _NO_BLOCKS)),
         keys=_replaced(batch.keys, empty),
+        evicted=tuple(gap for gap in batch.evicted if gap[0] not in empty),
         **columns,
     )
 
@@ -433,7 +463,8 @@ def schedule(
     tokens are computed again, so the host must know them): where one is due, `(batch, None)` comes
     back unchanged and the caller reads the results first.
     """
-    before, take = batch, _share_budget(batch)
+    before, batch = batch, _evict(batch)
+    take = _share_budget(batch)
     batch, take, preempted = _find_blocks(batch, take, drained)
     if take is None:
         return before, None
@@ -584,6 +615,37 @@ def forget_swapped(batch: BatchScheduler, seq_ids: Iterable[int]) -> BatchSchedu
     return dataclasses.replace(batch, waiting=waiting, swap_outs=outs)
 
 
+def _evict(batch: BatchScheduler) -> BatchScheduler:
+    """Give back the blocks that no later query sees, null blocks in their place.
+
+    The query at p sees the keys from p - window + 1 on.  Steps in flight read those blocks before
+    a later step writes to them: the device runs steps in order.
+    """
+    window, size = batch.config.window, batch.pool.block_size
+    if window is None:
+        return batch
+    dead = np.maximum(batch.num_computed - window + 1, 0) // size
+    if batch.config.enable_prefix_caching:  # the cache is told of a block first
+        dead = np.minimum(dead, batch.num_published)
+    seats = np.flatnonzero(dead > batch.num_evicted)
+    if not len(seats):
+        return batch
+    gone, tables, gaps = [], {}, []
+    for seat in seats.tolist():
+        begin, end = int(batch.num_evicted[seat]), int(dead[seat])
+        gone.append(batch.tables[seat][begin:end])
+        tables[seat] = batch.tables[seat].copy()
+        tables[seat][begin:end] = NULL_BLOCK
+        gaps.append((seat, begin, end))
+    return dataclasses.replace(
+        batch,
+        pool=batch.pool.free(np.concatenate(gone)),
+        tables=_replaced(batch.tables, tables),
+        num_evicted=np.maximum(batch.num_evicted, dead),
+        evicted=(*batch.evicted, *gaps),
+    )
+
+
 def _grow(batch: BatchScheduler, short: np.ndarray) -> BatchScheduler:
     """Allocate `short[s]` blocks for each seat, in one call to the pool."""
     seats = np.flatnonzero(short)
@@ -692,6 +754,9 @@ def _fork_source(batch: BatchScheduler, seq: SequenceState, before: np.ndarray) 
         i for i, r in enumerate(batch.running) if r is not None and r.request is seq.request
     ]
     ready = [i for i in siblings if before[i] >= seq.num_prompt]
+    if ready and batch.config.window is not None:  # one that went on may have let go of keys
+        seen = max(seq.num_prompt - batch.config.window, 0) // batch.pool.block_size
+        return next((i for i in ready if batch.num_evicted[i] <= seen), None)
     return ready[0] if ready else (_NOT_YET if siblings else None)
 
 
@@ -717,9 +782,15 @@ def _place(
         if batch.config.enable_prefix_caching and not seq.every_logit:
             pool, shared = pool.match_prefix(seq.keys[: (seq.num_known - 1) // size])
         cached = len(shared) * size
+    if batch.config.window is not None:  # the beginning of a prefix may be beyond all sight
+        dead = max(cached - batch.config.window + 1, 0) // size
+        pool = pool.free(shared[:dead])
+        shared = np.concatenate((np.full(dead, NULL_BLOCK, np.int32), shared[dead:]))
+    most = blocks_needed(batch.config, batch.config.max_model_len, size)
     need = _ceil(min(seq.num_known + 1, seq.limit - 1), size) - len(shared)
+    need = min(need, most - np.count_nonzero(shared))
     if any(r is not None for r in batch.running):
-        waiting_for = np.maximum(_ceil(batch.num_tokens, size) - batch.num_blocks, 0).sum()
+        waiting_for = np.clip(_ceil(batch.num_tokens, size) - batch.num_blocks, 0, most).sum()
         need += int(waiting_for) + int(batch.config.watermark * pool.num_blocks)
     if need > pool.num_free:
         return None
@@ -762,6 +833,7 @@ def _seated(
         num_blocks=len(blocks),
         num_sent=0,
         num_published=num_published,
+        num_evicted=np.count_nonzero(blocks == NULL_BLOCK),
         limit=seq.limit,
         arrival=seq.arrival,
         user=batch.users[seq.request.user],
@@ -824,6 +896,7 @@ def _issue(
         swap_outs=(),
         swap_ins=(),
         copies=(),
+        evicted=(),
     )
     return _publish(batch), schedule
 
@@ -831,6 +904,11 @@ def _issue(
 def _table_updates(batch: BatchScheduler) -> np.ndarray:
     """(seat, index, block) for every entry of a block table that the device lacks, `[u, 3]`."""
     parts = []
+    for seat, begin, end in batch.evicted:
+        index = np.arange(begin, min(end, int(batch.num_sent[seat])))
+        rows = np.full((len(index), 3), NULL_BLOCK, np.int32)
+        rows[:, 0], rows[:, 1] = seat, index
+        parts.append(rows)
     for seat in np.flatnonzero(batch.num_blocks > batch.num_sent):
         index = np.arange(batch.num_sent[seat], batch.num_blocks[seat])
         rows = np.empty((len(index), 3), np.int32)

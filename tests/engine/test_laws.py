@@ -1,5 +1,6 @@
 """What must not change an answer: batch, order, chunks, blocks, preemption, cache, asynchrony."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -148,6 +149,25 @@ def test_an_answer_is_not_found_as_a_beginning(samples):
         [found] = generate([turn], GREEDY, made=made)
         assert found.num_cached_tokens >= 12
         assert_same(turn, found.outputs[0].token_ids, dense_tokens(turn, GREEDY))
+
+
+def test_the_size_of_the_pool_does_not_matter_to_a_window():
+    """Blocks out of sight are others' at once: eight cannot hold two whole sequences, nor one."""
+    config = dataclasses.replace(model().config, windows=(9, 5))
+    windowed = model().replace(config=config)
+    options = dict(forward=windowed.forward, max_num_batched_tokens=8, max_num_seqs=4)
+    prompts, params = [PROMPTS[2], PROMPTS[5], PROMPTS[2]], [GREEDY, SEEDED[5], SEEDED[2]]
+    whole = tokens_of(generate(prompts, params, **options))
+    assert whole != tokens_of(generate(prompts, params, **options | {"forward": model().forward}))
+    for prefix in (True, False):
+        made = engine(**options, num_blocks=9, window=9, enable_prefix_caching=prefix)
+        assert tokens_of(generate(prompts, params, made=made)) == whole
+        assert tokens_of(generate(prompts[:1], params[0], made=made)) == whole[:1]
+        assert made.pool.num_free == 8
+    with pytest.raises(ValueError, match="need 11 blocks"):
+        generate(prompts[:1], params[0], **options, num_blocks=9)
+    with pytest.raises(ValueError, match="no prefix stays"):
+        engine(**options, window=9, cascade_tokens=64)
 
 
 def test_asynchronous_is_synchronous():

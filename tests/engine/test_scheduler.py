@@ -15,6 +15,7 @@ from aidx.engine.scheduler import (
     POLICIES,
     SchedulerConfig,
     add,
+    blocks_needed,
     cancel,
     finish,
     new_batch,
@@ -102,6 +103,9 @@ def expected(seq):
     while len(tokens) < seq.limit:
         tokens.append(token_after(tokens))
     return tokens[seq.num_prompt :]
+
+
+SHARED = Request("shared", np.arange(11, dtype=np.int32), SimpleNamespace())
 
 
 def filled(batch, seqs):
@@ -308,6 +312,47 @@ def test_the_device_is_told_every_entry_of_every_table_once():
     assert sum(len(s.updates) for s in schedules) < 7 * 8 + 40
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+def test_blocks_out_of_the_window_go_back_to_the_pool(prefix):
+    """Sequences of 15 blocks run two at a time in a pool of 8, where each sees 5 keys."""
+    options = dict(max_num_seqs=2, max_num_batched_tokens=4, enable_prefix_caching=prefix)
+    seqs = [sequence(i, 41 + i, max_tokens=15) for i in range(4)]
+    with pytest.raises(ValueError, match="need 14 blocks of 4 tokens; the pool has 8"):
+        add(batch_of(num_blocks=9, **options), seqs[0])
+    running = []
+
+    def check(batch, step):
+        held = [np.count_nonzero(table) for table in batch.tables]
+        assert max(held) <= blocks_needed(batch.config, 64, 4) == 5
+        assert sum(held) == batch.pool.stats().held
+        running.append(batch.num_running)
+
+    batch = filled(batch_of(num_blocks=9, window=5, **options), seqs)
+    batch, outputs, _ = run(batch, check=check, lag=True)
+    assert outputs == {seq.seq_id: expected(seq) for seq in seqs}
+    assert batch.pool.num_free == 8 and max(running) == 2
+    # The same prompt again: of its beginning only what is seen is held.
+    first = filled(batch, [dataclasses.replace(seqs[0], seq_id=9, arrival=9)])
+    _, step = schedule(first)
+    assert step.admitted[0].num_cached <= 40 and (prefix or not step.admitted[0].num_cached)
+
+
+def test_a_sample_does_not_share_what_its_sibling_has_let_go_of():
+    batch = batch_of(num_blocks=20, window=4, max_num_seqs=2, enable_prefix_caching=False)
+    first, second = (sequence(i, np.arange(11), max_tokens=20, request=SHARED) for i in (0, 1))
+    batch = add(batch, first)
+    for step in range(10):
+        batch, work = schedule(batch)
+        if step:
+            batch = record(batch, work.seats, np.array([7]))
+        else:
+            batch = record(batch, work.seats, np.array([3]))
+    assert batch.num_evicted[0] > 2  # the prompt's last keys are gone
+    batch, work = schedule(add(batch, second))
+    [admitted] = work.admitted
+    assert admitted.num_computed == 0 and work.counts.tolist() == [1, 11]
+
+
 def test_a_synchronous_sequence_is_not_scheduled_before_its_token_is_read():
     batch = filled(batch_of(), [sequence(0, 3, synchronous=True), sequence(1, 3)])
     batch, _ = schedule(batch, drained=False)
@@ -366,7 +411,9 @@ def test_laws_hold_for_any_arrivals(data):
         max_num_batched_tokens=seats + data.draw(st.integers(0, 12)),
         enable_prefix_caching=data.draw(st.booleans()),
         max_overtaken=data.draw(st.integers(1, 4)),
+        window=data.draw(st.none() | st.integers(1, 12)),
     )
+    device = np.zeros((seats, 16), int)
     seqs, i = [], 0
     for _ in range(data.draw(st.integers(1, 6))):
         length, max_tokens = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 16))
@@ -385,12 +432,19 @@ def test_laws_hold_for_any_arrivals(data):
     def check(batch, step):
         size = batch.pool.block_size
         assert step.num_tokens <= batch.config.max_num_batched_tokens
-        written = []
+        for seat, index, block in step.updates:
+            device[seat, index] = block
+        written, read = [], []
         for seat, start, count in zip(step.seats, step.starts, step.counts, strict=True):
             table = batch.tables[seat]
             assert len(table) * size >= start + count
+            assert device[seat, : len(table)].tolist() == table.tolist()
+            first = max(0, start + 1 - (batch.config.window or start + 1)) // size
+            assert table[first:].all()  # no query looks at a null block
+            read += table[first : start // size].tolist()
             written += set(table[start // size : -(-(start + count) // size)].tolist())
         assert len(written) == len(set(written))  # a written block has one owner
+        assert not set(written) & set(read)
         assert len(set(written) & {src for src, _ in step.copies}) <= len(step.copies)
 
     batch, outputs, _ = run(filled(batch, seqs), lag=data.draw(st.booleans()), check=check)
