@@ -131,9 +131,8 @@ def cg(
     >>> [f"{v:.4f}" for v in cg(a, jnp.array([1.0, 2.0]))]
     ['0.0909', '0.6364']
     """
-    options: Any = dict(tol=tolerance, atol=absolute_tolerance, maxiter=max_steps)
-    M = None if preconditioner is None else operator(preconditioner)
-    return linalg.cg(operator(a), b, x0, M=M, **options)[0]
+    options = _options(tolerance, absolute_tolerance, max_steps, preconditioner)
+    return linalg.cg(operator(a), b, x0, **options)[0]
 
 
 def bicgstab(
@@ -158,9 +157,8 @@ def bicgstab(
     >>> [f"{v:.4f}" for v in bicgstab(a, jnp.array([6.0, 4.0]))]
     ['1.0000', '2.0000']
     """
-    options: Any = dict(tol=tolerance, atol=absolute_tolerance, maxiter=max_steps)
-    M = None if preconditioner is None else operator(preconditioner)
-    return linalg.bicgstab(operator(a), b, x0, M=M, **options)[0]
+    options = _options(tolerance, absolute_tolerance, max_steps, preconditioner)
+    return linalg.bicgstab(operator(a), b, x0, **options)[0]
 
 
 def gmres(
@@ -187,9 +185,17 @@ def gmres(
     >>> [f"{v:.4f}" for v in gmres(a, jnp.array([6.0, 4.0]))]
     ['1.0000', '2.0000']
     """
-    options: Any = dict(tol=tolerance, atol=absolute_tolerance, maxiter=max_steps, restart=restart)
+    options = _options(tolerance, absolute_tolerance, max_steps, preconditioner)
+    options |= dict(restart=restart, solve_method="incremental")
+    return linalg.gmres(operator(a), b, x0, **options)[0]
+
+
+def _options(
+    tolerance: float, absolute: float, steps: int | None, preconditioner: Operator | None
+) -> dict[str, Any]:
+    """What the three methods call their options in JAX."""
     M = None if preconditioner is None else operator(preconditioner)
-    return linalg.gmres(operator(a), b, x0, M=M, solve_method="incremental", **options)[0]
+    return dict(tol=tolerance, atol=absolute, maxiter=steps, M=M)
 
 
 def operator(a: Operator) -> Callable[[Array], Array]:
