@@ -155,10 +155,9 @@ def _print(outcomes: list[Any]) -> None:
         table.add_column(column, overflow="fold")
     microseconds = lambda s: "failed" if s is None else f"{s * 1e6:.1f}"
     for outcome in outcomes:
-        found = row(outcome)
         if outcome.problem:
-            table.add_row(outcome.op, outcome.case, "", "", "", outcome.problem, "")
             continue
+        found = row(outcome)
         gain = "" if found["gain"] is None else f"{found['gain']:.3f}"
         same = found["best"] == found["default"]
         table.add_row(
@@ -170,7 +169,11 @@ def _print(outcomes: list[Any]) -> None:
             "the default" if same else short(found["best"]),
             str(len(found["failures"])),
         )
-    Console().print(table)
+    if table.row_count:
+        Console().print(table)
+    for outcome in outcomes:
+        if outcome.problem:
+            print(f"{outcome.op}  {outcome.case}: {outcome.problem}")
 
 
 def short(config: Any) -> str:

@@ -248,6 +248,14 @@ def tunable_of(
     def run(config: Hashable, *operands: Any, **static: Any) -> Any:
         return fn(*operands, config=config, **static)
 
+    def case(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given, options = array_words(text)
+        bound = inspect.signature(kernel.reference).bind(*given, **options)
+        bound.apply_defaults()  # as a call's are
+        names = operand_names(kernel.reference)
+        static = {name: x for name, x in bound.arguments.items() if name not in names}
+        return tuple(bound.arguments[name] for name in names), static
+
     own = getattr(fn, "func", fn).__module__  # func: of a partial
     return autotune.Tunable(
         f"{kernel.name}/{name}",
@@ -255,7 +263,7 @@ def tunable_of(
         candidates=lambda *operands, **static: kernel.tuning,
         reference=kernel.reference,
         sources=tuple(dict.fromkeys((own, *kernel.sources))),
-        case=array_words,
+        case=case,
         shapes=kernel.shapes,
         tolerance={dtype: kernel.tolerance.of(dtype) for dtype in TOLERANCES},
         error=functools.partial(relative_error, floor=1.0),

@@ -18,11 +18,12 @@ def run():
     REGISTRY.unregister("add_rms_norm")
 
 
-def test_sixty_lines_declare_check_and_use_a_kernel(run, capsys):
+def test_sixty_lines_declare_check_tune_and_use_a_kernel(run, capsys):
     run("__main__")
     printed = capsys.readouterr().out
     assert len(EXAMPLE.read_text().splitlines()) <= 60
     assert printed.count("op_check add_rms_norm") == 2 and "FAILED" not in printed
+    assert "add_rms_norm/mosaic_gpu: needs cuda, this is cpu" in printed  # nothing to tune here
     assert float(printed.split()[-1]) > 0
 
 
@@ -36,4 +37,4 @@ def test_its_kernel_is_what_a_gpu_gets(run):
     assert "mosaic" not in traced.lower().as_text()
     odd = REGISTRY.get("add_rms_norm").table[0].forward
     with pytest.raises(NotImplementedError, match=r"128 elements, not \(3, 100\)"):
-        odd.fn(jnp.ones((3, 100)), jnp.ones((3, 100)), jnp.ones(100))
+        odd.fn(jnp.ones((3, 100)), jnp.ones((3, 100)), jnp.ones(100), config=4)
