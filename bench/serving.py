@@ -14,7 +14,9 @@ outputs equal transformers' token for token is in the results.
 GPU: bf16, runs as in the table of vLLM's: b1 (a prompt of 128), b8, b64, b256 (prompts of 512), 128
 output tokens each; chat512: 512 requests of lognormal lengths; at most 256 running.  `decode step`
 is the median time of a call of `engine.step` in which every row decodes, also with top-k and top-p
-on every row.  vLLM and the plain-XLA step are not on that machine: their rows are the figures of
+on every row.  `pool` is chat512 again, for the share of the reserved tokens that live; `prefix`
+sends requests one by one behind a system prompt of 2048 tokens, each one's own and then the same
+for all.  vLLM and the plain-XLA step are not on that machine: their rows are the figures of
 2026-11-22, times this run's device copy rate over that day's.
 """
 
@@ -55,7 +57,7 @@ STEP_MARKS = {  # ms a decode step
     ("llama-3.1-8b", UNROLLED): {"b1": 4.26, "b8": 4.44, "b64": 6.04, "b256": 11.6},
     ("llama-3.2-1b", UNROLLED): {"b1": 1.38, "b8": 1.07, "b64": 1.54, "b256": 2.79},
 }
-RUNS = ("b1", "b8", "b64", "b256", "chat512")
+RUNS = ("b1", "b8", "b64", "b256", "chat512", "pool", "prefix")
 
 Request = tuple[list[int], int]  # prompt ids, tokens to generate
 
@@ -183,7 +185,7 @@ def run_requests(name: str, vocab_size: int, seed: int = 0) -> list[Request]:
     """The requests of a run, as in the module's docstring."""
     rng = np.random.default_rng(seed)
     prompt = lambda n: rng.integers(0, vocab_size, n).tolist()
-    if name != "chat512":
+    if name not in ("chat512", "pool"):
         count = int(name[1:])
         return [(prompt(128 if count == 1 else 512), 128) for _ in range(count)]
     # Quantiles of lognormals in random order: medians 134 and 164, 107k output tokens in all.
@@ -225,6 +227,50 @@ def decode_step_ms(llm: LLM, requests: list[Request], **sampling) -> float:
     return 1e3 * statistics.median(steady)
 
 
+def pool_rows(llm: LLM, case: str, requests: list[Request]) -> list[dict]:
+    """Live over reserved tokens while `requests` run, the mean over steps with somebody running."""
+    for prompt, new in requests:
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        llm.engine.add_request(prompt, params)
+    shares, used = [], []
+    while llm.engine.has_unfinished:
+        llm.engine.step()
+        stats = llm.engine.stats()
+        if stats.running:
+            shares.append(stats.pool_utilization)
+            used.append(stats.pool_use)
+    return [
+        row(case, "aidx", "pool utilisation", 100 * statistics.mean(shares), "%"),
+        row(case, "aidx", "pool use, most", 100 * max(used), "%"),
+    ]
+
+
+def prefix_rows(llm: LLM, case: str, vocab_size: int, count: int = 24, shared: int = 2048):
+    """Time to the first token behind a system prompt, one that each request has for itself and
+    one that all share, and how much of the latter's prompts the prefix cache holds."""
+    engine, rng = llm.engine, np.random.default_rng(3)
+    before = engine._batch.config
+    caching = dataclasses.replace(before, enable_prefix_caching=True)
+    engine._batch = dataclasses.replace(engine._batch, config=caching)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    system = rng.integers(0, vocab_size, shared).tolist()
+    rows, medians, hits, tokens = [], [], 0, 1
+    for label in ("own", "shared"):
+        first, hits, tokens = [], 0, 0
+        for _ in range(count):
+            head = system if label == "shared" else rng.integers(0, vocab_size, shared).tolist()
+            prompt = [*head, *rng.integers(0, vocab_size, int(rng.integers(32, 129))).tolist()]
+            [output] = llm.generate([prompt], params)
+            first.append(1e3 * output.metrics.time_to_first_token)
+            hits, tokens = hits + output.num_cached_tokens, tokens + len(prompt)
+        medians.append(statistics.median(first))
+        rows.append(row(case, "aidx", f"TTFT p50, {label} prompt", medians[-1], "ms"))
+    rows.append(row(case, "aidx", "prefix-cache hit rate", 100 * hits / tokens, "%"))
+    rows.append(row(case, "aidx", "TTFT gain", medians[0] / medians[1], "x"))
+    engine._batch = dataclasses.replace(engine._batch, config=before)
+    return rows
+
+
 def on_gpu(args: argparse.Namespace) -> None:
     rate = copy_rate()
     scale = rate / COPY_TB_S
@@ -246,8 +292,14 @@ def on_gpu(args: argparse.Namespace) -> None:
         )
         rows.append(row(name, "aidx", "start-up", time.perf_counter() - begun, "s"))
         for run in args.runs:
-            requests = run_requests(run, config.vocab_size)
+            requests = [] if run == "prefix" else run_requests(run, config.vocab_size)
             case = f"{name} {run}"
+            if run == "pool":
+                rows += pool_rows(llm, case, requests)
+            if run == "prefix":
+                rows += prefix_rows(llm, case, config.vocab_size)
+            if run in ("pool", "prefix"):
+                continue
             seconds, outputs = serve(llm, requests, len(requests))
             speed = tokens_per_second(seconds, outputs)
             rows.append(row(case, "aidx", "output tokens/s", speed, "tokens/s"))
