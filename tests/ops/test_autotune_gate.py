@@ -1,0 +1,106 @@
+"""The record of what may be timed in a user's process, and the cases of aidx's own kernels."""
+
+import importlib.util
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import aidx.ops.flash_attention
+import aidx.ops.paged_attention
+from aidx.ops import autotune
+from aidx.ops.autotune import store
+from aidx.ops.autotune.tunable import case_of, code_hash, config_text, get
+from tests.ops.toy_tunables import TOY
+
+SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
+OWN = ("flash_attention/forward", "flash_attention/backward", "paged_attention/forward")
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        spec = importlib.util.spec_from_file_location("gate_tuning", SCRIPTS / "gate_tuning.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+def test_the_record_holds_what_compiled_without_problems(script):
+    said = []
+
+    def problems_of(f, operands):
+        jax.eval_shape(f, *operands)
+        return ["8 B spilled"] if f.args == (2,) else []
+
+    rows = script.passed(TOY, problems_of, said.append)
+    code, (operands, static) = code_hash(TOY.sources), case_of(TOY, "n=8")
+    family = TOY.family_text(operands, static)
+    assert rows == {("toy/scale", code, family, text) for text in ("1", "4", "5")}
+    assert any("3: NotImplementedError" in line for line in said)
+    assert script.stale([TOY], rows) == []
+    assert script.stale([TOY], {("toy/scale", "other code", family, "1")}) == ["toy/scale"]
+
+
+def test_the_shipped_record_and_tables_can_be_read():
+    store._gate.cache_clear()
+    assert isinstance(store._gate(), frozenset)
+    for entry in store.shipped().entries:
+        assert get(entry.op) and entry.device.startswith("NVIDIA")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", OWN)
+def test_the_candidates_of_a_kernel_are_distinct_and_named(name):
+    tunable = get(name)
+    keys = set()
+    for text in tunable.shapes:
+        operands, static = case_of(tunable, text)
+        names = [config_text(c) for c in tunable.candidates(*operands, **static)]
+        assert len(names) > 1 and len(set(names)) == len(names)
+        keys.add(tunable.key_text(operands, static))
+    assert len(keys) == len(tunable.shapes)
+    with pytest.raises(ValueError, match=r"no sizes of|names no shapes of"):
+        case_of(tunable, f"{tunable.shapes[0]} colour=3")
+    with pytest.raises(ValueError, match="names no shapes of"):
+        case_of(tunable, "N=3")
+
+
+def test_the_doors_call_is_the_case_that_was_tuned():
+    """What `aidx tune --shapes` names is what a call of the door looks up."""
+    (ops,), static = case_of(get("flash_attention/forward"), "B=2 T=64 N=4 K=2 H=64 causal")
+    x = [jax.numpy.zeros(a.shape, a.dtype) for a in ops[:3]]
+    with autotune.mode(device="NVIDIA H200", cache=None), autotune.recording() as seen:
+        f = jax.jit(lambda q, k, v: aidx.ops.flash_attention.flash_attention(q, k, v, causal=True))
+        f.trace(*x).lower(lowering_platforms=("cuda",))
+    asked = [c for c in seen if c.op == "flash_attention/forward"]
+    assert asked and asked[0].source == "default"
+    key = get("flash_attention/forward").key_text((ops,), static)
+    timed = autotune.Measurement(config_text(asked[0].config), seconds=1.0)
+    entry = autotune.Entry("flash_attention/forward", "NVIDIA H200", "", "", key, (timed,))
+    with (
+        autotune.mode(device="NVIDIA H200", cache=None),
+        autotune.Tuning((entry,)),
+        autotune.recording() as seen,
+    ):
+        f.trace(*x).lower(lowering_platforms=("cuda",))
+    assert "pinned" in {c.source for c in seen if c.op == "flash_attention/forward"}
+
+
+def test_a_paged_case_gives_every_row_its_blocks():
+    tunable = get("paged_attention/forward")
+    operands, static = case_of(tunable, "R=3 n=4 ctx=40 N=4 K=2 H=16 block=16")
+    (ops,) = tunable.inputs(np.random.default_rng(0), *operands, **static)
+    blocks = np.asarray(ops.block_tables).ravel()
+    assert len(set(blocks)) == 9 and blocks.max() < ops.k_pool.shape[0]
+    assert ops.context_lens.tolist() == [48] * 3 and ops.q_indptr.tolist() == [0, 4, 8, 12]
+    # a step that decodes beside a prompt: one row has many tokens, the others one
+    mixed = operands[0]._replace(q=jax.ShapeDtypeStruct((6, 4, 16), ops.q.dtype))
+    (ops,) = tunable.inputs(np.random.default_rng(0), mixed, **static)
+    assert ops.q_indptr.tolist() == [0, 4, 5, 6]
+    assert tunable.reference(ops, **static).shape == (6, 4, 16)
