@@ -7,8 +7,9 @@
 Both sides: random weights, random tokens, bf16 compute, f32 master weights and moments, AdamW with
 decay and clipping by the global norm, causal attention, S = 4096, the same batch.  The peer is
 transformers' LlamaForCausalLM under torch.compile with SDPA and bf16 autocast (the fused AdamW of
-torch).  A rate is of the median step of ten after three.  MFU counts 6P + 3 L 4 N H S / 2 a token
-over 989 TFLOP/s, recomputation not (`aidx.train.train_flops_per_token`).
+torch).  Neither reports norms of parameters and updates.  A rate is of the median step of ten after
+three.  MFU counts 6P + 3 L 4 N H S / 2 a token over 989 TFLOP/s, recomputation not
+(`aidx.train.train_flops_per_token`).
 
 `cross-entropy` is the temporary memory of the loss's value and gradient at V = 128256, from the
 compiler's own analysis: fused, beside logits that are whole.
@@ -70,7 +71,7 @@ def speed_rows(case, who, config, batch, length, seconds, peak_bytes) -> None:
         report(name, who, "peak_memory", peak_bytes / 2**30, "GiB")
 
 
-def aidx_step(config, remat: str, chunk: int | None):
+def aidx_step(config, remat: str, chunk: int | None, norms: bool = True):
     """The step and its state: all of it the library's public API."""
     import jax
     import optax
@@ -80,7 +81,7 @@ def aidx_step(config, remat: str, chunk: int | None):
 
     optimizer = optax.adamw(1e-4, weight_decay=0.1)
     loss_fn = language_model_loss(bind_forward(config), remat=remat, chunk_tokens=chunk)
-    step = make_train_step(loss_fn, optimizer, clip_norm=1.0, compute_dtype="bfloat16")
+    step = make_train_step(loss_fn, optimizer, clip_norm=1.0, compute_dtype="bfloat16", norms=norms)
     return step, init_state(init_params(config, jax.random.key(0)), optimizer, jax.random.key(1))
 
 
@@ -90,7 +91,7 @@ def measure_aidx(case: str, args: argparse.Namespace) -> None:
     from aidx.train import next_token_batch
 
     config, batch, length = model_config(case, args.tiny)
-    step, state = aidx_step(config, args.remat, args.chunk)
+    step, state = aidx_step(config, args.remat, args.chunk, norms=False)
     shape = (batch, length + 1)
     windows = [
         next_token_batch(jax.random.randint(jax.random.key(i), shape, 0, config.vocab_size))

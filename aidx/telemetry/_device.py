@@ -180,8 +180,13 @@ def parsed_program(text: str) -> Program:
     'jit(f)/s/add'
     """
     header = re.match(r"HloModule (\S+?),", text)
-    matches = re.finditer(r'%?(\S+) = .*metadata=\{[^}]*op_name="([^"]*)"', text)
-    found = {m.group(1): Instruction(m.group(2), 0.0, 0.0) for m in matches}
+    found = {}
+    for line in text.splitlines():  # some are a kernel's code: megabytes
+        at = line.find('op_name="')
+        name = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line[:400])
+        if at >= 0 and name:
+            op_name = line[at + 9 : line.index('"', at + 9)]
+            found[name.group(1)] = Instruction(op_name, 0.0, 0.0)
     return Program(header.group(1) if header else "", found)
 
 

@@ -263,7 +263,6 @@ class Profiler:
           peak: of the device; None looks it up.
         """
         programs = list(programs)
-        texts = [p.as_text() for p in programs]
         with self._lock:
             host = [
                 host_row(path, times, self._compiling.get(path, 0.0), **self._memory_row(path))
@@ -271,6 +270,8 @@ class Profiler:
             ]
             timeline = tuple(self._timeline)
         trace = joined(self._traces)
+        unknown = any(event.program_id not in trace.programs for event in trace.events)
+        texts = [p.as_text() for p in programs] if unknown else []
         if calls is None:
             calls = runs_of_longest(trace)
         rows = device_rows(trace, texts, costs, calls)

@@ -23,7 +23,13 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
 from ._callback import TensorBoardCallback as TensorBoardCallback
 from ._events import EventFile, Worker
 from ._graph import graph_of
-from ._histogram import automatic, counted_on_device, device_histogram, tensorflow_edges
+from ._histogram import (
+    automatic,
+    counted_on_device,
+    device_histogram,
+    tensorflow_edges,
+    unpacked,
+)
 from ._report import ProfileReport
 from ._summaries import (
     ArrayLike,
@@ -185,8 +191,9 @@ class SummaryWriter:
         edges) are counted on the host.
         """
         if isinstance(bins, str) and bins == "tensorflow" and counted_on_device(values):
-            count = lambda **found: counted_summary(tag, found, max_bins)
-            self._add(count, device_histogram(automatic(values)), global_step, walltime)
+            count = lambda packed: counted_summary(tag, unpacked(packed), max_bins)
+            packed = {"packed": device_histogram(automatic(values))}
+            self._add(count, packed, global_step, walltime, own=True)
             return
 
         def make(values: np.ndarray) -> Any:
@@ -571,8 +578,10 @@ class SummaryWriter:
         step: ArrayLike,
         walltime: float | None,
         folder: str | None = None,
+        own: bool = False,
     ) -> None:
-        """Queue `make(**arrays on the host)` as an event; inside jit, a callback that does."""
+        """Queue `make(**arrays on the host)` as an event; inside jit, a callback that does.  With
+        own nobody else has the arrays, and they need no copy."""
         leaves = {**arrays, "step": step}
         if any(isinstance(x, Tracer) for x in leaves.values()):
             traced = {k: v for k, v in leaves.items() if isinstance(v, jax.Array)}
@@ -583,7 +592,11 @@ class SummaryWriter:
 
             jax.debug.callback(later, traced)
             return
-        self._add_now(make, {k: snapshot(x) for k, x in leaves.items()}, walltime, folder)
+        for x in leaves.values() if own else ():
+            if isinstance(x, jax.Array):
+                x.copy_to_host_async()
+        kept = leaves if own else {k: snapshot(x) for k, x in leaves.items()}
+        self._add_now(make, kept, walltime, folder)
 
     def _add_now(
         self, make: Callable, leaves: dict[str, Any], walltime: float | None, folder: str | None

@@ -32,9 +32,9 @@ class Metrics:
     loss: Array  # total / weight
     weight: Array  # of the loss: target tokens
     grad_norm: Array  # of the gradient before clipping
-    param_norm: Array  # after the update
-    update_norm: Array
     bad_leaf: Array  # i32, the first leaf of the gradient that is not finite; -1: all are
+    param_norm: Array | None = None  # after the update
+    update_norm: Array | None = None
     learning_rate: Array | None = None  # where the optimiser injects it as a hyperparameter
     loss_scale: Array | None = None  # that this step used
     extra: dict[str, Array] = flax.struct.field(default_factory=dict)  # sums / weight
@@ -49,6 +49,7 @@ def make_train_step(
     compute_dtype: Any = None,
     ema_decay: float | None = None,
     skip_nonfinite: bool = True,
+    norms: bool = True,
     update_args: Callable[[PyTree], Mapping[str, Any]] | None = None,
     on_gradients: Callable[[Params, Array], None] | None = None,
     jit: bool = True,
@@ -70,6 +71,8 @@ def make_train_step(
       ema_decay: d of `ema = d * ema + (1 - d) * params`; the state must have been made with ema.
       skip_nonfinite: leave parameters and optimiser as they were where a gradient is not finite.
         A loss scale always does.
+      norms: tell the norms of the parameters and of the update.  They cost 12 bytes of memory
+        traffic a parameter, where an AdamW step has some 40 (XLA writes the update down for them).
       update_args: makes of the batch keyword arguments for `optimizer.update`.
       on_gradients: called while tracing with the clipped gradient and the step's number: what it
         stages (a histogram's callback) runs with every step.
@@ -142,9 +145,9 @@ def make_train_step(
                 loss=total / safe,
                 weight=weight,
                 grad_norm=grad_norm,
-                param_norm=global_norm(new.params),
-                update_norm=global_norm(updates),
                 bad_leaf=bad,
+                param_norm=global_norm(new.params) if norms else None,
+                update_norm=global_norm(updates) if norms else None,
                 learning_rate=learning_rate_of(opt_state),
                 loss_scale=scale if state.loss_scale else None,
                 extra=jax.tree.map(lambda s: s / safe, sums),

@@ -274,3 +274,17 @@ def test_wrong_losses_states_and_policies_are_refused():
         loss_scale(0.5)
     with pytest.raises(ValueError, match=r"growth_interval=0"):
         loss_scale(1.0, 0)
+
+
+def test_norms_are_left_out_where_they_are_not_wanted_and_change_nothing_else():
+    loss_fn = lambda p, x, key: (((p - x) ** 2).sum(), x.size)
+    optimizer = optax.adam(0.1)
+    found = []
+    for norms in (True, False):
+        state = init_state(jnp.zeros(3), optimizer, jax.random.key(0))
+        step = make_train_step(loss_fn, optimizer, norms=norms)
+        found.append(step(state, jnp.arange(3.0)))
+    (with_norms, told), (without, untold) = found
+    chex.assert_trees_all_equal(with_norms.params, without.params)
+    assert untold.param_norm is None and untold.update_norm is None
+    assert told.param_norm > 0 and told.update_norm > 0 and told.grad_norm == untold.grad_norm
