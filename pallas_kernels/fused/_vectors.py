@@ -7,6 +7,7 @@ loaded, replaced by a value that changes nothing, and not stored.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -168,6 +169,25 @@ class Vectors:
                 place = arith.minui(place, mgpu.c(length - self.vec, index))
             yield _unravelled(place, shape, repeat), past
 
+    def totals(self, tiles: list[Any], scratch, at: Any) -> list[Any]:
+        """The sums of some tiles, with one barrier for all of them.
+
+        Args:
+          tiles: f32.
+          scratch: f32 SMEM `[2, len(tiles) or more, 4]` of this warpgroup.
+          at: which half of it: calls that follow one another must take turns.
+        """
+        if self.interpret:
+            return [jnp.sum(tile) for tile in tiles]
+        scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.float32), layout=SCALAR)
+        types = (plgpu.RefType(), SCALAR, *[self.layout] * len(tiles))
+
+        @plgpu.inline_mgpu(arg_types=types, return_type=(scalar,) * len(tiles))
+        def reduce(_, shared, half, *tiles):
+            return _summed(shared, half, tiles)
+
+        return list(reduce(scratch, jnp.asarray(at, jnp.int32), *tiles))  # pyright: ignore
+
     def total(self, value, scratch, op: str = "add"):
         """The sum (op "max": the largest) of a tile; scratch: this warpgroup's SMEM of 4 f32."""
         if self.interpret:
@@ -208,6 +228,43 @@ def _unravelled(place, shape, repeat: int):
     if repeat == 1:
         found.append(place)
     return found[::-1]
+
+
+def _summed(shared, half, tiles) -> tuple[Any, ...]:
+    """The sums of tiles: within a warp by shuffles, then of the four warps through SMEM."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, gpu, memref, scf, vector
+
+    index, f32 = ir.IndexType.get(), ir.F32Type.get()
+    thread = arith.remui(gpu.thread_id(gpu.Dimension.x), mgpu.c(WARPGROUP, index))
+    warp = arith.divui(thread, mgpu.c(32, index))
+    first = arith.cmpi(
+        arith.CmpIPredicate.eq, arith.remui(thread, mgpu.c(32, index)), mgpu.c(0, index)
+    )
+    half = arith.index_cast(index, half.registers.item())
+    row = lambda k: [half, mgpu.c(k, index)]
+    parts = []
+    for tile in tiles:
+        vectors = functools.reduce(arith.addf, tile.registers.flat)
+        count = ir.VectorType(vectors.type).shape[0]
+        lanes = [vector.extract(vectors, [], [i]) for i in range(count)]
+        part = functools.reduce(arith.addf, lanes)
+        for distance in (16, 8, 4, 2, 1):
+            part = arith.addf(part, mgpu.utils.shfl_bfly(part, distance))
+        parts.append(part)
+    branch = scf.IfOp(first)
+    with ir.InsertionPoint(branch.then_block):
+        for k, part in enumerate(parts):
+            memref.store(part, shared, [*row(k), warp])
+        scf.yield_([])
+    mgpu.warpgroup_barrier()
+    found = []
+    for k in range(len(parts)):
+        four = vector.load(ir.VectorType.get((4,), f32), shared, [*row(k), mgpu.c(0, index)])
+        total = functools.reduce(arith.addf, [vector.extract(four, [], [i]) for i in range(4)])
+        found.append(mgpu.FragmentedArray.splat(total, ()))
+    return tuple(found)
 
 
 def store_scalar(ref, at, value, interpret: bool) -> None:

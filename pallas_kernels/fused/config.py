@@ -11,24 +11,26 @@ class NormConfig:
       ctas: CTAs an SM, one warpgroup each, that share the rows of the forward; 0 makes one for
         every row.
       backward_ctas: CTAs an SM of the backward.
-      backward_warpgroups: of each of them.
+      backward_warpgroups: of each of them; 0: as many as the registers allow.
+      backward_prefetch: whether a warpgroup reads its next row before it works on this one.
 
     Raises:
       ValueError: a count that is out of range.
 
-    >>> NormConfig().backward_warpgroups
-    2
+    >>> NormConfig().backward_ctas
+    1
     """
 
     ctas: int = 0
-    backward_ctas: int = 2
-    backward_warpgroups: int = 2
+    backward_ctas: int = 1
+    backward_warpgroups: int = 0
+    backward_prefetch: bool = False
 
     def __post_init__(self):
         if self.ctas < 0 or self.backward_ctas < 1:
             raise ValueError(f"{self.ctas=} and {self.backward_ctas=} must be positive")
-        if not 1 <= self.backward_warpgroups <= 8:
-            raise ValueError(f"{self.backward_warpgroups=} must be 1 to 8")
+        if not 0 <= self.backward_warpgroups <= 8:
+            raise ValueError(f"{self.backward_warpgroups=} must be 0 to 8")
 
 
 @dataclasses.dataclass(frozen=True)

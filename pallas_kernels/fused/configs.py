@@ -11,7 +11,7 @@ from .gated import ACTIVATIONS, gated, gated_backward
 from .norm import norm, norm_backward
 from .rope import rope
 
-ROWS = 8192
+ROWS, BF16, F32 = 8192, jnp.bfloat16, jnp.float32
 
 
 def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
@@ -44,14 +44,14 @@ def norm_cases() -> Iterator[tuple[str, Callable, tuple]]:
     """Both norms, bare and with everything, at one vector a thread and at the longest rows.
 
     >>> len(list(norm_cases()))
-    10
+    18
     """
     sds = jax.ShapeDtypeStruct
-    for width, dtype in ((4096, jnp.bfloat16), (8192, jnp.bfloat16), (4096, jnp.float32)):
+    for width, dtype in ((1024, BF16), (2048, BF16), (4096, BF16), (8192, BF16), (4096, F32)):
         x, vector = sds((ROWS, width), dtype), sds((width,), dtype)
         name = f"{width} {jnp.dtype(dtype).name}"
         plain = dict(eps=1e-6, centred=False)
-        if dtype == jnp.bfloat16:
+        if dtype == BF16:
             yield f"fused/rms_norm {name}", functools.partial(norm, **plain), (x, vector)
             back = functools.partial(norm_backward, **plain)
             yield f"fused/rms_norm {name} backward", back, (x, vector, x)

@@ -83,7 +83,8 @@ def norm(
                 other = row_of.read(given["residual"].at[row])
                 added = (h[j] + other[j] for j in range(row_of.count))
                 h = row_of.written(given["h"].at[row], added)
-            mean, r = _moments(row_of, h, eps, centred, scratch)
+            mean, (squares,) = _moments(row_of, h, centred, scratch, i)
+            r = lax.rsqrt(squares / width + eps)
             h = h.waiting()
             for j in range(row_of.count):
                 y = (h[j] if mean is None else h[j] - mean) * r * row_of.load(scale_ref, j)
@@ -95,7 +96,7 @@ def norm(
         out = plgpu.kernel(
             body,
             out_type=(like,) if residual is None else (like, like),
-            scratch_types=[plgpu.SMEM((4,), jnp.float32)],
+            scratch_types=[plgpu.SMEM((2, 1, 4), jnp.float32)],
             grid=(ctas,),
             grid_names=("cta",),
             interpret=interpret_params(interpret),
@@ -142,9 +143,11 @@ def norm_backward(
     _check(h, scale, None, dy=dy, dh=dh)
     rows, width = h.shape
     ctas = min(rows, HOPPER_SMS * config.backward_ctas)
-    team = config.backward_warpgroups
     row_of = Row(width, Vectors.piece(h.dtype, interpret))
     sums = 2 if biased else 1
+    # The most that compile without spills (`configs.py`), by the pieces of a row.
+    most = {1: 8, 2: 6, 3: 5, 4: 5}.get(row_of.count, 4 - sums)
+    team = config.backward_warpgroups or most
     size = row_of.count * row_of.tile.size
     if 4 * size * sums * team > SMEM_BYTES - 4096:
         raise NotImplementedError(f"no room for the sums of {team} warpgroups of {width}")
@@ -158,36 +161,46 @@ def norm_backward(
         worker, scratch = cta * team + wg, scratch_ref.at[wg]
         mine = [sums_ref.at[wg, k] for k in range(sums)]
 
-        def one(i, found):
-            row = worker + i * (ctas * team)
-            h, dy = row_of.read(h_ref.at[row]), row_of.read(dy_ref.at[row])
-            mean, r = _moments(row_of, h, eps, centred, scratch)
-            n = lambda j: (h[j] if mean is None else h[j] - mean) * r
+        stride, pieces = ctas * team, range(row_of.count)
+        ahead = config.backward_prefetch
+        refs = [h_ref, dy_ref, *([dh_ref] if ahead and dh_ref is not None else [])]
+        read = lambda row: tuple(tuple(row_of.read(ref.at[row]).tiles) for ref in refs)
+
+        def one(i, carry):
+            found, tiles = carry
+            row = worker + i * stride
+            tiles = tiles if ahead else read(row)
+            coming = read(lax.min(row + stride, jnp.int32(rows - 1))) if ahead else ()
+            h, dy, *more = (Pieces(list(x)) for x in tiles)
             g = lambda j: dy[j] * row_of.load(scale_ref, j)
-            pieces = range(row_of.count)
-            mean_gn = row_of.mean([g(j) * n(j) for j in pieces], scratch)
-            mean_g = row_of.mean([g(j) for j in pieces], scratch) if centred else None
-            h, dy = h.waiting(), dy.waiting()
+            mean, (squares, gh, *rest) = _moments(row_of, h, centred, scratch, i, g)
+            r = lax.rsqrt(squares / width + eps)
+            slope, offset = r * r * r * gh / width, (r * rest[0] / width if rest else None)
+            # Rows wait for their sums in their own dtype: f32 would take twice the registers.
+            h, dy, *more = (x.waiting() for x in (h, dy, *more))
             new = []
             for j in pieces:
-                dx = g(j) - n(j) * mean_gn
-                dx = (dx if mean_g is None else dx - mean_g) * r
+                n = h[j] if mean is None else h[j] - mean
+                dx = g(j) * r - n * slope
+                dx = dx if offset is None else dx - offset
                 if dh_ref is not None:
-                    dx = dx + row_of.load(dh_ref.at[row], j)
+                    dx = dx + (more[0][j] if more else row_of.load(dh_ref.at[row], j))
                 row_of.store(dx_ref.at[row], dx, j)
-                own = (dy[j] * n(j), dy[j])[:sums]
+                own = (dy[j] * (n * r), dy[j])[:sums]
                 if at_hand:
                     new.append(tuple(a + b for a, b in zip(found[j], own, strict=True)))
                 else:
                     for ref, part in zip(mine, own, strict=True):
                         row_of.store(ref, row_of.load(ref, j) + part, j)
-            return tuple(new)
+            return tuple(new), coming
 
         zero = ((row_of.tile.zeros(),) * sums,) * row_of.count
         if not at_hand:
             _keep(row_of, mine, zero)
-        count = _share(rows, ctas * team, worker)
-        found = lax.fori_loop(0, count, one, zero if at_hand else ())
+        start = zero if at_hand else ()
+        first = read(lax.min(worker, jnp.int32(rows - 1))) if ahead else ()
+        count = _share(rows, stride, worker)
+        found, _ = lax.fori_loop(0, count, one, (start, first))
         if at_hand:
             _keep(row_of, mine, found)
         _add_up(row_of, partial_ref.at[cta], sums_ref, barrier, wg)
@@ -198,7 +211,7 @@ def norm_backward(
             body,
             out_type=(like, jax.ShapeDtypeStruct((ctas, sums, width), jnp.float32)),
             scratch_types=[
-                plgpu.SMEM((team, 4), jnp.float32),
+                plgpu.SMEM((team, 2, 3, 4), jnp.float32),
                 plgpu.SMEM((team, sums, size), jnp.float32),
                 plgpu.Barrier(num_arrivals=team),
             ],
@@ -252,9 +265,10 @@ class Row:
         """Piece j."""
         self.tile.store(ref, value, j * self.tile.size)
 
-    def mean(self, parts, scratch):
-        """Over the row; what lies behind its end must be zero."""
-        return self.tile.total(functools.reduce(jnp.add, parts), scratch) / self.width
+    def totals(self, *rows, scratch, at: Any) -> list[Any]:
+        """Of some lists of pieces; what lies behind the end of a row must be zero."""
+        tiles = [functools.reduce(jnp.add, parts) for parts in rows]
+        return self.tile.totals(tiles, scratch, at)
 
     def masked(self, part, j: int):
         """Piece j with zeros behind the end of the row."""
@@ -279,14 +293,19 @@ class Pieces:
         return Pieces(list(lax.optimization_barrier(tuple(self.tiles))))
 
 
-def _moments(row_of: Row, h: Pieces, eps: float, centred: bool, scratch):
-    """(mean or None, 1 / the standard deviation)."""
-    mean, pieces = None, range(row_of.count)
+def _moments(row_of: Row, h: Pieces, centred: bool, scratch, i, g=None):
+    """`(mean or None, [sum (h - mean)^2])`, and of a backward `sum g (h - mean)`, `sum g`."""
+    pieces, mean, at = range(row_of.count), None, i & 1
     if centred:
-        mean = row_of.mean([h[j] for j in pieces], scratch)
-    from_mean = lambda j: h[j] if mean is None else row_of.masked(h[j] - mean, j)
-    squares = (part * part for part in map(from_mean, pieces))
-    return mean, lax.rsqrt(row_of.mean(squares, scratch) + eps)
+        (total,) = row_of.totals([h[j] for j in pieces], scratch=scratch, at=0)
+        mean, at = total / row_of.width, 1
+    n = [h[j] if mean is None else row_of.masked(h[j] - mean, j) for j in pieces]
+    rows = [[part * part for part in n]]
+    if g is not None:
+        slopes = [g(j) for j in pieces]
+        rows.append([a * b for a, b in zip(slopes, n, strict=True)])
+        rows += [slopes] if centred else []
+    return mean, row_of.totals(*rows, scratch=scratch, at=at)
 
 
 def _keep(row_of: Row, refs, parts) -> None:

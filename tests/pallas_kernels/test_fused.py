@@ -177,7 +177,7 @@ def test_the_sum_of_the_logits(no_races):
         (lambda x: rope(x[:, None], x[:, :4], x[:, :4]), ValueError),
         (lambda x: rope(x[:, None, :8], x[:, :4], x[:, :4]), NotImplementedError),
         (lambda x: cross_entropy.log_normaliser(x, jnp.zeros(3, jnp.int32)), ValueError),
-        (lambda x: NormConfig(backward_warpgroups=0), ValueError),
+        (lambda x: NormConfig(backward_warpgroups=9), ValueError),
         (lambda x: GatedConfig(0), ValueError),
         (lambda x: CrossEntropyConfig(ctas=-1), ValueError),
     ],
