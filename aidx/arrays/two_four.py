@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from aidx.ops import registry
+
 from .formats import Array
 from .product import accumulator
 
@@ -124,11 +126,19 @@ def unpack_places(packed: Array, groups: int) -> Array:
     return fields.reshape(-1, 2, packed.shape[-1])[:groups].astype(jnp.int32)
 
 
-def two_four_matmul(x: Array, w: TwoFour) -> Array:
+def two_four_matmul(
+    x: Array, w: TwoFour, *, implementation: registry.ImplementationChoice = None
+) -> Array:
     r"""`x @ w` for dense x `[..., D]`: `[..., F]`, accumulated in f32 at least.
 
-    Tiles of 1024 rows of w are spread out one after another.  The gradient of w is a `TwoFour` with
-    the same places.
+    w is spread out a tile at a time: in shared memory by `mosaic_gpu` (CUDA; bf16 and f16, D a
+    multiple of 512 and F of 64), 1024 rows at once by `xla`, which also computes the gradients.
+    The gradient of w is a `TwoFour` with the same places.
+
+    Args:
+      x: `[..., D]`.
+      w: `[D, F]`.
+      implementation: None, a name or a sequence of names of op "two_four".
 
     Raises:
       ValueError: sizes that do not fit.
@@ -139,22 +149,61 @@ def two_four_matmul(x: Array, w: TwoFour) -> Array:
     """
     if x.ndim == 0 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"sizes differ: {x.shape=} @ {w.shape=}")
-    return _matmul(x, w)
+    names = tuple(entry.name for entry in registry.resolve("two_four", implementation))
+    return _matmul(x, w, names)
 
 
-@jax.jit
-def _matmul(x: Array, w: TwoFour) -> Array:
+@functools.partial(jax.jit, static_argnames=("names",))
+def _matmul(x: Array, w: TwoFour, names: tuple[str, ...]) -> Array:
     dtype = jnp.result_type(x, w.values)
-    lead, (D, F) = x.shape[:-1], w.shape
-    x = x.reshape(-1, D).astype(dtype)
+    flat = x.reshape(-1, x.shape[-1]).astype(dtype)
+    out = _product(flat, w.values.astype(dtype), w.places, names)
+    return out.reshape(*x.shape[:-1], w.shape[1])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _product(x: Array, values: Array, places: Array, names: tuple[str, ...]) -> Array:
+    """`x [T, D] @ w`; linear in x and in the values, with XLA's product for tangents."""
+
+    @jax.custom_batching.custom_vmap
+    def apply(x: Array, values: Array, places: Array) -> Array:
+        return registry.dispatch(registry.Call("two_four", names, None), (x, values, places))
+
+    @apply.def_vmap
+    def _(size: int, batched: Any, x: Array, values: Array, places: Array) -> tuple[Array, bool]:
+        if tuple(batched) == (True, False, False):  # more rows of x
+            return apply(x.reshape(-1, x.shape[-1]), values, places).reshape(
+                size, x.shape[1], -1
+            ), True
+        axes = tuple(0 if b else None for b in batched)
+        return jax.vmap(_by_tiles, in_axes=axes)(x, values, places), True
+
+    return apply(x, values, places)
+
+
+@functools.partial(_product.defjvp, symbolic_zeros=True)
+def _product_jvp(names: tuple[str, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, values, places), (dx, dvalues, _) = primals, tangents
+    out = _product(x, values, places, names)
+    terms = []
+    if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
+        terms.append(_by_tiles(dx, values, places))
+    if not isinstance(dvalues, jax.custom_derivatives.SymbolicZero):
+        terms.append(_by_tiles(x, dvalues, places))
+    return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
+
+
+def _by_tiles(x: Array, values: Array, places: Array) -> Array:
+    """The product in `jax.numpy`."""
+    dtype, (D, F) = x.dtype, (x.shape[1], values.shape[-1])
     acc = accumulator(dtype)
     # D in as few equal tiles of at most TILE rows as bytes of places allow (8 rows each).
     tiles = max(1, -(-D // TILE))
     rows = -(-D // (8 * tiles)) * 8
     missing = tiles * rows - D
     x = jnp.pad(x, ((0, 0), (0, missing))).reshape(-1, tiles, rows).swapaxes(0, 1)
-    values = jnp.pad(w.values.astype(dtype), ((0, missing // 4), (0, 0), (0, 0)))
-    packed = jnp.pad(w.places, ((0, tiles * rows // 8 - w.places.shape[0]), (0, 0)))
+    values = jnp.pad(values, ((0, missing // 4), (0, 0), (0, 0)))
+    packed = jnp.pad(places, ((0, tiles * rows // 8 - places.shape[0]), (0, 0)))
     values = values.reshape(tiles, rows // 4, 2, F)
     packed = packed.reshape(tiles, rows // 8, F)
 
@@ -167,7 +216,21 @@ def _matmul(x: Array, w: TwoFour) -> Array:
     with jax.named_scope("two_four_matmul"):
         zero = jnp.zeros((x.shape[1], F), acc)
         out, _ = jax.lax.scan(add_tile, zero, (x, values, packed))
-        return out.astype(dtype).reshape(*lead, F)
+        return out.astype(dtype)
+
+
+def _two_four_mosaic(spec: None, operands: Any) -> Array:
+    from aidx.ops import sparse_kernels
+
+    return sparse_kernels.two_four_matmul(*operands)
+
+
+def _two_four_xla(spec: None, operands: Any) -> Array:
+    return _by_tiles(*operands)
+
+
+registry.register("two_four", "mosaic_gpu", platforms=("cuda",))(_two_four_mosaic)
+registry.register("two_four", "xla")(_two_four_xla)
 
 
 def _spread(values: Array, places: Array) -> Array:

@@ -9,3 +9,4 @@ from pallas_kernels.sparse import block_sample as block_sample
 from pallas_kernels.sparse import entry_matmul as entry_matmul
 from pallas_kernels.sparse import row_matmul as row_matmul
 from pallas_kernels.sparse import row_sample as row_sample
+from pallas_kernels.sparse import two_four_matmul as two_four_matmul

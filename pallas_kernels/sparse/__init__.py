@@ -8,3 +8,4 @@ from .rows import RowConfig as RowConfig
 from .rows import entry_matmul as entry_matmul
 from .rows import row_matmul as row_matmul
 from .rows import row_sample as row_sample
+from .two_four import two_four_matmul as two_four_matmul

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from .block_matmul import block_matmul
 from .block_sample import block_sample
 from .rows import entry_matmul, row_matmul, row_sample
+from .two_four import two_four_matmul
 
 
 def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
     """(name, function, abstract arguments).
 
-    >>> sorted({name.split()[1] for name, _, _ in compile_cases()})
-    ['matmul', 'sample', 'turned']
+    >>> sorted({name.split()[0] for name, _, _ in compile_cases()})
+    ['sparse/block', 'sparse/entry', 'sparse/row', 'sparse/two']
     """
     sds, i32 = jax.ShapeDtypeStruct, jnp.int32
     for bh, bw in ((128, 128), (64, 64), (32, 32), (128, 32)):
@@ -29,6 +30,8 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
         g, x = (sds((64 * side, 4096), jnp.bfloat16) for side in (bh, bw))
         f = functools.partial(block_sample, block=(bh, bw))
         yield f"sparse/block sample {bh}x{bw}", f, (g, x, entries, entries)
+    w = sds((1024, 2, 4096), jnp.bfloat16), sds((512, 4096), jnp.uint8)
+    yield "sparse/two four matmul", two_four_matmul, (sds((256, 4096), jnp.bfloat16), *w)
     for n, dtype in ((1, "float32"), (32, "float32"), (256, "float32"), (64, "bfloat16")):
         x, g, data = sds((1000, n), dtype), sds((900, n), dtype), sds((10**5,), dtype)
         entries, indptr, case = sds((10**5,), i32), sds((901,), i32), f"x{n} {dtype}"

@@ -34,6 +34,24 @@ def test_two_of_four_keeps_the_largest_and_multiplies_like_dense(seed):
     np.testing.assert_allclose(gx, gdx, 1e-4, 1e-5)
 
 
+def test_two_of_four_under_vmap_forward_mode_and_on_cuda():
+    w = jax.random.normal(jax.random.key(0), (2, 512, 64), jnp.bfloat16).astype(jnp.float32)
+    s = [TwoFour.from_dense(m) for m in w]
+    x = jax.random.normal(jax.random.key(1), (3, 4, 512))
+    rows = jax.vmap(lambda x: x @ s[0])(x)
+    np.testing.assert_allclose(rows, x @ s[0].to_dense(), 1e-3, 1e-3)
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *s)
+    both = jax.vmap(lambda s: x[0] @ s)(stack)
+    np.testing.assert_allclose(both[1], x[0] @ s[1].to_dense(), 1e-3, 1e-3)
+    move = jax.jvp(lambda x: x @ s[0], (x,), (x,))[1]
+    np.testing.assert_allclose(move, rows, 1e-4, 1e-4)
+    half = x.astype(jnp.bfloat16), s[0].with_values(s[0].values.astype(jnp.bfloat16))
+    traced = lambda *args: jax.jit(sparse.two_four_matmul).trace(*args)
+    lower = lambda *args: traced(*args).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lower(*half).as_text()
+    assert "mosaic_gpu" not in lower(x, s[0]).as_text()  # f32 is not rounded
+
+
 def test_two_of_four_takes_nine_sixteenths_and_never_spreads_whole():
     w = jnp.ones((8192, 256), jnp.bfloat16)
     s = jax.eval_shape(sparse.two_four, w)

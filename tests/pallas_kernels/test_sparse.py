@@ -18,6 +18,7 @@ from pallas_kernels.sparse import (
     reference,
     row_matmul,
     row_sample,
+    two_four_matmul,
 )
 from pallas_kernels.sparse.block_matmul import BlockMatmul, rows_by_size
 from pallas_kernels.sparse.rows import continued
@@ -183,6 +184,31 @@ def test_row_kernels_lower(n):
             assert "mosaic_gpu" in lowered.as_text()
 
 
+def two_four(T, D, F, dtype=jnp.bfloat16):
+    """x, values, places, and x @ w in f64."""
+    rng = np.random.default_rng(0)
+    at = np.sort(rng.permuted(np.tile(np.arange(4), (D // 4, F, 1)), axis=-1)[..., :2], axis=-1)
+    at = np.moveaxis(at, -1, 1)  # [D / 4, 2, F]
+    nibble = at[:, 0] | at[:, 1] << 2
+    places = jnp.asarray(nibble[0::2] | nibble[1::2] << 4, jnp.uint8)
+    x = jnp.asarray(rng.standard_normal((T, D)), dtype)
+    values = jnp.asarray(rng.standard_normal((D // 4, 2, F)), dtype)
+    dense = np.zeros((D // 4, 4, F))
+    np.put_along_axis(dense, at, np.asarray(values, np.float64), 1)
+    return x, values, places, np.asarray(x, np.float64) @ dense.reshape(D, F)
+
+
+@pytest.mark.smoke
+def test_two_of_four_is_spread_out_in_shared_memory(capfd):
+    x, values, places, want = two_four(70, 1024, 64)
+    close(two_four_matmul(x, values, places, interpret=True), want)
+    assert "RACE" not in capfd.readouterr().out
+    with pytest.raises(NotImplementedError, match="512"):
+        two_four_matmul(x[:, :256], values[:64], places[:32])
+    with pytest.raises(ValueError, match="do not fit"):
+        two_four_matmul(x, values[1:], places)
+
+
 # --- on a GPU (Hopper) ----------------------------------------------------------------------------
 
 
@@ -193,6 +219,13 @@ def test_blocks_on_a_gpu(block, turned):
     for n in (5, 72, 520):
         check_matmul(blocks(*block, n, turned), turned)
         check_sample(blocks(*block, n), block)
+
+
+@pytest.mark.gpu
+def test_two_of_four_on_a_gpu():
+    for shape in ((1, 512, 64), (300, 2048, 192)):
+        x, values, places, want = two_four(*shape)
+        close(two_four_matmul(x, values, places), want)
 
 
 def long_rows(M, N, seed=0):
