@@ -21,6 +21,7 @@ from ._vectors import Vectors, checked_rows, store_scalar
 from .config import CROSS_ENTROPY, CrossEntropyConfig
 
 LOG2E = math.log2(math.e)
+LARGE = 2.0**126
 
 
 def log_normaliser(
@@ -67,7 +68,8 @@ def log_normaliser(
         def along(row_ref, parts, carry):
             """The running (maximum, sum of powers, sum) of every lane after some more parts."""
             m, s, *sums = carry
-            new = functools.reduce(jnp.maximum, parts, m)
+            # An infinite logit makes the sum infinite; an infinite maximum would make it NaN.
+            new = jnp.minimum(functools.reduce(jnp.maximum, parts, m), LARGE)
             base = new * LOG2E
             s = s * jnp.exp2(m * LOG2E - base)
             for part in parts:

@@ -155,10 +155,13 @@ def test_cross_entropy(dtype, monkeypatch, no_races):
     close(d, exact, dtype, times=4)  # lse has a rounding of its own
 
 
-def test_the_sum_of_the_logits(no_races):
-    logits = draw(0, 1, 1032, dtype="float32")
-    total = cross_entropy.log_normaliser(logits, jnp.array([0]), total=True, interpret=True)[2]
-    close(total, f64(logits).sum(-1), "float32")
+def test_sums_of_the_logits_and_rows_that_are_not_finite(no_races):
+    logits = draw(0, 4, 1032, dtype="float32")
+    logits = logits.at[1, 1030].set(jnp.inf).at[2].set(-jnp.inf).at[3, 7].set(jnp.nan)
+    call = functools.partial(cross_entropy.log_normaliser, total=True, interpret=True)
+    lse, _, total = call(logits, jnp.zeros(4, jnp.int32))
+    np.testing.assert_allclose(total[0], f64(logits)[0].sum(), rtol=1e-5)
+    np.testing.assert_allclose(lse, jax.nn.logsumexp(logits, axis=-1), rtol=1e-6)
 
 
 # --- what is refused, what lowers -----------------------------------------------------------------

@@ -145,5 +145,5 @@ def test_the_laws_on_a_gpu(name):
         tolerance=tolerance,
     )
     results = {(row.case, row.result) for row in report.rows}
-    assert {("(3,) x 16", "ok"), ("(300,) x %d" % width, "ok")} <= results
+    assert {("(3,) x 16", "ok"), (f"(300,) x {width}", "ok")} <= results
     assert {("(0,) x 8", "refused"), ("(2, 1) x 6", "refused")} <= results
