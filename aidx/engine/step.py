@@ -431,14 +431,14 @@ def token_buckets(max_num_batched_tokens: int, *, cpu: bool = True) -> tuple[int
     """Tokens that other steps come in.
 
     Padding costs what tokens cost, on a GPU from some 256 tokens on (below, the parameters' bytes
-    are the bound).  So: halves, and a size between two where steps of decodes and one prompt fall;
+    are the bound).  So: halves, and sizes between two where steps of decodes and one prompt fall;
     on a CPU quarters at the small end.
 
     Example:
         >>> token_buckets(2048)
         (32, 128, 512, 1024, 2048)
         >>> token_buckets(256)
-        (16, 64, 128, 192, 256)
+        (16, 64, 128, 160, 192, 224, 256)
         >>> token_buckets(8192, cpu=False)
         (128, 384, 512, 768, 1024, 2048, 4096, 8192)
     """
@@ -455,7 +455,7 @@ def token_buckets(max_num_batched_tokens: int, *, cpu: bool = True) -> tuple[int
         size = -(-size // (2 if len(sizes) < 3 else 4))
         sizes.append(max(size, 16))
     if 128 < max_num_batched_tokens <= 512:
-        sizes.append(max_num_batched_tokens * 3 // 4)
+        sizes += [max_num_batched_tokens * eighths // 8 for eighths in (5, 6, 7)]
     return tuple(sorted(set(sizes)))
 
 
@@ -485,9 +485,10 @@ def all_shapes(
         if sampler is not everything or r == max_num_seqs
     ]
     shared = [
-        Shape(max_num_seqs, max_num_seqs, 1, sampler, cascade=True)
+        Shape(r, r, 1, sampler, cascade=True)
+        for r in row_buckets(max_num_seqs, cpu=cpu)
         for sampler in (Sampler("plain"), Sampler("full"), everything)
-        if cascade
+        if cascade and 8 * r >= max_num_seqs and (sampler.variant == "plain" or r == max_num_seqs)
     ]
     sizes = token_buckets(max_num_batched_tokens, cpu=cpu)
     prefill = [

@@ -26,7 +26,8 @@ Array = jax.Array
 NEG_INF = float("-inf")
 FEW = 8  # queries of a row up to which all rows go through the work list
 CHUNK = 64  # keys of a chunk of `_rows`: what a row's last chunk wastes is half of it
-TILE_Q, TILE_CHUNK = 64, 512  # queries and keys of `_tiles`
+MANY = 16  # rows from which on chunks are twice as long: fewer trips are worth more than the waste
+TILE_Q, TILE_CHUNK = 64, 256  # queries and keys of `_tiles`
 ITEMS = 128  # work items of a trip, at most
 
 
@@ -312,7 +313,7 @@ def _rows(spec: PagedSpec, ops: PagedOperands, rows: Rows, Q: int) -> tuple[Arra
     N = ops.q.shape[1]
     K, block_size = ops.k_pool.shape[1:3]
     R, M = rows.tables.shape
-    size = _chunk_size(spec, ops, CHUNK, M * block_size)
+    size = _chunk_size(spec, ops, CHUNK if R < MANY else 2 * CHUNK, M * block_size)
     row = jnp.arange(R, dtype=jnp.int32)
     low, high = _key_range(spec, ops, rows)
     first, past = low // size, -(-high // size)
