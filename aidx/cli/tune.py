@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         cases = [(name, shape) for name, shapes in found for shape in args.shapes or shapes]
         if not cases:
-            raise ValueError(f"{' '.join(args.op)} names no shapes of its own: give --shapes")
+            raise ValueError(f"{' '.join(args.op or [])} names no shapes of its own: give --shapes")
         outcomes = _tune(cases, worker, args)
     return report(outcomes, args)
 
@@ -132,7 +132,7 @@ def row(outcome: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"op": outcome.op, "case": outcome.case}
     if outcome.entry is None:
         return {**found, "problem": outcome.problem}
-    best, default = outcome.entry.best(), outcome.entry.find(outcome.default)
+    best, default = outcome.best, outcome.entry.find(outcome.default)
     return {
         **found,
         "device": outcome.entry.device,

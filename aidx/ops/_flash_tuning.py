@@ -173,9 +173,9 @@ def _case(text: str) -> tuple[tuple[FlashOperands], dict[str, Any]]:
         specs.append(_explained(*arrays, **options)[0])
         return ()
 
-    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    jax.eval_shape(door, *operands)
-    return (FlashOperands(*operands),), {"spec": specs[0]}
+    q, k, v = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+    jax.eval_shape(door, q, k, v)
+    return (FlashOperands(q, k, v),), {"spec": specs[0]}
 
 
 def _backward_case(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,9 +16,11 @@ class Store(Protocol):
 
     def key_value_set(self, key: str, value: str) -> None:
         """Make a value known to all."""
+        ...
 
     def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
         """Wait for it."""
+        ...
 
 
 def shared_store() -> tuple[int, Store] | None:

@@ -15,8 +15,8 @@ import jax
 from .._platform import platform_of
 from . import agree, store
 from .settings import Settings, settings
-from .table import Entry, Measurement
-from .trial import attempt, prepare
+from .table import Entry
+from .trial import Programs, prepare, tuned
 from .tunable import Tunable, code_hash, config_text
 
 
@@ -141,11 +141,12 @@ class _Call:
 
     def choice(self) -> Choice:
         texts = {config_text(config): config for config in self.space}
+        order = tuple(texts)  # the default first
         taken = lambda m, source: Choice(self.tunable.name, texts[m.config], source)
         shape = (self.tunable.name, self.device, self.key)
         for table in reversed(self.settings.pinned):
             for entry in table.of_shape(*shape):
-                if found := entry.best(texts):
+                if found := entry.best(order):
                     return taken(found, "pinned")
         place = (*shape[:2], jax.__version__, code_hash(self.tunable.sources), self.key)
         entry = store.read(self.settings.cache, place) or Entry(*place)
@@ -153,18 +154,17 @@ class _Call:
         missing = [text for text in texts if entry.find(text) is None]
         if self.settings.mode == "on" and missing:
             allowed = self._allowed(missing, entry.code)
-            measured = _tune_here(self, [texts[text] for text in allowed])
-            if measured:
-                entry = entry.updated(measured)
+            if allowed:
+                entry = _tune_here(self, entry, texts, allowed)
                 store.write(self.settings.cache, entry)
-                if (found := entry.best(texts)) and entry.find(found.config) in measured:
+                if found := entry.best(order):
                     return taken(found, "tuned")
             if len(allowed) < len(missing):
                 reason = f"{len(missing) - len(allowed)} of {len(texts)} are not through the gate"
-        if found := entry.best(texts):
+        if found := entry.best(order):
             return taken(found, "disk cache")
         for entry in store.shipped().of_shape(*shape):
-            if found := entry.best(texts):
+            if found := entry.best(order):
                 return taken(found, "shipped")
         if self.settings.mode == "cached-only":
             raise NotTuned(f"nobody has timed {self.tunable.name} at {self.key} on {self.device}")
@@ -185,14 +185,14 @@ class _Call:
         return [] if alone else found  # there would be nothing to compare it with
 
 
-def _tune_here(call: _Call, configs: Sequence[Hashable]) -> list[Measurement]:
+def _tune_here(
+    call: _Call, entry: Entry, space: Mapping[str, Hashable], missing: Sequence[str]
+) -> Entry:
     """Time configurations in a thread of their own, which knows nothing of the trace around."""
-    if not configs:
-        return []
 
-    def work() -> list[Measurement]:
+    def work() -> Entry:
         trial = prepare(call.tunable, call.operands, call.static)
-        return [attempt(trial, config, call.settings.timer) for config in configs]
+        return tuned(Programs(trial, call.settings.timer), entry, space, missing)
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()

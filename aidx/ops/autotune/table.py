@@ -9,11 +9,12 @@ import os
 import pathlib
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 FORMAT = "aidx tuning 1"
+MARGIN = 0.02  # what a configuration has to be faster by than the default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +54,42 @@ class Entry:
         """What became of this configuration, None where it was not tried."""
         return next((m for m in self.measurements if m.config == config), None)
 
-    def best(self, among: Iterable[str] | None = None) -> Measurement | None:
-        """The fastest that gave the right result, among these configurations.
+    def best(self, among: Sequence[str]) -> Measurement | None:
+        """The fastest that gave the right result, among these configurations, the default first.
 
-        >>> a, b = Measurement("1", 2e-3), Measurement("2", 1e-3)
-        >>> Entry("op/part", "cpu", "", "", "{}", (a, b)).best().config
-        '2'
+        The default stays where the fastest is not faster by `MARGIN`: less is noise.
+
+        >>> entry = Entry("op/part", "cpu", "", "", "{}", (Measurement("1", 1.0),))
+        >>> [entry.updated([Measurement("2", s)]).best(["1", "2"]).config for s in (0.9, 0.99)]
+        ['2', '1']
         """
-        allowed = None if among is None else set(among)
-        timed = [
-            m
-            for m in self.measurements
-            if m.seconds is not None and (allowed is None or m.config in allowed)
-        ]
-        return min(timed, key=lambda m: m.seconds or 0.0, default=None)
+        order = self.ranked(among)
+        if not order:
+            return None
+        default = next((m for m in order if m.config == among[0]), order[0])
+        won = (order[0].seconds or 0.0) < (1 - MARGIN) * (default.seconds or 0.0)
+        return order[0] if won else default
+
+    def ranked(self, among: Sequence[str]) -> list[Measurement]:
+        """What gave the right result, among these configurations, the fastest first."""
+        timed = [m for m in self.measurements if m.seconds is not None and m.config in among]
+        return sorted(timed, key=lambda m: m.seconds or 0.0)
+
+    def finalists(self, among: Sequence[str]) -> list[str]:
+        """The default and the two fastest others: what is timed again, in turns.
+
+        >>> timed = [Measurement(str(s), float(s)) for s in (4, 3, 2, 1)]
+        >>> Entry("op/part", "cpu", "", "", "{}", tuple(timed)).finalists(["4", "3", "2", "1"])
+        ['4', '1', '2']
+        """
+        order = [m.config for m in self.ranked(among)]
+        others = [config for config in order if config != among[0]][:2]
+        return [config for config in order if config == among[0]] + others
+
+    def confirmed(self, seconds: Mapping[str, float]) -> Entry:
+        """With these times in place of the first ones."""
+        again = lambda m: dataclasses.replace(m, seconds=seconds.get(m.config, m.seconds))
+        return dataclasses.replace(self, measurements=tuple(map(again, self.measurements)))
 
     def updated(self, measurements: Iterable[Measurement]) -> Entry:
         """With these in place of what is known of the same configurations."""

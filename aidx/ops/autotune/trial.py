@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .table import Measurement
+from .table import Entry, Measurement
 from .tunable import Tunable, config_text
 
 CACHE_BYTES = 100 << 20  # twice the L2 of an H200: rotated operands come from memory
 MOST_SETS = 16
 ROUNDS = 8  # of all sets in a program
 QUEUE = 4  # programs in flight
+TURNS = 9  # of the best and the default
 
 Timer = Callable[["Trial", Hashable], float]
 
@@ -49,7 +50,7 @@ def prepare(
     ...     return x + x
     >>> doc = Tunable("doc/trial", run, lambda x: (1, 2), lambda x: 2 * x, ())
     >>> trial = prepare(doc, (jax.ShapeDtypeStruct((4,), jnp.float32),), {})
-    >>> len(trial.sets), attempt(trial, 1, timer=lambda trial, config: 0.5).seconds
+    >>> len(trial.sets), attempt(Programs(trial, lambda trial, config: 0.5), 1).seconds
     (16, 0.5)
     """
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -76,36 +77,70 @@ def compiled(trial: Trial, config: Hashable, chain: bool = True) -> Any:
     return jax.jit(program).lower(*trial.sets).compile()
 
 
-def attempt(
-    trial: Trial,
-    config: Hashable,
-    timer: Timer | None = None,
-    program: Callable[[], Any] | None = None,
-) -> Measurement:
+class Programs:
+    """The compiled programs of a trial's configurations, made when they are first asked for."""
+
+    def __init__(self, trial: Trial, timer: Timer | None = None):
+        """`timer` is a clock in place of the device's time."""
+        self.trial, self.timer = trial, timer
+        self._made: dict[str, Any] = {}
+
+    def get(self, config: Hashable) -> Any:
+        """What `compiled` gives."""
+        text = config_text(config)
+        if text not in self._made:
+            self._made[text] = compiled(self.trial, config, chain=self.timer is None)
+        return self._made[text]
+
+    def seconds(self, config: Hashable, repeats: int) -> float:
+        """Device seconds of a call: the median of `repeats` samples."""
+        if self.timer is not None:
+            return self.timer(self.trial, config)
+        return device_seconds(self.get(config), self.trial.sets, repeats=repeats)
+
+
+def tuned(
+    programs: Programs, entry: Entry, space: Mapping[str, Hashable], missing: Sequence[str]
+) -> Entry:
+    """`entry` with the `missing` configurations of a space (the default first) timed.
+
+    The best two and the default are timed again in turns, so that what changes with time (clocks,
+    heat, neighbours) is the same for all of them.
+    """
+    for text in missing:
+        entry = entry.updated([attempt(programs, space[text])])
+    finalists = {text: space[text] for text in entry.finalists(tuple(space))}
+    return entry.confirmed(in_turns(programs, finalists))
+
+
+def attempt(programs: Programs, config: Hashable) -> Measurement:
     """What becomes of one configuration: its seconds, if its result is right, or its failure.
 
     What fails in a way that this does not know raises; in a worker process that ends the process,
     which is recorded as well.
-
-    Args:
-      trial: operands and the reference's result.
-      config: the configuration.
-      timer: a clock in place of the device's time.
-      program: gives what `compiled` gives, where that is made elsewhere.
     """
-    text = config_text(config)
+    text, trial = config_text(config), programs.trial
     try:
-        made = program() if program else compiled(trial, config, chain=timer is None)
-        got = jax.block_until_ready(made(*trial.sets))[1]
+        got = jax.block_until_ready(programs.get(config)(*trial.sets))[1]
         error = (trial.tunable.error or relative_error)(got, trial.want)
         limit = trial.tunable.limit(trial.sets[0])
         if not error <= limit:
             return Measurement(text, error=_finite(error), failure=f"wrong: error {error:.2g} is "
                                f"above {limit:.2g}")  # fmt: skip
-        seconds = timer(trial, config) if timer else device_seconds(made, trial.sets)
-        return Measurement(text, seconds=seconds, error=error)
+        return Measurement(text, seconds=programs.seconds(config, 5), error=error)
     except FAILURES as error:
         return Measurement(text, failure=_reason(error))
+
+
+def in_turns(programs: Programs, configs: Mapping[str, Hashable]) -> dict[str, float]:
+    """The median seconds of each configuration, over rounds in which each has its turn."""
+    if len(configs) < 2:
+        return {}
+    samples: dict[str, list[float]] = {text: [] for text in configs}
+    for _ in range(TURNS):
+        for text, config in configs.items():
+            samples[text].append(programs.seconds(config, 1))
+    return {text: median(values) for text, values in samples.items()}
 
 
 def _finite(error: float) -> float | None:
@@ -208,17 +243,24 @@ def chained(f: Callable[..., Any], rounds: int) -> Callable[..., tuple[jax.Array
     return program
 
 
-def device_seconds(chain: Any, sets: Sequence[Any], *, repeats: int = 5) -> float:
+def device_seconds(
+    chain: Any,
+    sets: Sequence[Any],
+    *,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Median device seconds of one call of a compiled chain.
 
     Programs of many calls are queued; the time of one is taken off that of several, so that
-    dispatch and the way back do not count.
+    dispatch and the way back do not count.  Nothing else may run in the process meanwhile: threads
+    that compile would hold up the dispatch of short calls.
     """
 
     def took(count: int) -> float:
-        start = time.perf_counter()
+        start = clock()
         jax.block_until_ready([chain(*sets) for _ in range(count)])
-        return time.perf_counter() - start
+        return clock() - start
 
     took(1)
     samples = [took(QUEUE) - took(1) for _ in range(repeats)]

@@ -227,7 +227,8 @@ def code_hash(sources: tuple[str, ...]) -> str:
         folders = [pathlib.Path(p) for p in getattr(module, "__path__", ())]
         files = sorted(f for folder in folders for f in folder.rglob("*.py"))
         if not files:
-            files = [pathlib.Path(module.__file__)] if getattr(module, "__file__", None) else []
+            own = getattr(module, "__file__", None)
+            files = [] if own is None else [pathlib.Path(own)]
         for file in files:
             digest.update(f"{name} {file.name}\0".encode())
             digest.update(_tokens(file.read_text()))

@@ -27,13 +27,31 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a case: its entry and the default's configuration, or why there is none."""
+    """What became of a case: its entry and the candidates, or why there is none."""
 
     op: str
     case: str
     entry: Entry | None = None
-    default: str = ""
+    candidates: tuple[str, ...] = ()  # the default first
     problem: str = ""
+
+    @property
+    def default(self) -> str:
+        """The default's configuration.
+
+        >>> Outcome("op/part", "8", candidates=("1", "2")).default
+        '1'
+        """
+        return self.candidates[0]
+
+    @property
+    def best(self) -> Measurement | None:
+        """The configuration that calls will take, None where there is none.
+
+        >>> Outcome("op/part", "8", problem="no such device").best is None
+        True
+        """
+        return self.entry and self.entry.best(self.candidates)
 
     @property
     def gain(self) -> float | None:
@@ -42,7 +60,7 @@ class Outcome:
         >>> Outcome("op/part", "8", problem="no such device").gain is None
         True
         """
-        best = self.entry and self.entry.best()
+        best = self.best
         base = self.entry and self.entry.find(self.default)
         if not best or not base or not best.seconds or not base.seconds:
             return None
@@ -130,4 +148,23 @@ def _tune_case(
         store.write(cache, entry)
         known = len(configs) - len(missing) + index + 1
         report(Progress(op, case, known, len(configs), measured))
-    return Outcome(op, case, entry, configs[0])
+    if missing:
+        entry = _confirmed(worker, timeout, op, case, entry, configs)
+        store.write(cache, entry)
+    return Outcome(op, case, entry, tuple(configs))
+
+
+def _confirmed(
+    worker: Worker, timeout: float, op: str, case: str, entry: Entry, configs: Sequence[str]
+) -> Entry:
+    """The best two and the default, timed again in turns; what does not survive that has failed."""
+    finalists = entry.finalists(configs)
+    if len(finalists) < 2:
+        return entry
+    try:
+        worker.ask(max(timeout, START_SECONDS), do="prepare", op=op, case=case, ahead=finalists)
+        return entry.confirmed(worker.ask(timeout, do="turns", op=op, case=case, configs=finalists))
+    except WorkerFailure as failure:
+        others = [config for config in finalists if config != configs[0]]
+        reason = f"{failure} (when it was timed again)"
+        return entry.updated([Measurement(config, failure=reason) for config in others])

@@ -8,6 +8,7 @@ when an answer takes too long, and starts another.  Messages are JSON, one a lin
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -137,12 +138,13 @@ class Worker:
 
 
 class _Cases:
-    """What the process has prepared: one case at a time, its configurations compiled ahead."""
+    """What the process has prepared: one case at a time, and its compiled programs."""
 
     def __init__(self):
         self.name: tuple[str, str] | None = None
-        self.trial: Any = None
-        self.compiled: dict[str, concurrent.futures.Future] = {}
+        self.programs: Any = None
+        self.space: dict[str, Hashable] = {}
+        self.ahead: set[str] = set()  # what has been compiled ahead, or failed to be
         self.compilers = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
     def describe(self, op: str, case: str) -> dict[str, Any]:
@@ -168,37 +170,47 @@ class _Cases:
         }
 
     def prepare(self, op: str, case: str, ahead: Sequence[str] = ()) -> None:
-        """Make operands and the reference's result; begin to compile configurations."""
+        """Make operands and the reference's result; compile configurations, several at once.
+
+        All of them before anything is timed: threads that compile disturb the clock.  What fails
+        fails again when it is timed, alone.
+        """
         from . import tunable as known
-        from .trial import compiled, prepare
+        from .trial import FAILURES, Programs, prepare
 
         if self.name != (op, case):
             one = known.get(op)
             operands, static = known.case_of(one, case)
-            self.name, self.compiled = None, {}
-            self.trial = prepare(one, operands, static)
+            self.name, self.ahead = None, set()
+            self.programs = Programs(prepare(one, operands, static))
+            found = one.candidates(*operands, **static)
+            self.space = {known.config_text(config): config for config in found}
             self.name = (op, case)
-        for text in ahead:
-            if text not in self.compiled:
-                config = self._config(text)
-                self.compiled[text] = self.compilers.submit(compiled, self.trial, config)
+        new = [text for text in ahead if text not in self.ahead]
+        self.ahead.update(new)
+        jobs = [self.compilers.submit(self.programs.get, self._config(text)) for text in new]
+        for job in jobs:
+            with contextlib.suppress(*FAILURES):
+                job.result()
 
     def time(self, op: str, case: str, config: str) -> dict[str, Any]:
         """What becomes of a configuration."""
         from .trial import attempt
 
-        self.prepare(op, case, [config])
-        program = self.compiled[config].result
-        return dataclasses.asdict(attempt(self.trial, self._config(config), program=program))
+        self.prepare(op, case)
+        return dataclasses.asdict(attempt(self.programs, self._config(config)))
+
+    def turns(self, op: str, case: str, configs: Sequence[str]) -> dict[str, float]:
+        """The seconds of some configurations, timed in turns."""
+        from .trial import in_turns
+
+        self.prepare(op, case, configs)
+        return in_turns(self.programs, {text: self._config(text) for text in configs})
 
     def _config(self, text: str) -> Hashable:
-        from .tunable import config_text
-
-        operands, static = self.trial.sets[0], self.trial.static
-        found = {config_text(c): c for c in self.trial.tunable.candidates(*operands, **static)}
-        if text not in found:
-            raise ValueError(f"{text} is no candidate; there are {list(found)}")
-        return found[text]
+        if text not in self.space:
+            raise ValueError(f"{text} is no candidate; there are {list(self.space)}")
+        return self.space[text]
 
 
 def listed(ops: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
@@ -227,6 +239,7 @@ def main(modules: Sequence[str]) -> None:
         "describe": cases.describe,
         "prepare": cases.prepare,
         "time": cases.time,
+        "turns": cases.turns,
     }
     for line in sys.stdin.buffer:
         message = json.loads(line)
