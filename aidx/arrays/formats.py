@@ -326,7 +326,7 @@ class BSC(SparseMatrix):
         cls, matrix: Any, *, block_size: tuple[int, int] | None = None, nse: int | None = None
     ) -> BSC:
         """A scipy.sparse matrix or array; `block_size` is needed unless it is BSR."""
-        turned = None if block_size is None else block_size[::-1]
+        turned = None if block_size is None else (block_size[1], block_size[0])
         return BSR.from_scipy(matrix.T, block_size=turned, nse=nse).T
 
     @property
@@ -346,11 +346,13 @@ class BSC(SparseMatrix):
 
     def block_coordinates(self) -> tuple[Array, Array]:
         """(block rows, block columns) i32 `[nse]`; padding is (M // bh, N // bw)."""
-        return self.T.block_coordinates()[::-1]
+        col, row = self.T.block_coordinates()
+        return row, col
 
     def coordinates(self) -> tuple[Array, Array]:
         """(rows `[nse, 1, bh]`, columns `[nse, bw, 1]`) of every stored value."""
-        return self.T.coordinates()[::-1]
+        col, row = self.T.coordinates()
+        return row, col
 
 
 # --- checks --------------------------------------------------------------------------------------

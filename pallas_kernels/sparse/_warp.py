@@ -219,7 +219,7 @@ def loop(start: Any, stop: Any, step: int, f: Callable, *carried: Any) -> list[A
     return list(op.results)
 
 
-def when(condition: Any, f: Callable[[], None]) -> None:
+def when(condition: Any, f: Callable[[], Any]) -> None:
     """f() where the condition holds."""
     op = scf.IfOp(condition)
     with ir.InsertionPoint(op.then_block):
@@ -229,7 +229,7 @@ def when(condition: Any, f: Callable[[], None]) -> None:
 
 def either(condition: Any, f: Callable[[], Sequence[Any]], other: Sequence[Any]) -> list[Any]:
     """f() where the condition holds, else `other`."""
-    op = scf.IfOp(condition, [x.type for x in other], has_else=True)
+    op: Any = scf.IfOp(condition, [x.type for x in other], has_else=True)
     with ir.InsertionPoint(op.then_block):
         scf.YieldOp(list(f()))
     with ir.InsertionPoint(op.else_block):

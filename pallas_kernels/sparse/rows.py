@@ -156,6 +156,18 @@ class Rows:
             )
             w.store_floats(pointer, total, w.both(mine, w.less(row, M)))
 
+        def next_row(row: Any, state: list[Any]) -> list[Any]:
+            """(row, whether it began in an earlier chunk, its sum) before an entry of `row`."""
+            current, shared, *total = state
+            true, false = (w.arith.constant(shared.type, b) for b in (1, 0))
+
+            def begin() -> list[Any]:
+                flush(current, shared, total)
+                return [row, false, *zeros]
+
+            changed = w.arith.xori(w.equal(row, current), true)
+            return w.either(changed, begin, state)
+
         def batch(b: Any, *carry: Any) -> list[Any]:
             mine_of = self.entries(lane, w.add(first, b), row_ids, minor, data)
 
@@ -163,17 +175,11 @@ class Rows:
                 at = [w.add(j, u) for u in range(AHEAD)]
                 row, col, datum = ([w.from_lane(v, a) for a in at] for v in mine_of)
                 taken = [self.gather(x, c, source) for c in col]
-                current, shared, *total = carry
+                state = list(carry)
                 for r, v, values in zip(row, datum, taken, strict=True):
-                    changed = w.arith.xori(w.equal(r, current), w.arith.constant(shared.type, 1))
-
-                    def next_row(r=r, current=current, shared=shared, total=total):
-                        flush(current, shared, total)
-                        return r, w.arith.constant(shared.type, 0), *zeros
-
-                    current, shared, *total = w.either(changed, next_row, (current, shared, *total))
-                    total = [w.fma(v, a, t) for a, t in zip(values, total, strict=True)]
-                return [current, shared, *total]
+                    state = next_row(r, state)
+                    state[2:] = [w.fma(v, a, t) for a, t in zip(values, state[2:], strict=True)]
+                return state
 
             some = w.less(w.from_lane(mine_of[0], 0), M)
             return w.either(some, lambda: w.loop(0, w.LANES, AHEAD, eight, *carry), carry)
@@ -234,7 +240,7 @@ class Rows:
 
             w.loop(0, w.LANES, AHEAD, eight)
 
-        run = lambda: w.loop(0, self.config.chunk, w.LANES, batch) and None
+        run = lambda: w.loop(0, self.config.chunk, w.LANES, batch)
         w.when(w.less(chunk, self.chunks), run)
 
     def sample(self, refs: tuple[Any, ...], cta: Any) -> None:
@@ -277,7 +283,7 @@ class Rows:
 
             w.loop(0, w.LANES, AHEAD, eight)
 
-        run = lambda: w.loop(0, self.config.chunk, w.LANES, batch) and None
+        run = lambda: w.loop(0, self.config.chunk, w.LANES, batch)
         w.when(w.less(chunk, self.chunks), run)
 
 
