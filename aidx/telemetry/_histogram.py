@@ -52,7 +52,7 @@ def device_histogram(x: jax.Array) -> jax.Array:
         x = x.reshape(-1).astype(jnp.float32)
         finite = jnp.isfinite(x)
         # Sorted, an edge's rank is a binary search; what is not finite lies beyond the last edge.
-        ordered = jnp.sort(jnp.where(finite, x, jnp.inf))
+        ordered = jnp.sort(jnp.where(finite, x, jnp.inf), stable=False)
         edges = jnp.asarray(_float32_edges())
         # Unrolled, the search is one kernel instead of a loop of several.
         below = jnp.searchsorted(ordered, edges, side="left", method="scan_unrolled")

@@ -6,10 +6,10 @@ type Path = tuple[str, ...]
 
 UNATTRIBUTED = "(unattributed)"
 
-# What JAX itself puts into a name.
+# What JAX itself, and aidx's choice of a kernel, put into a name.
 WRAPPERS = re.compile(
     r"checkpoint|rematted_computation|while|body|cond|closed_call|eval_jaxpr|custom_vjp_call"
-    r"|custom_jvp_call|branch_\d+_fun|mpmd_map|.*->.*"
+    r"|custom_jvp_call|aidx_dispatch|branch_\d+_fun|mpmd_map|.*->.*"
 )
 
 

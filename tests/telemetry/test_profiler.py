@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import gzip
 import io
 import json
+import pathlib
 import threading
 import time
 
@@ -21,7 +23,9 @@ from aidx.telemetry._device import (
     Trace,
     busy_seconds,
     device_rows,
+    executions,
     line_events,
+    read_trace,
     shared,
 )
 from aidx.telemetry._scopes import scope_path
@@ -328,3 +332,57 @@ def test_fit_is_hooked():
             evaluate=lambda s: {"loss": 0.0})  # fmt: skip
     counts = {path: row.count for path, row in rows(profiler.report()).items()}
     assert counts == {("step",): 4, ("read",): 4, ("data",): 5, ("evaluate",): 1}
+
+
+# --- traces of an H200, recorded by record_trace.py -----------------------------------------------
+
+DATA = pathlib.Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Three training steps of a small model: kernels one by one, and in command buffers."""
+    found = {}
+    for name in ("step", "graph"):
+        folder = tmp_path_factory.mktemp(name)
+        packed = (DATA / f"{name}.xplane.pb.gz").read_bytes()
+        (folder / "host.xplane.pb").write_bytes(gzip.decompress(packed))
+        found[name] = read_trace(folder)
+    return found
+
+
+@pytest.mark.smoke
+def test_scopes_of_a_gpus_trace_add_up_to_its_busy_time(recorded):
+    for trace in recorded.values():
+        rows, busy = device_rows(trace), busy_seconds(trace.events)
+        assert busy > 1e-3 and sum(r.seconds for r in rows) == pytest.approx(busy, rel=0.01)
+        assert sum(r.kernels for r in rows) == len(trace.events) == 576
+    rows = {r.path: r for r in device_rows(recorded["step"])}
+    assert rows[UNATTRIBUTED,].seconds < 0.05 * busy_seconds(recorded["step"].events)
+    for layer in ("layer_0", "layer_1"):
+        forward = rows["gradient", layer, "attention", "flash_attention_fwd"]
+        backward = rows["backward", "gradient", layer, "attention", "flash_attention_bwd"]
+        assert forward.kernels == 3 and backward.seconds > forward.seconds > 0
+    assert {"clip", "optimizer", "metrics"} <= {path[0] for path in rows}
+    assert executions(recorded["step"]) == {14582: 3}
+
+
+def test_matmuls_of_a_gpus_programs_are_counted(recorded):
+    T, D, F, V, N, K, H, L = 2 * 512, 256, 512, 4096, 4, 2, 64, 2
+    layers = L * (D * (N + 2 * K) * H + N * H * D + 3 * D * F)
+    forward_and_backward = 3 * 2 * T * (layers + V * D)
+    rows = device_rows(recorded["step"])
+    assert sum(r.flops or 0 for r in rows) == 3 * forward_and_backward
+    rows = {r.path: r for r in rows}
+    assert rows["gradient", "cross_entropy", "unembed"].flops == 3 * 2 * T * V * D
+    # An AdamW step reads weights, moments and gradient and writes three of them.
+    parameters = layers + V * D + (2 * L + 1) * D
+    assert rows["optimizer",].bytes == pytest.approx(3 * 26 * parameters, rel=0.2)
+
+
+def test_in_command_buffers_fusions_are_found_by_their_kernels(recorded):
+    rows = {r.path: r for r in device_rows(recorded["graph"])}
+    for scope in ("clip", "optimizer", "metrics"):
+        one_by_one = {r.path: r for r in device_rows(recorded["step"])}[scope,]
+        assert rows[scope,].seconds == pytest.approx(one_by_one.seconds, rel=0.2)
+    assert 0.1 < rows[UNATTRIBUTED,].seconds / busy_seconds(recorded["graph"].events) < 0.3
