@@ -238,7 +238,7 @@ def on_policy(recipe: Recipe, draft: Model, target: Model, text: Text) -> tuple[
         batch = on_policy_batch(prompts.tolist(), sampler, length=prompt + answer - 1)
         sampling += time.perf_counter() - asked
         given = {"tokens": batch.tokens, "weights": batch.weights}
-        state = at_rate(state, recipe.on_policy_rate * min(1 - progress, (i + 1) / WARMUP))
+        state = at_rate(state, recipe.on_policy_rate * min(1 - progress, (i + 1) / 10))
         state, metrics = step(state, given, target.params)
         losses.append(float(metrics.loss))
         done = i + 1
