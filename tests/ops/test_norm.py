@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aidx.ops.norm import layer_norm, rms_norm
+from aidx.ops.norm import layer_norm, residual_layer_norm, residual_rms_norm, rms_norm
 
 X = np.random.default_rng(0).normal(size=(2, 3, 16)) * 3 + 1
 SCALE = np.random.default_rng(1).normal(size=16)
@@ -61,6 +61,21 @@ def test_a_zero_row_has_finite_value_and_gradient():
     for norm in (rms_norm, layer_norm):
         assert np.isfinite(norm(zero, one)).all()
         assert np.isfinite(jax.grad(lambda x, f=norm: f(x, one).sum())(zero)).all()
+
+
+def test_a_residual_is_added_rounded_and_normalised():
+    x, r = jnp.asarray(X, jnp.bfloat16), jnp.asarray(X[::-1], jnp.bfloat16)
+    scale, bias = jnp.asarray(SCALE, jnp.bfloat16), jnp.asarray(BIAS, jnp.bfloat16)
+    h = (x.astype(jnp.float32) + r.astype(jnp.float32)).astype(jnp.bfloat16)
+    equal = lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b.astype(np.float32))
+    y, found = residual_rms_norm(x, r, scale)
+    equal(found, h)
+    equal(y, rms_norm(h, scale))
+    y, found = residual_layer_norm(x, r, scale, bias)
+    equal(found, h)
+    equal(y, layer_norm(h, scale, bias))
+    with pytest.raises(ValueError, match="residual is"):
+        residual_rms_norm(x, r[:1], scale)
 
 
 def test_wrong_shapes_are_refused():
