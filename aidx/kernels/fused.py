@@ -21,6 +21,9 @@ from ..ops._fused import CrossEntropyConfig, GatedConfig, NormConfig
 from .builder import KernelBuilder
 from .kernel import Tolerance
 
+SMALL = (
+    8 << 20
+)  # bytes of the first operand below which XLA's fusions are as fast, and fuse further
 NORMS = [NormConfig(ctas=n) for n in (0, 4, 8, 16)]
 GATES = [GatedConfig(n) for n in (1, 2, 4)]
 LOSSES = [
@@ -28,29 +31,34 @@ LOSSES = [
 ]
 
 
-def _declared(
-    reference: Callable[..., Any],
+def _left_to_xla(reference: Callable[..., Any]) -> KernelBuilder:
+    """A kernel named as its reference, which is first where the operands are small."""
+
+    def large(x: Any, *others: Any, **options: Any) -> str | None:
+        size = x.size * x.dtype.itemsize
+        return f"{size} bytes: a kernel pays from {SMALL} on" if size >= SMALL else None
+
+    builder = KernelBuilder(reference.__name__).reference(reference)
+    return builder.implementation("xla_small", reference, platforms=("cuda",), when=large)
+
+
+def _with_kernels(
+    builder: KernelBuilder,
     backward: Callable[..., Any],
     rule: str,
     replicated: Sequence[str],
     configs: Sequence[Hashable] = (),
     shapes: Sequence[str] = (),
 ) -> KernelBuilder:
-    """A kernel named as its reference, with the Pallas kernels of the same name."""
-    name = reference.__name__
-    sources = [f"pallas_kernels.fused.{part}" for part in ("_vectors", "config")]
-    builder = (
-        KernelBuilder(name)
-        .reference(reference)
-        .implementation("mosaic_gpu", getattr(_fused, name), backward=backward, platforms=("cuda",))
-        .sharding(rule, replicated=replicated)
-        .tolerance(Tolerance(float32=2e-5))
-    )
+    """The Pallas kernels of the builder's name, and how they are split and tuned."""
+    fn, sources = getattr(_fused, builder.name), ("pallas_kernels.fused._vectors",)
+    builder = builder.implementation("mosaic_gpu", fn, backward=backward, platforms=("cuda",))
+    builder = builder.sharding(rule, replicated=replicated).tolerance(Tolerance(float32=2e-5))
     return builder.tuning(configs, sources=sources, shapes=shapes) if configs else builder
 
 
-rms_norm = _declared(
-    norm.rms_norm,
+rms_norm = _with_kernels(
+    _left_to_xla(norm.rms_norm),
     _fused.rms_norm_backward,
     "... d, d -> ... d",
     ("d",),
@@ -58,8 +66,8 @@ rms_norm = _declared(
     ["8192x4096:bfloat16 4096:bfloat16"],
 ).build()
 
-residual_rms_norm = _declared(
-    norm.residual_rms_norm,
+residual_rms_norm = _with_kernels(
+    _left_to_xla(norm.residual_rms_norm),
     _fused.residual_rms_norm_backward,
     "... d, ... d, d -> ... d, ... d",
     ("d",),
@@ -67,8 +75,8 @@ residual_rms_norm = _declared(
     ["8192x4096:bfloat16 8192x4096:bfloat16 4096:bfloat16"],
 ).build()
 
-layer_norm = _declared(
-    norm.layer_norm,
+layer_norm = _with_kernels(
+    _left_to_xla(norm.layer_norm),
     _fused.layer_norm_backward,
     "... d, d, d -> ... d",
     ("d",),
@@ -76,8 +84,8 @@ layer_norm = _declared(
     ["8192x4096:bfloat16 4096:bfloat16 4096:bfloat16"],
 ).build()
 
-residual_layer_norm = _declared(
-    norm.residual_layer_norm,
+residual_layer_norm = _with_kernels(
+    _left_to_xla(norm.residual_layer_norm),
     _fused.residual_layer_norm_backward,
     "... d, ... d, d, d -> ... d, ... d",
     ("d",),
@@ -85,12 +93,16 @@ residual_layer_norm = _declared(
     ["8192x4096:bfloat16 8192x4096:bfloat16 4096:bfloat16 4096:bfloat16"],
 ).build()
 
-apply_rope = _declared(
-    rope.apply_rope, _fused.apply_rope_backward, "... n h, ... c, ... c -> ... n h", ("h", "c")
+# XLA's fusion is as fast as the kernel, and takes what made x into itself.
+apply_rope = _with_kernels(
+    KernelBuilder("apply_rope").reference(rope.apply_rope).implementation("xla", rope.apply_rope),
+    _fused.apply_rope_backward,
+    "... n h, ... c, ... c -> ... n h",
+    ("h", "c"),
 ).build()
 
-gated = _declared(
-    activations.gated,
+gated = _with_kernels(
+    _left_to_xla(activations.gated),
     _fused.gated_backward,
     "... g f -> ... f",
     ("g",),
@@ -99,8 +111,8 @@ gated = _declared(
 ).build()
 
 softmax_cross_entropy = (
-    _declared(
-        cross_entropy.softmax_cross_entropy,
+    _with_kernels(
+        KernelBuilder("softmax_cross_entropy").reference(cross_entropy.softmax_cross_entropy),
         _fused.softmax_cross_entropy_backward,
         "... v, ... -> ..., ...",
         ("v",),

@@ -61,8 +61,8 @@ def interpreted(monkeypatch):
 def test_kernels_and_their_gradients_keep_to_the_reference(name, interpreted):
     """Rank 3, rows that end inside a vector's piece."""
     kernel = KERNELS[name]
-    entry = kernel.table[0]
-    assert entry.name == "mosaic_gpu" and entry.platforms == ("cuda",)
+    entry = {entry.name: entry for entry in kernel.table}["mosaic_gpu"]
+    assert entry.platforms == ("cuda",)
     own = (
         KernelBuilder(f"interpreted_{name}")
         .reference(kernel.reference)
@@ -113,6 +113,16 @@ def test_they_are_ops_of_aidx():
     x, scale = jnp.ones((2, 8)), jnp.ones(8)
     lines = {line.name: line for line in aidx.explain("rms_norm", x, scale, eps=1e-5)}
     assert lines["reference"].chosen and "cuda" in lines["mosaic_gpu"].reason
+
+
+@pytest.mark.parametrize(("rows", "kernels"), [(1, 0), (1023, 0), (1024, 1)])
+def test_small_operands_are_left_to_xla(rows, kernels):
+    """From 8 MiB on the kernel is lowered for CUDA; asked for by name it is at any size."""
+    x, scale = jnp.zeros((rows, 4096), jnp.bfloat16), jnp.ones(4096)
+    lowered = lambda f: jax.jit(f).trace(x, scale).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered(fused.rms_norm).count("mosaic_gpu_v2") == kernels
+    asked = functools.partial(fused.rms_norm, implementation="mosaic_gpu")
+    assert lowered(asked).count("mosaic_gpu_v2") == 1
 
 
 def test_a_smoothed_loss_is_the_mixture_it_says():
