@@ -115,6 +115,8 @@ CHECKS = [
     ([1500, 70], [1, 1], 8, 2, 256, 16, dict(pool="float8_e4m3fn"), [None]),
     ([1500, 70], [3, 1], 16, 4, 256, 64, dict(pool="int8", logits_soft_cap=30.0), [None]),
     ([1000, 70], [1, 1], 32, 8, 128, 16, dict(pool="int8", fixed=True), [None]),
+    ([3000, 700, 64, 0], [600, 1, 64, 0], 32, 8, 128, 16, dict(pool="int8"), [None]),
+    ([3000, 700], [600, 3], 32, 8, 128, 64, dict(pool="float8_e4m3fn", window=900), [None]),
     ([5000, 66, 40, 900], [5, 5, 33, 1], 32, 8, 128, 16, dict(tree=True, window=500), [None]),
     ([5000, 66, 40, 900], [5, 5, 7, 1], 24, 8, 64, 64, dict(tree=True, alibi=True), [None]),
     ([3000, 2500, 2100, 900], [1, 5, 1, 1], 32, 8, 128, 64, dict(cascade=2001), [None]),
@@ -260,9 +262,10 @@ def check(rows, pattern):
                 err = np.abs(out - ref).max()
                 lse_err = np.abs(np.where(seen, lse, 0) - np.where(seen, ref_lse, 0)).max()
                 same = all(np.array_equal(out, x[0]) for x in runs)
+                rounded = "pool" in options and max_q > 16  # keys times their scales are, to bf16
                 ok = (
                     err < 2e-2
-                    and lse_err < 2e-3
+                    and lse_err < (1e-2 if rounded else 2e-3)
                     and same
                     and np.array_equal(seen, np.isfinite(lse))
                 )
@@ -290,12 +293,12 @@ def aidx_call(config, max_q=1, **options):
     return functools.partial(pa.paged_attention, max_q=max_q, config=config, **options)
 
 
-def narrow_call(config):
+def narrow_call(config, max_q=1):
     """Pools with scales of tokens and heads."""
 
     def call(q, k, v, table, lens, indptr):
         rows = (table, lens, indptr)
-        options = dict(max_q=1, config=config, k_scale=k[1], v_scale=v[1])
+        options = dict(max_q=max_q, config=config, k_scale=k[1], v_scale=v[1])
         return pa.paged_attention(q, k[0], v[0], *rows, **options)
 
     return call
@@ -428,6 +431,8 @@ def jobs_of(sections, variants, pattern):
     decode = lambda lens: [(n, 1) for n in lens]
     for name, rows in CHUNKS.items() if "chunk" in sections else ():
         yield "chunk", name, rows, "aidx", aidx_call(None, 512), "bf16"
+        for kind in NARROW if len(rows) < 9 else ():
+            yield "chunk", f"{name} {kind}", rows, "aidx", narrow_call(None, 512), kind
         for label, config in CHUNK_VARIANTS.items() if variants and len(rows) < 9 else ():
             yield "chunk", name, rows, label, aidx_call(config, 512), "bf16"
     for section, shapes, configs in (

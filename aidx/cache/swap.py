@@ -16,7 +16,7 @@ from flax import struct
 
 from aidx.cache.paged import PagedKVCache
 
-PIECE_BYTES = 64 << 20  # of one transfer: long enough for the bus's full rate
+PIECE_BYTES = 128 << 20  # of one transfer: long enough for the bus's full rate
 MAX_PIECE = 64  # blocks
 
 
@@ -107,13 +107,17 @@ def swap_in(
         _checked(cache, blocks[wanted])
     nowhere = cache.num_blocks  # a destination past the end writes nothing
     places = np.where(wanted, blocks, nowhere).astype(np.int32)
-    at = 0
-    for piece in swapped.pieces:
-        part = places[at : at + piece[0].shape[1]]
-        at += len(part)
-        if (part != nowhere).any():
-            cache = _put(cache, _in_memory(piece, "device"), _padded(part, nowhere))
-    return cache
+    ends = np.cumsum([piece[0].shape[1] for piece in swapped.pieces])
+    parts = zip(swapped.pieces, np.split(places, ends[:-1]), strict=True)
+    coming = None
+    for piece, part in parts:
+        if (part == nowhere).all():
+            continue
+        # a piece crosses the bus while the one before it is written
+        arrived, coming = coming, (_in_memory(piece, "device"), _padded(part, nowhere))
+        if arrived is not None:
+            cache = _put(cache, *arrived)
+    return cache if coming is None else _put(cache, *coming)
 
 
 def _checked(cache: PagedKVCache, blocks: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ many by the time the host sees it; that token is dropped.
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 import os
@@ -548,6 +549,7 @@ class Engine:
         rows = self._plan_rows(work)
         cascade = self._cascade(rows)
         shape = self._shape(rows, cascade=bool(cascade))
+        cascade = cascade if shape.cascade else {}
         self._ban_words(rows)
         updates, room = work.updates, shape.num_updates
         for at in range(room, len(updates), TABLE_UPDATES):
@@ -641,13 +643,14 @@ class Engine:
         )
 
     def _shape(self, rows: _Rows, *, cascade: bool) -> stepping.Shape:
-        """The cheapest trace that serves these rows."""
+        """The cheapest trace that serves these rows; with `cascade` where that costs no padding."""
         telling = rows.seats[rows.samples | (rows.targets >= 0)]
         variant, masked, logprobs = self._needs[telling].max(axis=0, initial=0)
         needed = stepping.Sampler(
             VARIANTS[variant], bool(masked), int(logprobs) - 1 if logprobs else None
         )
-        return stepping.pick_shape(
+        pick = functools.partial(
+            stepping.pick_shape,
             len(rows.counts),
             len(rows.tokens),
             needed,
@@ -655,8 +658,10 @@ class Engine:
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             max_logprobs=self.config.max_logprobs,
             cpu=self.config.cpu,
-            cascade=cascade,
         )
+        shape = pick()
+        sharing = pick(cascade=True) if cascade else shape
+        return sharing if sharing.num_rows == shape.num_rows else shape
 
     def _take_seat(self, seq: SequenceState) -> None:
         """Put down what the steps need to know about the sequence in `seq.seat`."""

@@ -141,10 +141,11 @@ def paged_attention(
     elif config is not None:
         plan = (config,)
     elif special:
-        plan = (_split_config(_in_columns(geom, geom.max_q, special=True), k_pool.dtype),)
+        plan = _special_plan(geom, k_pool.dtype, explicit=arrays.explicit)
     else:
         plan = default_plan(geom)
-    if special and not isinstance(plan[0], SplitConfig):
+    kinds = SplitConfig if arrays.explicit else (SplitConfig, PrefillConfig)
+    if special and not isinstance(plan[0], kinds):
         raise NotImplementedError(f"{config} takes no one-byte pools, positions, trees, cascades")
     return _jitted(
         arrays,
@@ -418,9 +419,20 @@ def _run_prefill(call: _Call, config: PrefillConfig, min_tokens: int, out: jax.A
         tiles,
         out,
         config=config,
+        scales=_prefill_scales(call, geom, config),
         **call.options(geom, prefill.pack_rows),
     )
     return out, lambda: prefill.unpack_rows(lse, tiles, geom)
+
+
+def _prefill_scales(call: _Call, geom: Geometry, config: PrefillConfig):
+    """Scales of one-byte pools as the prefill kernel takes them."""
+    if call.scales is None:
+        return None
+    scales = [x.astype(jnp.float32) for x in call.scales]
+    if scales[0].ndim == 3:
+        scales = [PageTiles(geom, config.block_kv).pack_scales(x) for x in scales]
+    return tuple(scales)
 
 
 def _geometry(
@@ -535,6 +547,23 @@ def default_plan(geom: Geometry) -> Plan:
     if 2 * (geom.num_tokens // per_tile) * geom.num_kv_heads < HOPPER_SMS:
         return (_split_config(_in_columns(geom, geom.max_q)),)
     return _split_config(_in_columns(geom, few_tokens(geom))), config
+
+
+def _special_plan(geom: Geometry, pool_dtype: Any, *, explicit: bool) -> Plan:
+    """The kernels for one-byte pools, and for queries that do not stand at the end of their keys.
+
+    Chunks over one-byte pools go to the prefill kernel where its rings fit shared memory.
+    """
+    alone = (_split_config(_in_columns(geom, geom.max_q, special=True), pool_dtype),)
+    narrow = geom.head_dim <= 128 and geom.value_dim <= 128
+    if explicit or not narrow or geom.max_q * geom.group <= MAX_COLS:
+        return alone
+    config = prefill.pick_prefill(geom, pool_bytes=1)
+    per_tile = prefill.prefill_geometry(geom, config).q_tokens
+    if 2 * (geom.num_tokens // per_tile) * geom.num_kv_heads < HOPPER_SMS:
+        return alone
+    few = _split_config(_in_columns(geom, few_tokens(geom), special=True), pool_dtype)
+    return few, config
 
 
 def _deterministic(geom: Geometry, pool_dtype: Any, special: bool = False) -> SplitConfig:

@@ -87,7 +87,7 @@ class TileRefs(NamedTuple):
     v_scale: Any = None
 
 
-def _row_parts(ref) -> list[Any]:
+def row_parts(ref) -> list[Any]:
     """What goes to registers at once of a tile of one-byte values: whole swizzled rows."""
     size = 128 if ref.shape[1] % 128 == 0 else 64
     return [pl.ds(c, size) for c in range(0, ref.shape[1], size)]
@@ -247,7 +247,7 @@ class Columns:
     def widen(self, v, wide):
         """V at 16 bits."""
         layout = plgpu.Layout.WGMMA_UPCAST_4X
-        for at in _row_parts(v):
+        for at in row_parts(v):
             x = v[:, at] if self.ops.interpret else plgpu.load(v.at[:, at], layout=layout)
             wide[:, at] = quantised.convert(x, self.dtype)
 

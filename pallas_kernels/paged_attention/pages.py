@@ -13,6 +13,11 @@ from .geometry import Geometry
 from .quantised import SCALES_PER_ROW
 
 
+def scale_words(geom: Geometry, tile: int) -> int:
+    """f32 that the scales of a tile of keys take in shared memory."""
+    return tile * max(1, SCALES_PER_ROW // geom.block_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class PageTiles:
     """A tile of `tile` keys is several blocks (one TMA box each), one block, or a part of one."""

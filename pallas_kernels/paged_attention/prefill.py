@@ -7,6 +7,10 @@ P V of block i-1 and the softmax runs under it; the consumers take turns at the 
 are walked from the last block to the first: the diagonal and the ragged end come first and are the
 only blocks to mask (with a window, the last ones too).
 
+Pools of one byte a value: the warpgroup that loads also converts.  Tiles arrive in a ring of their
+own, are multiplied by their scales in registers and written at 16 bits to where the consumers look
+for them, who know nothing of it.
+
 The last block of a row ends in slots that may hold NaN.  Masked scores make their P zero, but
 0 * NaN is NaN, so one consumer clears those rows of V in shared memory before any reads them.
 """
@@ -25,12 +29,14 @@ from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import MASKED, SMEM_BYTES, Ops, div, rem
 from pallas_kernels.flash_attention import tile as tl
 
+from . import quantised
 from . import worklist as wl
-from .columns import clear_rows
+from .columns import clear_rows, row_parts
 from .geometry import LOG2E, Geometry, Scoring
-from .pages import PageTiles
+from .pages import PageTiles, scale_words
 
 ROWS = 64  # query rows of a consumer: wgmma's M
+RAW_STAGES = 2  # tiles of one-byte values on their way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +69,29 @@ def prefill_geometry(geom: Geometry, config: PrefillConfig) -> Geometry:
     return dataclasses.replace(geom, q_tokens=tokens)
 
 
-def smem_bytes(config: PrefillConfig, geom: Geometry, itemsize: int) -> int:
-    """Shared memory of one CTA."""
+def smem_bytes(config: PrefillConfig, geom: Geometry, pool_bytes: int = 2) -> int:
+    """Shared memory of one CTA, for pools of `pool_bytes` a value."""
     h, hv, c = geom.head_dim, geom.value_dim, config.consumers
-    ring = config.stages * config.block_kv * (h + hv) * itemsize
-    return ring + c * ROWS * (h + 64) * itemsize + c * ROWS * 4 + 1024
+    ring = config.stages * config.block_kv * (h + hv) * 2
+    if pool_bytes == 1:
+        ring += RAW_STAGES * (config.block_kv * (h + hv) + 8 * scale_words(geom, config.block_kv))
+    return ring + c * ROWS * (h + 64) * 2 + c * ROWS * 4 + 1024
 
 
-def pick_prefill(geom: Geometry, itemsize: int = 2) -> PrefillConfig:
+def pick_prefill(geom: Geometry, pool_bytes: int = 2) -> PrefillConfig:
     """The largest tiles that fit.
 
-    >>> pick_prefill(Geometry(512, 32, 8, 128, 128, 999, 64, 1, 128, max_q=512))
+    >>> geom = Geometry(512, 32, 8, 128, 128, 999, 64, 1, 128, max_q=512)
+    >>> pick_prefill(geom)
     PrefillConfig(consumers=2, block_kv=128, stages=2)
+    >>> pick_prefill(geom, pool_bytes=1)
+    PrefillConfig(consumers=2, block_kv=64, stages=3)
     """
     wide = geom.head_dim + geom.value_dim > 256
     config = PrefillConfig(block_kv=64 if wide else 128)
-    if smem_bytes(config, geom, itemsize) > SMEM_BYTES:
+    if pool_bytes == 1:  # registers for the conversion: fewer for the scores
+        config = PrefillConfig(block_kv=64, stages=3)
+    if smem_bytes(config, geom, pool_bytes) > SMEM_BYTES:
         raise NotImplementedError(f"{config} does not fit shared memory for {geom}")
     return config
 
@@ -136,6 +149,18 @@ class Refs(NamedTuple):
     v_free: Any
     clean: Any
     turn: Any
+    raw: Any = None  # `Raw`, for pools of one byte a value
+
+
+class Raw(NamedTuple):
+    """Tiles of one-byte values as they come."""
+
+    k: Any  # [RAW_STAGES, block_kv, H]
+    v: Any
+    full: Any  # a barrier a stage
+    scales: Any  # (of K, of V) in GMEM: packed by token, f32 [K] by head
+    k_scale: Any = None  # [RAW_STAGES, words], for scales by token
+    v_scale: Any = None
 
 
 def prefill_attention(
@@ -151,13 +176,15 @@ def prefill_attention(
     config: PrefillConfig,
     slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    scales: tuple[jax.Array, jax.Array] | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`out [T, K, G, Hv]` with the rows of `tiles` written in place, and lse `[U, K, c, 64]`.
 
     `geom` is `prefill_geometry`'s, `q` packed (`pack_tiles`), `slopes`, `sinks` by `pack_rows`.
+    `scales` of one-byte pools are `[K]` each or packed by `pages.pack_scales`.
     """
-    need = smem_bytes(config, geom, q.dtype.itemsize)
+    need = smem_bytes(config, geom, k_pool.dtype.itemsize)
     if need > SMEM_BYTES:
         raise NotImplementedError(f"{config} needs {need} bytes of shared memory, not {SMEM_BYTES}")
     u, c, hv = tiles.shape[0], config.consumers, geom.value_dim
@@ -166,10 +193,15 @@ def prefill_attention(
     smem, swz, bar = plgpu.SMEM, _mgpu.swizzled(q.dtype), plgpu.Barrier
     call = _Prefill(geom, scoring, config, pages, q.dtype, bool(interpret))
     columns = [x for x in (slopes, sinks) if x is not None]
+    narrow = scales is not None
+    arrivals = 1 if narrow else pages.per_tile
+    raw = _raw_scratch(k_pool, scales, geom, config, pages) if scales is not None else ()
 
     def body(q_ref, k_ref, v_ref, table_ref, tiles_ref, *refs):
         extra, refs = refs[: len(columns)], refs[len(columns) :]
+        factors, refs = refs[: 2 * narrow], refs[2 * narrow :]
         out_ref, lse_ref, *scratch = refs
+        scratch, own = scratch[: len(scratch) - len(raw)], scratch[len(scratch) - len(raw) :]
         slopes_ref = extra[0] if slopes is not None else None
         sinks_ref = extra[-1] if sinks is not None else None
         call.body(
@@ -184,6 +216,7 @@ def prefill_attention(
                 out_ref,
                 lse_ref,
                 *scratch,
+                raw=Raw(*own[:3], factors, *own[3:]) if narrow else None,
             )
         )
 
@@ -198,19 +231,34 @@ def prefill_attention(
                 smem((stages, block, hv), q.dtype, transforms=swz),
                 smem((c, ROWS, 64), q.dtype),
                 bar(num_barriers=c),
-                bar(num_arrivals=pages.per_tile, num_barriers=stages),
-                bar(num_arrivals=pages.per_tile, num_barriers=stages),
+                bar(num_arrivals=arrivals, num_barriers=stages),
+                bar(num_arrivals=arrivals, num_barriers=stages),
                 bar(num_arrivals=c, num_barriers=stages),
                 bar(num_arrivals=c, num_barriers=stages),
                 bar(num_arrivals=1),
                 bar(num_arrivals=1, num_barriers=c),
+                *raw,
             ),
             grid=(u * geom.num_kv_heads,),
             grid_names=("cta",),
             num_warpgroups=c + 1,
             interpret=interpret,
-        )(q, k_pool, v_pool, block_tables, tiles, *columns, target)
+        )(q, k_pool, v_pool, block_tables, tiles, *columns, *(scales or ()), target)
         return target[...], lse
+
+
+def _raw_scratch(k_pool, scales, geom: Geometry, config: PrefillConfig, pages: PageTiles):
+    """What `Raw` needs of shared memory."""
+    by_token, block = scales[0].ndim == 3, config.block_kv
+    copies = (4 if by_token else 2) * pages.per_tile
+    ring = lambda dim: plgpu.SMEM(
+        (RAW_STAGES, block, dim),
+        k_pool.dtype,
+        transforms=_mgpu.swizzled(k_pool.dtype, 128 if dim % 128 == 0 else 64),
+    )
+    factors = plgpu.SMEM((RAW_STAGES, scale_words(geom, block)), jnp.float32)
+    full = plgpu.Barrier(num_arrivals=copies, num_barriers=RAW_STAGES)
+    return ring(geom.head_dim), ring(geom.value_dim), full, *((factors, factors) * by_token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +282,8 @@ class _Prefill:
         busy = fact[wl.COUNT] > 0
         wide = self.geom.head_dim + self.geom.value_dim > 256
         producer = 32 if consumers == 3 else 24 if wide else 40  # whichever spills with fewer
+        if refs.raw is not None:
+            producer = 120
         computing, loading = _mgpu.registers(consumers, producer=producer)
 
         @pl.when(wg < consumers)
@@ -244,23 +294,95 @@ class _Prefill:
         @pl.when(wg == consumers)
         def _():
             plgpu.set_max_registers(loading, action="decrease")
-            pl.when(busy)(lambda: self.produce(refs, u, head, fact))
+            produce = self.produce if refs.raw is None else self.convert
+            pl.when(busy)(lambda: produce(refs, u, head, fact))
+
+    def load_queries(self, refs: Refs, u, head) -> None:
+        """Start the copies of Q to every consumer."""
+        for w in range(self.config.consumers):
+            source = refs.q.at[u, head, w]
+            plgpu.copy_gmem_to_smem(source, refs.q_s.at[w], refs.q_full.at[w])
+
+    def block_ids(self, refs: Refs, fact, i):
+        """Of key block i, counted from the last."""
+        window, first_key = self.scoring.window, None
+        if window is not None:
+            first_key = lax.max(fact[wl.POSITION] - window + 1, 0)
+        tile = lax.max(fact[wl.KEY_TILE] + fact[wl.COUNT] - 1 - i, 0)
+        return self.pages.block_ids(refs.table, fact[wl.ROW], tile, fact[wl.CONTEXT], first_key)
+
+    def convert(self, refs: Refs, u, head, fact) -> None:
+        """As `produce`, from pools of one byte a value."""
+        raw, stages, count = refs.raw, self.config.stages, fact[wl.COUNT]
+        last = fact[wl.KEY_TILE] + count - 1
+        by_token = raw.k_scale is not None
+        self.load_queries(refs, u, head)
+
+        def fetch(i):
+            at = rem(i, RAW_STAGES)
+            pairs = ((refs.k, raw.k.at[at]), (refs.v, raw.v.at[at]))
+            scales = ()
+            if by_token:
+                scales = tuple(
+                    zip(raw.scales, (raw.k_scale.at[at], raw.v_scale.at[at]), strict=True)
+                )
+            ids = self.block_ids(refs, fact, i)
+            self.pages.fetch(last - i, ids, head, pairs, raw.full.at[at], scales=scales)
+
+        fetch(jnp.int32(0))
+        pl.when(count > 1)(lambda: fetch(jnp.int32(1)))
+
+        @pl.loop(0, count)
+        def _(i):
+            slot, at = rem(i, stages), rem(i, RAW_STAGES)
+            plgpu.barrier_wait(raw.full.at[at])
+            for source, target, scale, factor, full, free in (
+                (raw.k, refs.k_s, raw.k_scale, raw.scales[0], refs.k_full, refs.k_free),
+                (raw.v, refs.v_s, raw.v_scale, raw.scales[1], refs.v_full, refs.v_free),
+            ):
+                pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                scale = scale.at[at] if by_token else factor[head]
+                self.widen(source.at[at], target.at[slot], scale, head)
+                plgpu.commit_smem()  # and all four warps are through with the raw tile
+                plgpu.barrier_arrive(full.at[slot])
+            pl.when(i + RAW_STAGES < count)(lambda: fetch(i + RAW_STAGES))
+
+        self.drain(refs, count)
+
+    def widen(self, source, target, scale, head) -> None:
+        """A tile of one-byte values times its scales, at 16 bits."""
+        size, block = self.geom.block_size, self.config.block_kv
+        if len(getattr(scale, "shape", ())):
+            offset = rem(head, max(quantised.SCALES_PER_ROW // size, 1)) * size
+            scale = quantised.load_rows(scale, size, offset, block, self.interpret)
+        wide = quantised.compute_dtype(self.dtype, source.dtype)
+        for at in row_parts(source):
+            part = source.at[:, at]
+            if self.interpret:
+                x = part[...]
+            else:
+                x = plgpu.load(part, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+            x = plgpu.layout_cast(quantised.convert(x, wide), plgpu.Layout.WGMMA)
+            x = x.astype(jnp.float32)
+            factor = scale if scale.ndim == 0 else lax.broadcast_in_dim(scale, x.shape, [0])
+            target[:, at] = (x * factor).astype(self.dtype)
+
+    def drain(self, refs: Refs, count) -> None:
+        """Wait until the consumers are through with the last tiles."""
+        stages = self.config.stages
+
+        @pl.loop(lax.max(count - stages, 0), count)
+        def _(i):
+            slot = rem(i, stages)
+            plgpu.barrier_wait(refs.k_free.at[slot])
+            plgpu.barrier_wait(refs.v_free.at[slot])
 
     def produce(self, refs: Refs, u, head, fact) -> None:
         """Q of every consumer, then K and V from the last block to the first."""
         stages, count = self.config.stages, fact[wl.COUNT]
         last = fact[wl.KEY_TILE] + count - 1
-        for w in range(self.config.consumers):
-            source = refs.q.at[u, head, w]
-            plgpu.copy_gmem_to_smem(source, refs.q_s.at[w], refs.q_full.at[w])
-
-        def ids_of(i):
-            window, first_key = self.scoring.window, None
-            if window is not None:
-                first_key = lax.max(fact[wl.POSITION] - window + 1, 0)
-            tile = lax.max(last - i, 0)
-            context = fact[wl.CONTEXT]
-            return self.pages.block_ids(refs.table, fact[wl.ROW], tile, context, first_key)
+        self.load_queries(refs, u, head)
+        ids_of = functools.partial(self.block_ids, refs, fact)
 
         def step(i, ids):
             slot, ahead = rem(i, stages), ids_of(i + 1)
@@ -273,12 +395,7 @@ class _Prefill:
             return ahead
 
         lax.fori_loop(0, count, step, ids_of(0))
-
-        @pl.loop(lax.max(count - stages, 0), count)
-        def _(i):
-            slot = rem(i, stages)
-            plgpu.barrier_wait(refs.k_free.at[slot])
-            plgpu.barrier_wait(refs.v_free.at[slot])
+        self.drain(refs, count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 INT8 = jnp.dtype(jnp.int8)
@@ -75,9 +76,12 @@ def split_terms(q: jax.Array, pool_dtype: Any) -> tuple[list[jax.Array], jax.Arr
         factor = jnp.maximum(top, 2.0**-110) / largest
     rest, terms = values / factor[..., None], []
     for _ in range(num_terms(q.dtype, pool_dtype)):
-        term = (jnp.round(rest) if jnp.dtype(pool_dtype) == INT8 else rest).astype(pool_dtype)
-        terms.append(term)
-        rest = (rest - term.astype(jnp.float32)) * base(pool_dtype)
+        # not by a cast there and back: XLA may leave both out, and then nothing would be left over
+        term = (
+            jnp.round(rest) if jnp.dtype(pool_dtype) == INT8 else lax.reduce_precision(rest, 4, 3)
+        )
+        terms.append(term.astype(pool_dtype))
+        rest = (rest - term) * base(pool_dtype)
     return terms, factor
 
 

@@ -33,7 +33,7 @@ from . import worklist as wl
 from .columns import Columns, Segment, TileRefs, reduce_scratch, spread
 from .explicit import Explicit
 from .geometry import Geometry, Scoring
-from .pages import PageTiles
+from .pages import PageTiles, scale_words
 from .worklist import WorkList
 
 STARTED, ENDED = 0, 1  # which partial of a share: goes on in the next share, or ends here
@@ -84,11 +84,6 @@ def smem_bytes(config: SplitConfig, geom: Geometry, pool_bytes: int = 2) -> int:
 def query_slots(config: SplitConfig) -> int:
     """Query tiles in shared memory: the producer is one ahead of the consumer."""
     return 1 if config.alone else 2
-
-
-def scale_words(geom: Geometry, tile: int) -> int:
-    """f32 that the scales of a tile of keys take in shared memory."""
-    return tile * max(1, quantised.SCALES_PER_ROW // geom.block_size)
 
 
 def num_shares(config: SplitConfig, geom: Geometry) -> int:

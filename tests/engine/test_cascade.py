@@ -8,7 +8,7 @@ import pytest
 
 from aidx.engine import BeamSearchParams, SamplingParams
 from aidx.engine.cascade import MAX_GROUPS, shared_prefixes
-from aidx.engine.step import run_step
+from aidx.engine.step import Sampler, pick_shape, run_step
 
 from .tiny import VOCAB, dense_tokens, engine, generate, run, tokens_of
 
@@ -17,12 +17,12 @@ OTHER = np.random.default_rng(8).integers(0, VOCAB - 1, size=10).tolist()
 
 
 def cascade_steps(made):
-    """Counts the groups of every step that is issued."""
+    """Whether each step that is issued reads a prefix once."""
     seen, issue = [], made._cascade
 
     def counted(rows):
         found = issue(rows)
-        seen.append(len(found["shared"]) if found else 0)
+        seen.append(bool(found) and made._shape(rows, cascade=True).cascade)
         return found
 
     made._cascade = counted
@@ -91,8 +91,8 @@ def test_nothing_compiles_after_the_warm_up(variant):
     before = run_step._cache_size()
     seen = cascade_steps(made)
     generate([[*SYSTEM, i] for i in range(4)], greedy(6), made=made)
-    temperature = 0.9 if variant == "plain" else 0
-    generate([SYSTEM], SamplingParams(temperature=temperature, n=3, max_tokens=5), made=made)
+    if variant == "plain":
+        generate([SYSTEM], SamplingParams(temperature=0.9, n=3, max_tokens=5), made=made)
     assert any(seen) and run_step._cache_size() == before
 
 
@@ -144,9 +144,22 @@ def test_unlike_rows_cost_next_to_nothing():
     assert shared_prefixes(tables, np.full(10, 9), least=2) is None
 
 
+def test_no_row_is_padded_for_the_sake_of_a_cascade():
+    """Two rows that need the full sampler would run in the trace for four: they do not."""
+    limits = dict(max_num_seqs=4, max_num_batched_tokens=16, max_logprobs=6)
+    pick = lambda rows, variant, **more: pick_shape(rows, rows, Sampler(variant), **limits, **more)
+    assert pick(2, "plain", cascade=True).num_rows == 2
+    assert pick(2, "full", cascade=True).num_rows == 4 > pick(2, "full").num_rows
+    full = SamplingParams(temperature=0.9, top_k=5, n=2, seed=1, max_tokens=6)
+    made = engine(cascade_tokens=16)
+    seen = cascade_steps(made)
+    generate([SYSTEM], full, made=made)
+    assert seen and not any(seen)
+
+
 def test_a_plan_without_groups_runs_in_the_cascade_trace():
     made = engine(cascade_tokens=16)
-    [shape] = [s for s in made.config.shapes() if s.cascade and s.sampler.variant == "plain"]
+    shape = next(s for s in made.config.shapes() if s.cascade and s.sampler.variant == "plain")
     cache = jax.tree.map(np.array, made._cache)
     made._run(shape, made._empty_plan(shape))
     for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(made._cache), strict=True):
