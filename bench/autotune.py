@@ -26,14 +26,18 @@ from aidx.ops.autotune.tune import START_SECONDS, table, tune  # noqa: E402
 from aidx.ops.autotune.worker import Worker  # noqa: E402
 
 CASES = (  # what a run without arguments times, the most telling first
+    ("paged_attention/forward", "R=1 n=1 ctx=4096 N=32 K=8 H=128 block=64"),
     ("flash_attention/forward", "B=4 T=4096 N=32 K=8 H=128 causal"),
     ("paged_attention/forward", "R=64 n=1 ctx=1024 N=32 K=8 H=128 block=64"),
-    ("paged_attention/forward", "R=1 n=1 ctx=4096 N=32 K=8 H=128 block=64"),
-    ("flash_attention/forward", "B=1 T=16384 N=16 H=128"),
+    (
+        "residual_rms_norm/mosaic_gpu",
+        "8192x4096:bfloat16 8192x4096:bfloat16 4096:bfloat16",
+    ),
     ("flash_attention/backward", "B=4 T=4096 N=32 K=8 H=128 causal"),
     ("paged_attention/forward", "R=4 n=512 ctx=2048 N=32 K=8 H=128 block=64"),
-    ("flash_attention/forward", "B=4 T=4096 N=32 H=64 causal"),
+    ("flash_attention/forward", "B=1 T=16384 N=16 H=128"),
     ("paged_attention/forward", "R=8 n=1 ctx=4096 N=32 K=8 H=128 block=64"),
+    ("flash_attention/forward", "B=4 T=4096 N=32 H=64 causal"),
     ("flash_attention/forward", "B=4 T=4096 N=8 H=256 causal"),
     ("flash_attention/backward", "B=4 T=4096 N=32 H=64 causal"),
 )

@@ -116,7 +116,7 @@ def custom_kernels() -> list[dict[str, Any]]:
     from aidx.ops import autotune, registry
     from aidx.ops.autotune.tunable import load
 
-    load(["aidx.kernels.installed"])  # for what it registers
+    load(["aidx.kernels.fused", "aidx.kernels.installed"])  # for what they register
     tuned = [tunable.name for tunable in autotune.tunables()]
     return [
         {

@@ -12,10 +12,8 @@ from aidx.cli.options import positive
 MODULES = (
     "aidx.ops.flash_attention",
     "aidx.ops.paged_attention",
-    "aidx.ops.norm",
-    "aidx.ops.activations",
-    "aidx.ops.cross_entropy",
     "aidx.arrays",
+    "aidx.kernels.fused",
     "aidx.kernels.installed",
 )
 

@@ -66,7 +66,7 @@ def _candidates(ops: PagedOperands, *, spec: PagedSpec) -> tuple[Any, ...]:
         for ctas, stages in ((132, 3), (132, 4), (132, 6), (264, 2), (264, 3)):
             found[kernels.SplitConfig(ctas=ctas, stages=stages)] = None
         segments = geom.num_rows * geom.num_kv_heads
-        for cluster, warpgroups, stages in itertools.product((4, 8, 16), (1, 2), (2, 3)):
+        for cluster, warpgroups, stages in itertools.product((2, 4, 8), (1, 2), (2, 3)):
             if segments * cluster <= 2 * 132:  # more would wait for each other
                 found[kernels.ClusterConfig(cluster, warpgroups, stages)] = None
     if len(plan) == 1:  # the plan by another name

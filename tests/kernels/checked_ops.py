@@ -137,10 +137,11 @@ def plain_paged(q, k_pool, v_pool, tables, context, indptr):
 
 
 def unowned(q, k_pool, v_pool, tables, context, indptr):
-    slots = np.ones((k_pool.shape[0], k_pool.shape[2]), bool)
+    size = k_pool.shape[2]
+    slots = np.ones((k_pool.shape[0], size), bool)
     for row in range(2):
         for position in range(CONTEXT[row]):
-            slots[TABLES[row, position // 4], position % 4] = False
+            slots[TABLES[row, position // size], position % size] = False
     hidden = jnp.broadcast_to(slots[:, None, :, None], k_pool.shape)
     nobody = jnp.broadcast_to((jnp.arange(q.shape[0]) >= 3)[:, None, None], q.shape)
     return nobody, hidden, hidden, None, None, None
