@@ -75,9 +75,12 @@ def test_info_prints_it(kernel, capsys):
     assert {"test_pieces", "rms_norm"} <= {k["name"] for k in found["custom_kernels"]}
 
 
-def test_aidx_tune_times_it_in_a_worker_and_later_calls_find_that(kernel, tmp_path, capsys):
+def test_aidx_tune_times_it_in_a_worker_and_later_calls_find_that(
+    kernel, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("AIDX_TEST_TOYS", "1")  # the worker's
     table = tmp_path / "table.json"
-    command = ["tune", "--op", "test_pieces", "--import", "tests.kernels.tuned_kernel_registered",
+    command = ["tune", "--op", "test_pieces", "--import", "tests.kernels.tuned_kernel",
                "--output", str(table)]  # fmt: skip
     assert aidx.cli.main(command) == 0
     out = capsys.readouterr().out
