@@ -424,7 +424,11 @@ def write(rows: list[dict], device: str, folder: pathlib.Path) -> None:
     """The rows, beside those that the file has of other cases."""
     packages = ("jax", "optax", "torch", "transformers", "tensorboardX")
     versions = {p: importlib.metadata.version(p) for p in packages if importlib.util.find_spec(p)}
-    command = "python bench/training.py" + "".join(f" {a}" for a in sys.argv[1:])
+    given = sys.argv[1:]
+    if "--out" in given:  # where the file happens to be
+        at = given.index("--out")
+        given = [*given[:at], *given[at + 2 :]]
+    command = " ".join(["python bench/training.py", *given])
     file = folder / "training.json"
     earlier = json.loads(file.read_text()) if file.exists() else {"meta": {}, "rows": []}
     new = {(row["case"], row["implementation"]) for row in rows}

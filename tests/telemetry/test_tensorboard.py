@@ -161,10 +161,10 @@ def test_values_that_are_not_finite_are_left_out_of_a_histogram():
 
 def test_edges_are_decided_as_numpy_decides_them():
     """f32 values just below, on and above every edge land in the bins of f64 arithmetic."""
-    near = tensorflow_edges()[::97].astype(np.float32)
+    near = tensorflow_edges().astype(np.float32)
     x = np.concatenate([np.nextafter(near, -np.inf), near, np.nextafter(near, np.inf)])
+    x = x[(x == 0) | (np.abs(x) > 1e-37)]  # XLA on a CPU takes denormal numbers for zero
     wanted = np.histogram(x.astype(np.float64), tensorflow_edges())[0]
-    # XLA's CPU flushes subnormals, of which there are none here.
     assert (unpacked(np.asarray(device_histogram(jnp.asarray(x))))["counts"] == wanted).all()
 
 
