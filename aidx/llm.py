@@ -24,7 +24,8 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from aidx.engine import step as stepping
-from aidx.engine.engine import Engine, EngineConfig, EngineDeadError
+from aidx.engine.config import EngineConfig
+from aidx.engine.engine import Engine, EngineDeadError
 from aidx.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from aidx.engine.sampling_params import BeamSearchParams, SamplingParams
 from aidx.engine.stats import EngineStats

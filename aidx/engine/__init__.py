@@ -1,7 +1,7 @@
 """Continuous batching: requests, the scheduler, the step, and the engine that owns them."""
 
+from aidx.engine.config import EngineConfig as EngineConfig
 from aidx.engine.engine import Engine as Engine
-from aidx.engine.engine import EngineConfig as EngineConfig
 from aidx.engine.engine import EngineDeadError as EngineDeadError
 from aidx.engine.outputs import CompletionOutput as CompletionOutput
 from aidx.engine.outputs import Logprob as Logprob

@@ -11,12 +11,9 @@ many by the time the host sees it; that token is dropped.
 import dataclasses
 import functools
 import itertools
-import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -25,8 +22,10 @@ import numpy as np
 from aidx.cache import BlockPool, PagedKVCache, SwappedBlocks, swap_in, swap_out, swap_piece
 from aidx.engine import scheduler as scheduling
 from aidx.engine import step as stepping
+from aidx.engine import warmup as warming
 from aidx.engine.beam import Beams, Hypothesis, select
 from aidx.engine.cascade import SharedPrefixes, shared_prefixes
+from aidx.engine.config import EngineConfig
 from aidx.engine.detokenizer import Detokenizer, Pieces
 from aidx.engine.outputs import (
     CompletionOutput,
@@ -50,130 +49,12 @@ from aidx.engine.stats import EngineStats, Meter
 from aidx.ops.sampling import VARIANTS, Variant, pack_rows, state_row
 from aidx.typing import Forward, Params
 
-LOG = logging.getLogger(__name__)
 COPY_SIZES = (16, 4, 1)  # pairs of blocks that one copy program takes
 TABLE_UPDATES = 1024  # entries that one `write_tables` takes
-# Rows x shared tokens from which reading the prefix once gains on an H200 (docs/kernels_paged.md).
-CASCADE_TOKENS = 128 * 1024
 
 
 class EngineDeadError(RuntimeError):
     """The device state was lost and could not be made anew; the engine takes no more requests."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """Everything the engine is told at its start; static.
-
-    Attributes:
-        num_layers, num_kv_heads, head_dim: geometry of the cache.
-        vocab_size: width of the logits.
-        dtype: of the cache.
-        num_blocks: blocks of the pool, the null block included.
-        block_size: tokens per block.
-        max_num_seqs, max_num_batched_tokens, max_model_len, scheduling_policy, max_overtaken,
-            enable_prefix_caching, watermark: see `SchedulerConfig`.
-        max_logprobs: the most likely tokens that a request may ask for; beams need
-            2 * beam_width of them.
-        eos_token_ids: tokens that end a sequence unless its request ignores them.
-        implementation: of paged attention.
-        preemption_mode: what becomes of a sequence whose blocks others need: `recompute` it later,
-            `swap` its blocks to host memory, or `auto`: what the warm-up measures to be cheaper
-            (without a warm-up: recompute).
-        swap_space_bytes: host memory for swapped blocks.
-        asynchronous: issue step t before reading step t - 1.
-        cascade_tokens: a decode step reads a prefix that rows share once where rows x tokens of the
-            prefix reach this; 0: never.  None: `CASCADE_TOKENS` on a GPU, never on a CPU, whose
-            caches serve the later reads.
-        window: see `SchedulerConfig`; there is no cascade with one, for a prefix is let go of.
-        cpu: whether the traces come in sizes for a CPU or for a GPU (`row_buckets`).
-
-    Raises:
-        ValueError: from `SchedulerConfig`, or sizes below 1.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    num_blocks: int
-    dtype: Any = "float32"
-    block_size: int = 16
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    max_model_len: int = 4096
-    scheduling_policy: str = "fcfs"
-    max_overtaken: int = 256
-    enable_prefix_caching: bool = True
-    watermark: float = 0.01
-    max_logprobs: int = 20
-    eos_token_ids: tuple[int, ...] = ()
-    implementation: Any = None
-    preemption_mode: str = "auto"
-    swap_space_bytes: int = 4 << 30
-    asynchronous: bool = True
-    cascade_tokens: int | None = None
-    window: int | None = None
-    cpu: bool = True
-
-    def __post_init__(self):
-        if self.vocab_size < 1 or self.max_logprobs < 0:
-            raise ValueError(
-                f"{self.vocab_size=} must be positive, {self.max_logprobs=} not negative"
-            )
-        object.__setattr__(self, "max_logprobs", min(self.max_logprobs, self.vocab_size))
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
-        if self.cascade_tokens is None:
-            never = self.cpu or self.window is not None
-            object.__setattr__(self, "cascade_tokens", 0 if never else CASCADE_TOKENS)
-        if self.cascade_tokens and self.window is not None:
-            raise ValueError(f"{self.cascade_tokens=}, but with {self.window=} no prefix stays")
-        self.scheduler()
-
-    def scheduler(self) -> scheduling.SchedulerConfig:
-        """The scheduler's part."""
-        return scheduling.SchedulerConfig(
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            policy=self.scheduling_policy,
-            max_overtaken=self.max_overtaken,
-            enable_prefix_caching=self.enable_prefix_caching,
-            watermark=self.watermark,
-            preemption_mode="recompute" if self.preemption_mode == "auto" else self.preemption_mode,
-            max_swapped_blocks=self.swap_space_bytes // self.block_bytes,
-            window=self.window,
-        )
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that the pool has blocks for, up to max_model_len."""
-        limits, blocks = self.scheduler(), self.num_blocks - 1
-        if scheduling.blocks_needed(limits, self.max_model_len, self.block_size) <= blocks:
-            return self.max_model_len
-        return blocks * self.block_size
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block in all layers."""
-        values = 2 * self.num_layers * self.num_kv_heads * self.block_size
-        size = jax.numpy.dtype(self.dtype).itemsize
-        return values * (self.head_dim * size + (4 if size == 1 else 0))  # scales are f32
-
-    @property
-    def max_blocks(self) -> int:
-        """M, blocks of the longest sequence."""
-        return -(-self.max_model_len // self.block_size)
-
-    def shapes(self) -> tuple[stepping.Shape, ...]:
-        """Every trace of the step that these limits can ask for."""
-        return stepping.all_shapes(
-            self.max_num_seqs,
-            self.max_num_batched_tokens,
-            self.max_logprobs,
-            cpu=self.cpu,
-            cascade=bool(self.cascade_tokens),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1065,36 +946,18 @@ class Engine:
         config = self.config
         if self._tickets:
             raise RuntimeError("warm up before the first request")
-        shapes = [shape for shape in config.shapes() if _wanted(shape, variant)]
-        masks = stepping.mask_shapes(
-            config.max_num_seqs, config.vocab_size, stepping.state_sharding(self._params)
+        shapes = warming.shapes_of(config, variant)
+        done = warming.compile_steps(
+            config,
+            shapes,
+            (self._params, self._cache, self._state),
+            forward=self._forward,
+            neutral=self._neutral,
+            on_progress=on_progress,
         )
-        done = 0
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            jobs: list[Future[Any]] = [
-                pool.submit(stepping.write_masks.lower(masks, np.int32(0), self._neutral).compile)
-            ]
-            for shape in shapes:
-                began = time.monotonic()
-                lowered = stepping.run_step.lower(
-                    self._params,
-                    self._cache,
-                    self._state,
-                    np.zeros(shape.plan_size, np.int32),
-                    masks if shape.sampler.masked else None,
-                    forward=self._forward,
-                    shape=shape,
-                    implementation=config.implementation,
-                )
-                jobs.append(pool.submit(_compile, shape, lowered, time.monotonic() - began))
-            for job in as_completed(jobs):
-                job.result()
-                done += 1
-                if on_progress is not None:
-                    on_progress(done, len(jobs))
         for shape in shapes:
             if not shape.sampler.masked:  # those need memory that may never be needed
-                self._run(shape, self._empty_plan(shape))
+                self._run(shape, warming.empty_plan(config, shape))
         self._write_tables(np.zeros((0, 3), np.int32))
         for size in COPY_SIZES:
             blocks = range(min(size, config.num_blocks))
@@ -1128,44 +991,6 @@ class Engine:
         for _ in range(3):
             jax.block_until_ready(self._cache)
             began = time.monotonic()
-            jax.block_until_ready(self._run(shape, self._empty_plan(shape)))
+            jax.block_until_ready(self._run(shape, warming.empty_plan(config, shape)))
             seconds = min(seconds, time.monotonic() - began)
         return seconds / shape.num_tokens * config.block_size
-
-    def _empty_plan(self, shape: stepping.Shape) -> np.ndarray:
-        nothing = np.zeros(0, np.int64)
-        return stepping.pack_plan(
-            shape,
-            max_num_seqs=self.config.max_num_seqs,
-            seats=nothing,
-            writes=nothing,
-            starts=nothing,
-            counts=nothing,
-            targets=nothing,
-            sampling=np.zeros((0, stepping.SAMPLING_COLUMNS), np.int32),
-            tokens=nothing,
-            updates=np.zeros((0, 3), np.int32),
-        )
-
-
-def _compile(shape: stepping.Shape, lowered: Any, lowering: float) -> None:
-    """Compile a trace, and log what it took: `logging.getLogger("aidx.engine")`, level INFO."""
-    began = time.monotonic()
-    lowered.compile()
-    LOG.info(
-        "%d tokens, %d rows, %s: lowered in %.1f s, compiled in %.1f s",
-        shape.num_tokens,
-        shape.num_rows,
-        shape.sampler,
-        lowering,
-        time.monotonic() - began,
-    )
-
-
-def _wanted(shape: stepping.Shape, variant: Variant | None) -> bool:
-    """Whether requests of at most this variant, without masks or logprobs, can take the trace."""
-    if variant is None:
-        return True
-    greedy = shape.decode and not shape.cascade  # the others draw where greedy would do
-    widest = max(VARIANTS.index(variant), 0 if greedy else 1)
-    return not shape.sampler.masked and VARIANTS.index(shape.sampler.variant) <= widest

@@ -9,6 +9,7 @@ import pytest
 from aidx.engine import BeamSearchParams, SamplingParams
 from aidx.engine.cascade import MAX_GROUPS, shared_prefixes
 from aidx.engine.step import Sampler, pick_shape, run_step
+from aidx.engine.warmup import empty_plan
 
 from .tiny import VOCAB, dense_tokens, engine, generate, run, tokens_of
 
@@ -161,6 +162,6 @@ def test_a_plan_without_groups_runs_in_the_cascade_trace():
     made = engine(cascade_tokens=16)
     shape = next(s for s in made.config.shapes() if s.cascade and s.sampler.variant == "plain")
     cache = jax.tree.map(np.array, made._cache)
-    made._run(shape, made._empty_plan(shape))
+    made._run(shape, empty_plan(made.config, shape))
     for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(made._cache), strict=True):
         np.testing.assert_array_equal(a[1:], np.asarray(b)[1:])

@@ -8,6 +8,7 @@ import pytest
 
 from aidx.engine import step as stepping
 from aidx.engine.step import Sampler, Shape, all_shapes, pack_plan, pick_shape, unpack_plan
+from aidx.engine.warmup import empty_plan
 
 from .tiny import GREEDY, LIMITS, PROMPTS, engine, generate, model
 
@@ -103,7 +104,7 @@ def test_an_empty_plan_changes_nothing():
     generate(PROMPTS[:2], GREEDY, made=made)
     cache = jax.tree.map(np.array, made._cache)
     tokens = np.array(made._state.last_token)
-    made._run(SHAPE, made._empty_plan(SHAPE))
+    made._run(SHAPE, empty_plan(made.config, SHAPE))
     for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(made._cache), strict=True):
         np.testing.assert_array_equal(a[1:], np.asarray(b)[1:])
     np.testing.assert_array_equal(tokens[:-1], np.asarray(made._state.last_token)[:-1])
