@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, scf
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 LANES = 32
 
@@ -78,30 +78,6 @@ def lane_and_warp() -> tuple[Any, Any]:
     """(lane, warp of the block)."""
     thread = utils.thread_idx()
     return arith.andi(thread, const(LANES - 1)), arith.shrui(thread, const(5))
-
-
-def thread_of_warpgroup() -> Any:
-    """0..127."""
-    return arith.andi(utils.thread_idx(), const(127))
-
-
-def count_up(pointer: Any) -> Any:
-    """The i32 there, which is one more from now on; no two threads get the same."""
-    asm = "atom.global.add.u32 $0, [$1], 1;"
-    return utils.inline_ptx(asm, pointer, result_types=i32(), has_side_effects=True)
-
-
-def load_four(pointer: Any) -> Any:
-    """Four i32 that no one writes."""
-    asm = "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];"
-    return utils.inline_ptx(asm, pointer, result_types=[i32()] * 4)
-
-
-def store_index(ref: Any, row: Any, column: int, value: Any) -> None:
-    """`ref[row, column] = value` of i32 in shared memory."""
-    index = ir.IndexType.get()
-    at = [arith.index_cast(index, row), arith.constant(index, column)]
-    memref.store(value, ref, at)
 
 
 def address(ref: Any) -> Any:

@@ -4,12 +4,13 @@
 
 One persistent CTA an SM.  A tile of the result is a block row by `tile_n` columns: two warpgroups
 multiply, a third brings the blocks of the row and the matching rows of x through a ring in shared
-memory, and runs ahead into the next tile while this one is stored.  Tiles are taken from a common
-counter, the longest rows first, so that rows of any lengths keep every CTA busy to the end; columns
-of x come one group after another, so that all CTAs read the same ones and L2 serves them.
+memory, and runs ahead into the next tile while this one is stored.  Columns come a group after
+another, so that all CTAs read the same columns of x and L2 serves them; within a group the rows are
+dealt by size, shifted and reversed from group to group, so that every CTA gets long and short ones.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ DTYPES = ("bfloat16", "float16")
 CONSUMERS = 2
 PRODUCER = 40  # registers of a thread that loads: it also computes which tile is next
 DEPTH = 64  # of one stage, at most
+L2_BYTES = 32 << 20  # of x that all CTAs read at a time
 TILE = 64  # what columns in memory are multiples of: the swizzled tiles of TMA
 
 
@@ -38,9 +40,7 @@ class MatmulConfig:
     Attributes:
       tile_n: columns of x and of the result that a CTA takes at a time (128 or 256).
       stages: slices of a block, and of the rows of x that it meets, in flight.
-      counter: CTAs take tiles from a common counter; else each has its tiles from the start, dealt
-        forwards and backwards in turn (the interpreter has no atomics and always does this).
-      num_sms: CTAs.
+      num_sms: CTAs at most.
 
     >>> MatmulConfig(tile_n=100)
     Traceback (most recent call last):
@@ -48,9 +48,8 @@ class MatmulConfig:
     ValueError: tile_n=100 is neither 128 nor 256
     """
 
-    tile_n: int = 256
-    stages: int = 3
-    counter: bool = True
+    tile_n: int = 128
+    stages: int = 4
     num_sms: int = HOPPER_SMS
 
     def __post_init__(self):
@@ -66,10 +65,9 @@ class MatmulConfig:
         """For blocks of `height` rows and a result of `columns`.
 
         >>> MatmulConfig.of(128, 8192), MatmulConfig.of(64, 100).tile_n
-        (MatmulConfig(tile_n=256, stages=3, counter=True, num_sms=132), 128)
+        (MatmulConfig(tile_n=128, stages=4, num_sms=132), 128)
         """
-        tile_n = 256 if columns > 128 else 128
-        return cls(tile_n, 3 if height == 128 and tile_n == 256 else 4)
+        return cls(128 if height == 128 or columns <= 128 else 256)
 
 
 def check_blocks(data: Any, *dense: Any) -> None:
@@ -90,16 +88,12 @@ class Refs(NamedTuple):
     order: Any
     minor: Any
     rows: Any
-    counter: Any  # [1] i32 in global memory; None when tiles are dealt
     out: Any
     a: Any  # [stages, height, depth] or turned
     b: Any  # [stages, depth, tile_n]
     o: Any  # [CONSUMERS, ROWS, width of a consumer]
     full: Any
     free: Any
-    tiles: Any  # [2, 4] i32: what the counter gave, (row, first block, blocks, tile across)
-    told: Any
-    heard: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +103,7 @@ class BlockMatmul:
     block: tuple[int, int]  # (height, width) as they count in the product
     turned: bool  # stored as (width, height)
     grid: int  # block rows
+    depth_of_x: int  # its rows
     columns: int
     dtype: Any
     config: MatmulConfig
@@ -134,16 +129,24 @@ class BlockMatmul:
         """Tiles across the result."""
         return cdiv(self.columns, self.config.tile_n)
 
-    @property
-    def group(self) -> int:
-        """Tiles across that are walked together, so that all CTAs read the same columns of x."""
-        wanted = cdiv(self.config.num_sms, self.grid)
-        return max(g for g in range(1, self.tiles_n + 1) if self.tiles_n % g == 0 and g <= wanted)
+    @functools.cached_property
+    def deal(self) -> tuple[int, int, int]:
+        """(tiles across of a group, tiles that a CTA has of a group, CTAs).
 
-    @property
-    def total(self) -> int:
-        """Tiles of the result."""
-        return self.grid * self.tiles_n
+        The narrowest group that gives nearly all SMs the same number of tiles; wide ones leave L2.
+        """
+        sms, best, found = self.config.num_sms, 0.0, (1, 1, 1)
+        for group in (g for g in range(1, self.tiles_n + 1) if self.tiles_n % g == 0):
+            size = 2 * group * self.config.tile_n * self.depth_of_x
+            if group > 1 and size > L2_BYTES and self.grid * found[0] >= sms:
+                break
+            each = cdiv(self.grid * group, sms)
+            used = self.grid * group / (each * sms)
+            if used > best:
+                best, found = used, (group, each, cdiv(self.grid * group, each))
+            if best >= 0.95:
+                break
+        return found
 
     def scratch(self) -> list[Any]:
         """Ring, staging and barriers, in the order of `Refs`."""
@@ -162,79 +165,38 @@ class BlockMatmul:
             plgpu.SMEM((CONSUMERS, *o), self.dtype, transforms=_mgpu.swizzled(self.dtype)),
             plgpu.Barrier(num_arrivals=2, num_barriers=c.stages),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=c.stages),
-            plgpu.SMEM((2, 4), jnp.int32),
-            plgpu.Barrier(num_arrivals=1, num_barriers=2),
-            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=2),
         ]
 
-    @property
-    def dealt(self) -> bool:
-        """Whether a CTA knows its tiles from the start."""
-        return self.interpret or not self.config.counter
+    def place(self, group, turn, cta):
+        """(rank of the row by size, tile in the group) of a CTA's tile; past the end: rank < 0."""
+        width, _, ctas = self.deal
+        size, groups = self.grid * width, self.tiles_n // width
+        back = (turn & 1) == 1
+        at = turn * ctas + jnp.where(back, ctas - 1 - cta, cta)
+        shifted = rem(at + div(group, 2) * max(1, 2 * size // groups), size)
+        there = jnp.where((group & 1) == 1, size - 1 - shifted, shifted)
+        return jnp.where(at < size, div(there, width), -1), rem(there, width)
 
-    def walk(self, refs: Refs, f: Callable, produces: bool = False) -> Any:
+    def walk(self, refs: Refs, f: Callable) -> Any:
         """`f(stages done, row, first block, blocks, first column) -> stages done` by tile."""
-        if self.dealt:
-            return self.walk_dealt(refs, f)
-
-        def fetch(j):
-            """The producer's: ask for this CTA's j-th tile, for all warpgroups to read."""
-            slot = rem(j, 2)
-            pl.when(j >= 2)(lambda: plgpu.barrier_wait(refs.heard.at[slot]))
-            _take_tile(refs, slot, self)
-            plgpu.barrier_arrive(refs.told.at[slot])
-
-        def tile(j):
-            """The j-th tile; its number of blocks is -1 past the end."""
-            slot = rem(j, 2)
-            plgpu.barrier_wait(refs.told.at[slot])
-            facts = tuple(refs.tiles[slot, i] for i in range(4))
-            if not produces:
-                plgpu.barrier_arrive(refs.heard.at[slot])
-            return facts
-
-        def step(carry):
-            j, done, row, first, count, across = carry
-            if produces:
-                fetch(j + 1)
-            done = f(done, row, first, count, across * self.config.tile_n)
-            return j + 1, done, *tile(j + 1)
-
-        zero = jnp.int32(0)
-        if produces:
-            fetch(zero)
-        last = lax.while_loop(lambda carry: carry[4] >= 0, step, (zero, zero, *tile(zero)))
-        if produces:  # leave no completion unobserved
-            for j in (last[0] - 1, last[0]):
-                pl.when(j >= 0)(lambda j=j: plgpu.barrier_wait(refs.heard.at[rem(j, 2)]))
-        return last[1]
-
-    def walk_dealt(self, refs: Refs, f: Callable) -> Any:
-        """`walk` over a fixed share of the tiles."""
-        ctas, cta = min(self.config.num_sms, self.total), lax.axis_index("cta")
-
-        def flat(j):
-            return j * ctas + jnp.where((j & 1) == 1, ctas - 1 - cta, cta)
+        (width, each, _), cta = self.deal, lax.axis_index("cta")
 
         def facts(j):
-            """Of this CTA's j-th tile, loaded a tile ahead."""
-            t = lax.min(flat(j), jnp.int32(self.total - 1))
-            wave, place = div(t, self.grid * self.group), rem(t, self.grid * self.group)
-            rank = div(place, self.group)
-            across = wave * self.group + rem(place, self.group)
-            return *(refs.rows[rank, i] for i in range(3)), across
+            """Of this CTA's j-th tile, loaded a tile ahead; no blocks and no columns where none."""
+            group = div(j, each)
+            rank, tile = self.place(group, rem(j, each), cta)
+            row, first, count = (refs.rows[lax.max(rank, jnp.int32(0)), i] for i in range(3))
+            across = jnp.where(rank < 0, self.tiles_n, group * width + tile)
+            return row, first, jnp.where(rank < 0, 0, count), across
 
         def step(j, carry):
             done, (row, first, count, across) = carry
             ahead = facts(j + 1)
             return f(done, row, first, count, across * self.config.tile_n), ahead
 
-        full, part = divmod(self.total, ctas)
-        mine = jnp.int32(full)
-        if part:
-            mine = mine + (flat(jnp.int32(full)) < self.total).astype(jnp.int32)
         start = (jnp.int32(0), facts(jnp.int32(0)))
-        return lax.fori_loop(jnp.int32(0), mine, step, start)[0]
+        turns = jnp.int32(self.tiles_n // width * each)
+        return lax.fori_loop(jnp.int32(0), turns, step, start)[0]
 
     def produce(self, refs: Refs) -> None:
         """Bring every stage of every tile."""
@@ -272,7 +234,7 @@ class BlockMatmul:
             lax.fori_loop(jnp.int32(0), count, load, start)
             return done + count * parts
 
-        total = self.walk(refs, one, produces=True)
+        total = self.walk(refs, one)
 
         @pl.loop(lax.max(total - c.stages, jnp.int32(0)), total)
         def _(stage):  # leave no completion unobserved
@@ -346,44 +308,9 @@ class BlockMatmul:
 
     def body(self, *refs) -> None:
         """The kernel."""
-        if self.dealt:
-            refs = (*refs[:5], None, *refs[5:])
         r, wg = Refs(*refs), lax.axis_index("wg")
         pl.when(wg < CONSUMERS)(lambda: self.consume(r, wg))
         pl.when(wg == CONSUMERS)(lambda: self.produce(r))
-
-
-def _take_tile(refs: Refs, slot, call: BlockMatmul) -> None:
-    """The next tile of the common counter into `refs.tiles[slot]`, by one thread."""
-    splat = plgpu.Layout.WG_SPLAT
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), splat))
-    def take(_, counter, rows, tiles, slot):
-        from . import _warp as w
-
-        def put(facts):
-            for i, fact in enumerate(facts):
-                w.store_index(tiles, slot.registers.item(), i, fact)
-
-        def one_thread():
-            t = w.count_up(w.address(counter))
-
-            def facts():
-                wave = w.const(call.grid * call.group)
-                place, group = w.arith.remui(t, wave), w.const(call.group)
-                line = w.offset(w.address(rows), w.arith.divui(place, group), 16)
-                row, first, count, _ = w.load_four(line)
-                across = w.add(
-                    w.mul(w.arith.divui(t, wave), call.group), w.arith.remui(place, group)
-                )
-                return row, first, count, across
-
-            end = [w.const(i) for i in (0, 0, -1, 0)]
-            put(w.either(w.less(t, call.total), facts, end))
-
-        w.when(w.equal(w.thread_of_warpgroup(), 0), one_thread)
-
-    take(refs.counter, refs.rows, refs.tiles, slot)  # pyright: ignore[reportCallIssue]
 
 
 def block_matmul(
@@ -437,15 +364,16 @@ def block_matmul(
         data, turned = data.swapaxes(1, 2), False
     config = config or MatmulConfig.of(height, n)
     columns = cdiv(n, TILE) * TILE
-    call = BlockMatmul((height, width), turned, rows, columns, data.dtype, config, bool(interpret))
+    call = BlockMatmul(
+        (height, width), turned, rows, x.shape[0], columns, data.dtype, config, bool(interpret)
+    )
     with jax.named_scope("block_matmul"):
         order = jnp.arange(nse, dtype=jnp.int32) if order is None else order.astype(jnp.int32)
-        counter = () if call.dealt else (jax.new_ref(jnp.zeros(1, jnp.int32)),)
         out = _mgpu.kernel(
             call.body,
             out_type=jax.ShapeDtypeStruct((rows * height, columns), data.dtype),
             scratch_types=call.scratch(),
-            grid=(min(config.num_sms, call.total),),
+            grid=(call.deal[2],),
             grid_names=("cta",),
             num_warpgroups=CONSUMERS + 1,
             interpret=interpret,
@@ -455,7 +383,6 @@ def block_matmul(
             order,
             minor.astype(jnp.int32),
             rows_by_size(indptr),
-            *counter,
         )
         return out[:, :n]
 
