@@ -59,54 +59,40 @@ ROWS = {
     "gqa S16384": (1, 16384, 32, 8, 128),
 }
 
-LANE = dict(release="lane", issue="warp")
-PAIR = dict(LANE, cluster=2)
+WARP = dict(issue="warp")
+LANE = dict(release="lane")
+PAIR = dict(release="lane", cluster=2)
+SHARING = {"warp": WARP, "lane": LANE, "pair": PAIR, "warp+pair": WARP | PAIR}
 WIDE = dict(block_kv=64, late_sum=True)
 COLUMNS = dict(split="columns", do_stages=1, dq_chunks=2)
+
+
+def with_sharing(make, base, **also):
+    """{name: config}: the base, what shares or arrives otherwise, and others."""
+    changes = {"base": {}, **SHARING}
+    return {name: make(**(base | change)) for name, change in changes.items()} | also
+
+
+THREE = with_sharing(F, dict(consumers=3))
+WIDE_HEADS = with_sharing(F, WIDE, named=F(release="named", **WIDE))
 FORWARD_VARIANTS = {  # (head_dim, causal): name: config
-    (128, False): {
-        "base": F(block_kv=192),
-        "lane": F(block_kv=192, **LANE),
-        "pair": F(block_kv=192, **PAIR),
-    },
-    (128, True): {
-        "base": F(block_kv=192),
-        "kv128": F(),
-        "lane": F(block_kv=192, **LANE),
-        "pair": F(block_kv=192, **PAIR),
-        "pair128": F(**PAIR),
-        "pers+pair": F(persistent=True, **PAIR),
-    },
-    (64, False): {
-        "base": F(consumers=3),
-        "lane": F(consumers=3, **LANE),
-        "pair": F(consumers=3, **PAIR),
-    },
-    (64, True): {
-        "base": F(consumers=3),
-        "lane": F(consumers=3, **LANE),
-        "pair": F(consumers=3, **PAIR),
-    },
-    (256, False): {
-        "base": F(release="named", **WIDE),
-        "lane": F(**WIDE, **LANE),
-        "pair": F(**WIDE, **PAIR),
-    },
-    (256, True): {
-        "base": F(release="named", **WIDE),
-        "lane": F(**WIDE, **LANE),
-        "pair": F(**WIDE, **PAIR),
-    },
+    (128, False): with_sharing(F, dict(block_kv=192), kv128=F()),
+    (128, True): with_sharing(
+        F,
+        dict(block_kv=192),
+        **{f"pers+{n}": F(persistent=True, **c) for n, c in SHARING.items()},
+        kv128=F(),
+        pers=F(persistent=True),
+    ),
+    (64, False): THREE,
+    (64, True): THREE,
+    (256, False): WIDE_HEADS,
+    (256, True): WIDE_HEADS,
 }
 BACKWARD_VARIANTS = {
-    128: {"base": B(), "lane": B(**LANE), "pair": B(**PAIR)},
-    64: {"base": B(block_q=128), "lane": B(block_q=128, **LANE), "pair": B(block_q=128, **PAIR)},
-    256: {
-        "base": B(**COLUMNS),
-        "early": B(**COLUMNS, early_free=True),
-        "lane+early": B(**COLUMNS, **LANE, early_free=True),
-        "pair+early": B(**COLUMNS, **PAIR, early_free=True),
-    },
+    128: with_sharing(B, {}),
+    64: with_sharing(B, dict(block_q=128)),
+    256: with_sharing(B, COLUMNS, early=B(early_free=True, **COLUMNS)),
 }
 
 
@@ -175,17 +161,18 @@ def peers(metric):
     return forward if metric == "fwd" else both
 
 
-def variants(row, causal, metric, skip="$^"):
-    """The same for tile shapes of aidx, but for the names that `skip` matches."""
+def variants(row, causal, metric, only="."):
+    """The same for tile shapes of aidx, where "row mask metric name" matches `only`."""
     head_dim = ROWS[row][-1]
     if metric == "fwd":
         table, f = FORWARD_VARIANTS[head_dim, causal], aidx_forward
     else:
         table, f = BACKWARD_VARIANTS[head_dim], aidx_both
+    case = f"{row} {'causal' if causal else 'full'} {metric}"
     return {
         f"aidx:{name}": functools.partial(f, config=config)
         for name, config in table.items()
-        if not re.search(skip, name)
+        if re.search(only, f"{case} {name}")
     }
 
 
@@ -524,7 +511,7 @@ def main():
     parser.add_argument("--error-rows", default="S4096", help="rows of the stage `errors`")
     parser.add_argument("--stages", default="rows,check,errors,variants")
     parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--skip", default="$^", help="variants whose names match are not run")
+    parser.add_argument("--only", default=".", help="variants: regex on 'row mask metric name'")
     parser.add_argument("--rounds", type=int, default=5, help="turns whose median counts")
     options = parser.parse_args()
 
@@ -544,7 +531,7 @@ def main():
             check_repeats(rows[0], True, options.repeats, results.add),
         ),
         "errors": lambda: check_errors(inexact, True, results.add, workers),
-        "variants": lambda: timed(functools.partial(variants, skip=options.skip), False, **rest),
+        "variants": lambda: timed(functools.partial(variants, only=options.only), False, **rest),
         "memory": lambda: attention_options.check_memory(results),
     }
     for name in attention_options.STAGES:

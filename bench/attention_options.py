@@ -139,7 +139,7 @@ def tiles(band, cu=None, **config):
     return f
 
 
-LANE = dict(release="lane", issue="warp")
+LANE = dict(release="lane")
 TILES = {  # forward tiles tried where a tile has few blocks
     "base": dict(),
     "pers": dict(persistent=True),

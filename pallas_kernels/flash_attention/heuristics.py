@@ -3,9 +3,11 @@
 from pallas_kernels.flash_attention.config import BackwardConfig, ForwardConfig
 from pallas_kernels.flash_attention.problem import Options
 
+LONG = 8192  # keys from which a grouped causal call has tiles enough to hide their ends
+
 
 def forward_config(
-    head_dim: int, head_dim_v: int, options: Options, group: int = 1
+    head_dim: int, head_dim_v: int, options: Options, group: int = 1, keys: int = LONG
 ) -> ForwardConfig:
     """Tiles of the forward for padded head widths; `group` query heads share a KV head.
 
@@ -15,16 +17,15 @@ def forward_config(
     """
     bare = options.score is None and options.mask is None and options.dropout is None
     bare = bare and options.bounds is None and options.band.left is None
-    # grouped heads under a causal mask measured worse with the longer blocks
-    plain = bare and (options.band.right is None or group == 1)
     if head_dim <= 64 and options.loads:
         return ForwardConfig()
     if head_dim <= 64:
         return ForwardConfig(consumers=3)
-    if head_dim <= 128 and plain:
-        return ForwardConfig(block_kv=192)
-    if head_dim <= 128 and options.even:
+    grouped = bare and options.band.right is not None and group > 1 and keys < LONG
+    if head_dim <= 128 and (options.even or grouped):
         return ForwardConfig(persistent=True)
+    if head_dim <= 128 and bare:
+        return ForwardConfig(block_kv=192)
     if head_dim <= 128:
         return ForwardConfig()
     return ForwardConfig(block_kv=64, release="named", late_sum=True)

@@ -166,7 +166,7 @@ def test_backward(shape, options):
 
 
 def test_wide_heads_send_p_unrounded():
-    config = fa.BackwardConfig(split="columns", do_stages=1)
+    config = fa.BackwardConfig(split="columns", do_stages=1, early_free=True)
     q, k, v, do = arrays(1, 64, 64, 1, 1, 128, 128)
     f32 = [x.astype(jnp.float32) for x in (q, k, v)]
     (out, lse), pull = jax.vjp(lambda *x: fa.reference(*x, scale=0.2, band=full), *f32)
@@ -399,3 +399,19 @@ def test_sharing_configurations_on_the_device(change, kv_heads):
     pairs = zip(back(config=fa.BackwardConfig(**share, **change))[:3], back()[:3], strict=True)
     for a, b in pairs:
         assert relative(a.astype(jnp.float32), b.astype(jnp.float32)) < 4e-3
+
+
+@pytest.mark.gpu
+def test_freeing_early_on_the_device():
+    """Needs one H100 or H200: dO's slot is handed back while dQ and dK are still computed."""
+    q, k, v, do = arrays(2, 700, 900, 2, 2, 256, 256)
+    call = dict(scale=0.05, band=fa.Band(right=0, offset=200))
+    out, lse = fa.flash_attention_fwd(q, k, v, **call)
+    base = dict(split="columns", do_stages=1, dq_chunks=2)
+    grads = [
+        fa.flash_attention_bwd(q, k, v, out, lse, do, config=fa.BackwardConfig(**base, **x), **call)
+        for x in ({}, dict(early_free=True))
+    ]
+    for a, b in zip(grads[1][1:3], grads[0][1:3], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert relative(*(g.q.astype(jnp.float32) for g in grads)) < 4e-3
