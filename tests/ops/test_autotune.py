@@ -316,6 +316,18 @@ def test_tables_merge_and_go_to_json_and_back(tmp_path):
         Measurement("1")
 
 
+def test_a_pinned_table_is_hashed_once(monkeypatch):
+    """jit asks for the hash of its context in every call."""
+    hashed = []
+    monkeypatch.setattr(Entry, "__hash__", lambda self: hashed.append(1) or 7)
+    many = Tuning(tuple(Entry("toy/scale", "cpu", "", str(n), "{}") for n in range(5)))
+    f = jax.jit(lambda x: x + 1)
+    with many:
+        for _ in range(3):
+            f(X)
+    assert len(hashed) == 5
+
+
 def test_configurations_of_every_kind_have_a_name():
     @dataclasses.dataclass(frozen=True)
     class Tiles:

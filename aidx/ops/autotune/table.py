@@ -131,6 +131,13 @@ class Tuning:
             found.setdefault((entry.op, entry.device, entry.key), []).append(entry)
         return found
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.entries)
+
+    def __hash__(self) -> int:
+        return self._hash  # asked for in every call of a jitted function inside `with tuning:`
+
     def get(self, place: tuple[str, ...]) -> Entry | None:
         """The entry of exactly this op, device, JAX version, code and key."""
         return self._places.get(place)
