@@ -24,7 +24,7 @@ from ..typing import Array, Params, PyTree
 from .remat import remat as remat_wrapper
 from .step import LossFn
 
-CHUNK_LOGITS = 1 << 29  # f32 logits of a chunk: 2 GiB; less, and adding to dW shows
+CHUNK_LOGITS = 1 << 29  # f32 logits of a chunk: 2 GiB
 
 
 def fused_cross_entropy(
@@ -46,7 +46,7 @@ def fused_cross_entropy(
       weights: `[*B]`, a mask or factors; None is ones.  Not differentiated.
       label_smoothing: e in [0, 1), the share of the target spread over all of V (Szegedy 2016).
       z_loss: z, keeps the normaliser near one (de Brebisson & Vincent 2016; PaLM 2022: 1e-4).
-      chunk_tokens: rows at a time; None takes what makes 2 GiB of f32 logits.
+      chunk_tokens: rows at a time; None takes `default_chunk`.
 
     Returns:
       `(total, weight, sums)`, f32 scalars as a loss function returns them; sums are `nll` (without
@@ -73,7 +73,7 @@ def fused_cross_entropy(
     check_options(label_smoothing, z_loss)
     N = targets.size
     if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_LOGITS // V)
+        chunk_tokens = default_chunk(V, D)
     if chunk_tokens < 1:
         raise ValueError(f"{chunk_tokens=} must be positive")
     weights = masked_weights(targets, weights)
@@ -129,6 +129,18 @@ def cross_entropy(
         "accuracy": (weights * (target >= top)).sum(),
     }
     return (weights * losses).sum(), weights.sum(), jax.lax.stop_gradient(sums)
+
+
+def default_chunk(V: int, D: int) -> int:
+    """Rows of a chunk: what makes 2 GiB of f32 logits, and 2 D at least.
+
+    A chunk adds `[V, D]` to the table's gradient, 8 bytes of traffic an entry; with 2 D rows that
+    is a quarter of what its logits cost, and these weigh twice what the gradient does.
+
+    >>> default_chunk(128256, 2048), default_chunk(128256, 4096)
+    (4185, 8192)
+    """
+    return max(1, CHUNK_LOGITS // V, 2 * D)
 
 
 def check_options(label_smoothing: float, z_loss: float) -> None:
