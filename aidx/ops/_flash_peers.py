@@ -198,6 +198,9 @@ def _cudnn(spec: FlashSpec, ops: FlashOperands, q: Array, k: Array, v: Array) ->
     window = None if spec.left is None else (spec.left, 0)
     # cuDNN gives NaN where a row has no key at all: let it see one, and blank it afterwards.
     lens = None if ops.kv_lens is None else jnp.maximum(ops.kv_lens, 1)
+    if ops.kv_lens is not None:  # its masked P is zero, but 0 * NaN is NaN
+        exists = jnp.arange(k.shape[1])[None] < ops.kv_lens[:, None]
+        k, v = (jnp.where(exists[:, :, None, None], x, 0) for x in (k, v))
     try:
         out = jax.nn.dot_product_attention(
             q,

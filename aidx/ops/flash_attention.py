@@ -90,7 +90,7 @@ def flash_attention(
         (left, right) as FlashAttention's, -1 unbounded.
       mask: bool, broadcastable to `[*B, N, T, S]`, True where the key is seen.
       q_lens: i32 `[*B]`, queries that exist; the others give zeros.
-      kv_lens: i32 `[*B]`, keys that exist.
+      kv_lens: i32 `[*B]`, keys that exist; what lies past them may be anything, NaN included.
       segment_ids: i32 `[*B, T]`, or a pair with `[*B, S]`: a query sees keys of its own id.
         Ids that ascend from 0 or more, or cu_seqlens, are the fast form on a GPU.
       cu_seqlens: i32 `[sequences + 1]`, or a (q, kv) pair: borders of sequences packed along T and
