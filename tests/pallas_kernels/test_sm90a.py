@@ -55,6 +55,8 @@ def in_the_gate(name: str) -> bool:
     >>> [in_the_gate(f"flash/H{h} dropout bwd") for h in (64, 128, 256)]
     [False, True, False]
     """
+    if name.startswith("fused/"):
+        return not re.search(r" (1024|2048) |gelu|float32", name)
     option = next((i for i, o in enumerate(OPTIONS) if o in name), None)
     if option is not None:
         return f"H{(64, 128, 256)[option % 3]} " in name
