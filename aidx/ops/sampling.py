@@ -350,11 +350,23 @@ def _sample(logits, rows, positions, state, banned, variant, num_logprobs) -> Sa
             noise = gumbel(draw_keys(rows, positions), logits.shape[-1])
         scores = jnp.where(greedy, x, tempered + noise)
     with jax.named_scope("draw"):
-        tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-        tokens = jnp.where(jnp.isfinite(jnp.max(scores, axis=-1)), tokens, -1)
+        best = jnp.max(scores, axis=-1)
+        tokens = jax.lax.platform_dependent(scores, best, cpu=_first_of, default=_argmax)
+        tokens = jnp.where(jnp.isfinite(best), tokens, -1)
     if num_logprobs is None:
         return Sampled(tokens, None)
     return Sampled(tokens, token_logprobs(raw, tokens, num_logprobs))
+
+
+def _argmax(scores: Array, best: Array) -> Array:
+    del best
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def _first_of(scores: Array, best: Array) -> Array:
+    """`argmax` of finite rows: a CPU goes over integers five times faster than over pairs."""
+    index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None]
+    return jnp.min(jnp.where(scores == best[:, None], index, scores.shape[-1]), axis=-1)
 
 
 def _check(logits, rows, positions, state, banned, variant, num_logprobs):

@@ -643,3 +643,11 @@ def test_token_ids_outside_the_vocabulary_are_refused(name, token):
 def test_a_wrong_number_of_seeds_is_refused():
     with pytest.raises(ValueError, match="2 seeds for num_rows=3"):
         sampling_rows(3, seed=[1, 2])
+
+
+def test_of_equal_logits_the_first_is_taken_and_none_where_none_is_finite():
+    x = np.zeros((5, 9), np.float32)
+    x[0, [3, 7]], x[1], x[2, 4], x[3, 8], x[4, 2] = 2.0, -np.inf, np.nan, np.inf, -1.0
+    rows = sampling_rows(5, temperature=0.0)
+    drawn = sample(jnp.asarray(x), rows, jnp.zeros(5, jnp.int32), variant="greedy").tokens
+    assert drawn.tolist() == [3, -1, -1, -1, 0]
