@@ -12,7 +12,7 @@ from aidx.cli.options import positive
 MODULES = (
     "aidx.ops.flash_attention",
     "aidx.ops.paged_attention",
-    "aidx.arrays",
+    "aidx.ops.sparse_kernels",
     "aidx.kernels.fused",
     "aidx.kernels.installed",
 )

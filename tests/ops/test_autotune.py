@@ -126,6 +126,11 @@ def test_what_cannot_be_named_or_run_here_takes_the_default(alone, clock):
         chosen(nothing)
 
 
+def test_an_operand_that_is_absent_is_part_of_the_key():
+    one, two = TOY.key_text((X, None), {}), TOY.key_text((X, X), {})
+    assert one == '{"operands": ["float32[8]", "none"]}' and one != two
+
+
 def test_modes_and_their_mistakes(monkeypatch):
     with pytest.raises(ValueError, match=r"one of .*, not 'fast'"), autotune.mode("fast"):
         pass

@@ -10,13 +10,20 @@ import pytest
 
 import aidx.ops.flash_attention
 import aidx.ops.paged_attention
+import aidx.ops.sparse_kernels
 from aidx.ops import autotune
 from aidx.ops.autotune import store
 from aidx.ops.autotune.tunable import case_of, code_hash, config_text, get
 from tests.ops.toy_tunables import TOY
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "scripts"
-OWN = ("flash_attention/forward", "flash_attention/backward", "paged_attention/forward")
+OWN = (
+    "flash_attention/forward",
+    "flash_attention/backward",
+    "paged_attention/forward",
+    "spmm/rows",
+    "spmm/blocks",
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +111,31 @@ def test_a_paged_case_gives_every_row_its_blocks():
     (ops,) = tunable.inputs(np.random.default_rng(0), mixed, **static)
     assert ops.q_indptr.tolist() == [0, 4, 5, 6]
     assert tunable.reference(ops, **static).shape == (6, 4, 16)
+
+
+@pytest.mark.parametrize("order", ["", " order"])
+@pytest.mark.parametrize("turned", ["", " turned"])
+def test_the_reference_of_blocks_is_the_dense_product(order, turned):
+    tunable = get("spmm/blocks")
+    text = f"M=12 N=8 n=5 block=4 nse=5 dtype=float32{order}{turned}"
+    operands, static = case_of(tunable, text)
+    made = tunable.inputs(np.random.default_rng(0), *operands, **static)
+    data, x, minor, indptr, place = (None if a is None else np.asarray(a) for a in made)
+    dense = np.zeros((12, 8), np.float64)
+    for row in range(3):
+        for e in range(indptr[row], indptr[row + 1]):
+            block = data[e if place is None else place[e]]
+            at = slice(4 * row, 4 * row + 4), slice(4 * minor[e], 4 * minor[e] + 4)
+            dense[at] += block.T if turned else block
+    np.testing.assert_allclose(tunable.reference(*made, **static), dense @ x, atol=1e-5)
+
+
+def test_the_reference_of_rows_is_the_dense_product():
+    tunable = get("spmm/rows")
+    operands, static = case_of(tunable, "M=5 N=7 nse=11 n=2")
+    made = tunable.inputs(np.random.default_rng(0), *operands, **static)
+    data, x, row, column, indptr = map(np.asarray, made)
+    assert indptr.tolist() == np.searchsorted(row, np.arange(6)).tolist()
+    dense = np.zeros((5, 7))
+    np.add.at(dense, (row, column), data)
+    np.testing.assert_allclose(tunable.reference(*made, **static), dense @ x, atol=1e-5)

@@ -204,14 +204,13 @@ def config_text(config: Hashable) -> str:
 
 def _default_key(*operands: Any, **static: Any) -> dict[str, Any] | None:
     """Shapes, dtypes and static values; None where one of those cannot be named."""
-    leaf = lambda x: f"{x.dtype.name}{list(x.shape)}"
-    tree = jax.tree.map(leaf, operands, is_leaf=lambda x: x is None or hasattr(x, "dtype"))
+    leaf = lambda x: "none" if x is None else f"{x.dtype.name}{list(x.shape)}"
     try:
         named = {name: plain(value) for name, value in static.items()}
     except TypeError:
         return None
-    leaves = [str(x) for x in jax.tree.leaves(tree, is_leaf=lambda x: x is None)]
-    return {"operands": leaves, **named}
+    leaves = jax.tree.leaves(operands, is_leaf=lambda x: x is None)
+    return {"operands": [leaf(x) for x in leaves], **named}
 
 
 @functools.lru_cache(maxsize=64)
