@@ -1,5 +1,6 @@
 """Strict settings for every test: rank promotion raises, warnings are errors, one compile cache."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -42,6 +43,21 @@ def pytest_collection_modifyitems(config, items):
     if gpu:
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+MAPPINGS = pathlib.Path("/proc/self/maps")  # Linux; a process may have 65,530 of them
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Compiled programs are let go between files before their mappings reach the kernel's limit.
+
+    Every program maps memory, and the loader's fault is a segmentation fault of the whole worker.
+    """
+    if nextitem is not None and item.path == nextitem.path:
+        return
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
