@@ -34,6 +34,7 @@ CASES = (  # what a run without arguments times, the most telling first
         "8192x4096:bfloat16 8192x4096:bfloat16 4096:bfloat16",
     ),
     ("flash_attention/backward", "B=4 T=4096 N=32 K=8 H=128 causal"),
+    ("spmm/rows", "M=100000 N=100000 nse=1000000 n=32"),
     ("paged_attention/forward", "R=4 n=512 ctx=2048 N=32 K=8 H=128 block=64"),
     ("flash_attention/forward", "B=1 T=16384 N=16 H=128"),
     ("paged_attention/forward", "R=8 n=1 ctx=4096 N=32 K=8 H=128 block=64"),

@@ -51,7 +51,7 @@ def _with_kernels(
     shapes: Sequence[str] = (),
 ) -> KernelBuilder:
     """The Pallas kernels of the builder's name, and how they are split and tuned."""
-    fn, sources = getattr(_fused, builder.name), ("pallas_kernels.fused._vectors",)
+    fn, sources = getattr(_fused, builder.name), ("pallas_kernels.fused", "pallas_kernels._mgpu")
     builder = builder.implementation("mosaic_gpu", fn, backward=backward, platforms=("cuda",))
     builder = builder.sharding(rule, replicated=replicated).tolerance(Tolerance(float32=2e-5))
     return builder.tuning(configs, sources=sources, shapes=shapes) if configs else builder
