@@ -207,7 +207,7 @@ class BackwardConfig:
                 f"a CTA has {SMEM_BYTES}"
             )
         part = 64 * self.parts
-        if self.dq_tile(head_dim)[1] % 32 or head_dim % part or head_dim_v % part:
+        if self.dq_tile(head_dim)[1] % 64 or head_dim % part or head_dim_v % part:
             raise NotImplementedError(f"{head_dim=}, {head_dim_v=} do not split as {self}")
         registers = (head_dim + head_dim_v) // 2 // self.parts + self.block_q
         if registers > {1: 208, 2: 208, 3: 128}[self.consumers]:

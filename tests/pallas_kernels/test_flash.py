@@ -162,7 +162,7 @@ def test_a_cluster_shares_its_queries(shape, options):
     ids=["causal-gqa", "packed", "window-cap-lse", "deterministic"],
 )
 def test_backward(shape, options):
-    check_backward(shape, config=fa.BackwardConfig(), **options)
+    check_backward(shape, config=fa.BackwardConfig(block_q=128), **options)
 
 
 def test_wide_heads_send_p_unrounded():
@@ -327,6 +327,8 @@ def test_backward_refuses_what_it_cannot_do():
         call(lse, x, alibi_slopes=jnp.zeros(2))
     with pytest.raises(NotImplementedError, match="shared memory"):
         fa.ForwardConfig(block_kv=256).check(256, 256)
+    with pytest.raises(NotImplementedError, match="do not split"):
+        fa.BackwardConfig().check(64, 64)  # 32 columns of K for each consumer
 
 
 CASES = {name: (f, args) for name, f, args in configs.compile_cases()}
