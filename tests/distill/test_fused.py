@@ -150,7 +150,7 @@ def top_k_operands():
 
 
 @pytest.mark.parametrize(("tail", "temperature"), [("bucket", 1.0), ("renormalise", 2.0)])
-@pytest.mark.parametrize("chunk", [3, 11])
+@pytest.mark.parametrize("chunk", [7, 11])  # with 7 the label 5 lies in two slices
 def test_top_k_from_hidden_states_is_the_loss_of_the_logits(tail, temperature, chunk):
     hs, ws, indices, log_probs = top_k_operands()
     options = dict(tail=tail, temperature=temperature, weights=WEIGHTS)
