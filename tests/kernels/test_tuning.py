@@ -109,3 +109,8 @@ def test_aidx_tune_times_it_in_a_worker_and_later_calls_find_that(
 def test_mistakes_of_the_command_line(arguments, message, capsys):
     assert aidx.cli.main(["tune", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys):
+    assert aidx.cli.main(["tune", "--help"]) == 0
+    assert "examples:\n  aidx tune" in capsys.readouterr().out

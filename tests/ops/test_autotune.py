@@ -217,6 +217,17 @@ def test_the_gates_record_goes_to_json_and_back():
         store.read_gate("{}")
 
 
+def test_no_memory_to_tune_in_is_no_reason_to_fail(alone, clock):
+    def inputs(rng, x):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    full = dataclasses.replace(TOY, inputs=inputs)
+    with autotune.mode("on", timer=clock), autotune.recording() as seen:
+        assert autotune.choose(full, (X,)) == 1
+    assert seen[0].reason == "it could not be timed: RESOURCE_EXHAUSTED: out of memory"
+    assert store.read(alone.cache, place(full)) is None
+
+
 @pytest.mark.smoke
 def test_a_call_under_jit_is_tuned_outside_the_trace(alone):
     """With the real clock: the trace holds the chosen configuration and nothing of the tuning."""

@@ -154,11 +154,14 @@ class _Call:
         missing = [text for text in texts if entry.find(text) is None]
         if self.settings.mode == "on" and missing:
             allowed = self._allowed(missing, entry.code)
-            if allowed:
-                entry = _tune_here(self, entry, texts, allowed)
-                store.write(self.settings.cache, entry)
-                if found := entry.best(order):
-                    return taken(found, "tuned")
+            try:
+                if allowed:
+                    entry = _tune_here(self, entry, texts, allowed)
+                    store.write(self.settings.cache, entry)
+                    if found := entry.best(order):
+                        return taken(found, "tuned")
+            except jax.errors.JaxRuntimeError as error:  # no memory for operands or the reference
+                reason = f"it could not be timed: {' '.join(str(error).split())[:200]}"
             if len(allowed) < len(missing):
                 reason = f"{len(missing) - len(allowed)} of {len(texts)} are not through the gate"
         if found := entry.best(order):
