@@ -95,7 +95,7 @@ def torch_calls(lengths, heads, head_dim, features, half):
     dtype = torch.bfloat16 if half else torch.float32
     wait = lambda _: torch.cuda.synchronize()
     make = lambda *tail: torch.nested.nested_tensor(
-        [torch.randn(int(n), *tail) for n in lengths],
+        [torch.randn(int(n), *tail, device="cuda") for n in lengths],
         layout=torch.jagged,
         device="cuda",
         dtype=dtype,
@@ -135,7 +135,10 @@ def main():
     for name, op, call in norm_calls(lengths, features, dtype):
         record(op, name, milliseconds(call))
     for name, op, call, wait in torch_calls(lengths, heads, head_dim, features, gpu):
-        record(op, name, milliseconds(call, wait))
+        try:
+            record(op, name, milliseconds(call, wait))
+        except (RuntimeError, NotImplementedError) as refusal:
+            print(name, op, refusal, flush=True)
     for name, op, call in attention_calls(lengths, heads, head_dim, dtype):
         record(op, name, milliseconds(call))
     if args.tiny:
