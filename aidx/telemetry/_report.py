@@ -157,7 +157,7 @@ class ProfileReport:
                 )
         if self.programs:
             lines += ["", PROGRAM_HEAD]
-        for p in sorted(self.programs, key=lambda p: -p["peak"])[:20]:
+        for p in sorted(self.programs, key=lambda p: -p["peak"])[:MOST_PROGRAMS]:
             sizes = "".join(f"{p[name] / MIB:12.1f}" for name in PROGRAM_SIZES)
             lines.append(f"{p['program'][:32]:32}{sizes}")
         if self.host_peak:
@@ -298,6 +298,7 @@ class Comparison:
 
 
 MIB = 2**20
+MOST_PROGRAMS = 8  # that a table shows
 HOST_HEAD = f"{'host scope (ms, MiB)':32}{'count':>8}" + "".join(
     f"{name:>10}"
     for name in ("total", "mean", "p50", "p95", "p99", "max", "compiling", "live", "grown", "host")
