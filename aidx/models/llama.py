@@ -208,7 +208,9 @@ def decoder_layer(config, p, x, cos, sin, attend, cache, i, window):
     with jax.named_scope("mlp"):
         y = rms_norm(x, p["mlp_norm"], eps=config.norm_eps)
         y = linear(y, p["gate_up"], p.get("gate_up_bias"))
-        y = ACTIVATIONS[config.activation](y[..., 0, :]) * y[..., 1, :]
+        # Split: its transpose is one concatenation; that of two slices pads twice and adds.
+        gate, up = (half[..., 0, :] for half in jnp.split(y, 2, axis=-2))
+        y = ACTIVATIONS[config.activation](gate) * up
         x = x + linear(y, p["down"], p.get("down_bias"))
     return x, cache
 
@@ -217,8 +219,9 @@ def project_qkv(config, p, x):
     """`[*B, T, D] -> q [*B, T, N, H], k and v [*B, T, K, H]`, head-normalised where configured."""
     G = config.num_heads // config.num_kv_heads
     y = linear(x, p["qkv"], p.get("qkv_bias"))  # [*B, T, K, G+2, H]
-    q = y[..., :G, :].reshape(*x.shape[:-1], config.num_heads, config.head_dim)
-    k, v = y[..., G, :], y[..., G + 1, :]
+    q, k, v = jnp.split(y, (G, G + 1), axis=-2)
+    q = q.reshape(*x.shape[:-1], config.num_heads, config.head_dim)
+    k, v = k[..., 0, :], v[..., 0, :]
     if config.qk_norm:
         q = rms_norm(q, p["q_norm"], eps=config.norm_eps)
         k = rms_norm(k, p["k_norm"], eps=config.norm_eps)
