@@ -63,11 +63,15 @@ def rewritten(data: bytes, change) -> bytes:
 
 def trimmed(xspace: bytes) -> bytes:
     """The GPU's plane, and of the metadata the training step without its kernels' code."""
-    long = lambda number, value: None if number == 43 and len(value) > 2000 else value
-    instruction = lambda n, v: rewritten(v, long) if n == 2 else v
+    # Of HloProto the module, of that its name and computations, of an instruction what is asked of
+    # it: no code of kernels, no names of files.
+    only = lambda kept, change=lambda n, v: v: lambda n, v: change(n, v) if n in kept else None
+    about_op = lambda n, v: rewritten(v, only({2})) if n == 7 else v
+    short = lambda n, v: None if n == 43 and len(v) > 2000 else about_op(n, v)
+    kept = {1, 2, 3, 7, 28, 30, 35, 36, 38, 43}
+    instruction = lambda n, v: rewritten(v, only(kept, short)) if n == 2 else v
     computation = lambda n, v: rewritten(v, instruction) if n == 3 else v
-    # HloProto: only the module; of that, its computations.
-    hlo = lambda n, v: rewritten(v, computation) if n == 1 else None
+    hlo = lambda n, v: rewritten(v, only({1, 3}, computation)) if n == 1 else None
     stat = lambda n, v: rewritten(v, hlo) if n == 6 else v
     about = lambda n, v: rewritten(v, stat) if n == 5 else v
     entry = lambda n, v: rewritten(v, about) if n == 2 else v
