@@ -16,7 +16,6 @@ import json
 import pathlib
 import re
 import statistics
-import sys
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -304,6 +303,9 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="small shapes")
     parser.add_argument("--out", type=pathlib.Path, help="write JSON here (default: print only)")
     options = parser.parse_args()
+    pattern = "" if options.pattern == "." else f" '{options.pattern}'"
+    command = f"python bench/fused.py{pattern}{' --variants' * options.variants}"
+    command += " --tiny" * options.tiny
     rows = []
 
     def say(case, label, value, unit, text):
@@ -317,13 +319,13 @@ def main():
             measured(job, options.variants, say)
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(table(rows), indent=1) + "\n")
+                options.out.write_text(json.dumps(table(rows, command), indent=1) + "\n")
 
 
-def table(rows):
+def table(rows, command):
     """What is kept of a run."""
     meta = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command,
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "versions": {p: importlib.metadata.version(p) for p in ("jax", "tokamax") if _installed(p)},
