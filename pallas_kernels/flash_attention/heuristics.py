@@ -14,6 +14,9 @@ def forward_config(
     >>> from pallas_kernels.flash_attention.mask import Band
     >>> forward_config(64, 64, Options(Band(), 0.125)).consumers
     3
+    >>> causal = Options(Band(right=0), 0.1)
+    >>> [forward_config(128, 128, causal, 4, keys).persistent for keys in (4096, 16384)]
+    [True, False]
     """
     bare = options.score is None and options.mask is None and options.dropout is None
     bare = bare and options.bounds is None and options.band.left is None
