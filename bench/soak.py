@@ -19,6 +19,7 @@ import collections
 import dataclasses
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def make_engine(mode: str, dtype: str, *, tiny: bool = False) -> Engine:
     config = TINY if tiny else MODEL
     compute = "float32" if tiny else "bfloat16"
     model = Model(config, init_params(config, jax.random.key(0), jnp.dtype(compute), std=0.3))
-    limits = dict(num_blocks=41, block_size=4, max_num_seqs=4, max_model_len=64)
+    limits: dict[str, Any] = dict(num_blocks=41, block_size=4, max_num_seqs=4, max_model_len=64)
     limits |= dict(max_num_batched_tokens=16, cascade_tokens=24)
     if not tiny:
         limits = dict(num_blocks=400, block_size=16, max_num_seqs=32, max_model_len=640)
@@ -113,9 +114,7 @@ def random_request(rng: np.random.Generator, engine: Engine, prefixes: list[list
     return prompt, SamplingParams(temperature=0, max_tokens=tokens)
 
 
-def soak(
-    engine: Engine, *, seed: int, requests: int | None = None, seconds: float | None = None
-) -> Soak:
+def soak(engine: Engine, *, seed: int, requests: int | None = None, seconds: float = 60) -> Soak:
     """Traffic for so many requests or seconds, then until the last one has ended."""
     rng = np.random.default_rng(seed)
     guards = plant_guards(engine, rng)
@@ -186,7 +185,7 @@ def repeat_alone(engine: Engine, asked: dict, done: dict, most: int = 20) -> tup
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60, help="of each soak")
     parser.add_argument("--requests", type=int, help="instead of seconds")
     parser.add_argument("--seed", type=int, default=0)

@@ -6,6 +6,7 @@ compiled programs serve every call, and bounded, so that a long sequence takes l
 the pools: it goes in pieces.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -163,11 +164,12 @@ def _put(cache: PagedKVCache, piece: tuple[jax.Array, ...], blocks: jax.Array) -
         )
 
     with jax.named_scope("swap_in"):
-        cache = cache.replace(
-            k=written(cache.k, piece[0][:layers]), v=written(cache.v, piece[0][layers:])
+        cache = dataclasses.replace(
+            cache, k=written(cache.k, piece[0][:layers]), v=written(cache.v, piece[0][layers:])
         )
         if cache.k_scale is not None and cache.v_scale is not None:
-            cache = cache.replace(
+            cache = dataclasses.replace(
+                cache,
                 k_scale=written(cache.k_scale, piece[1][:layers]),
                 v_scale=written(cache.v_scale, piece[1][layers:]),
             )

@@ -79,7 +79,7 @@ def _largest_possible(tables: Sequence[np.ndarray], full: np.ndarray) -> int:
     some = np.flatnonzero(full > 0)
     if len(some) < 2:
         return 0
-    firsts = np.array([tables[i][0] for i in some])
+    firsts = np.array([tables[i][0] for i in some.tolist()])
     blocks, members, counts = np.unique(firsts, return_inverse=True, return_counts=True)
     longest = np.zeros(len(blocks), np.int64)
     np.maximum.at(longest, members, full[some])

@@ -429,10 +429,11 @@ def _prefill_scales(call: _Call, geom: Geometry, config: PrefillConfig):
     """Scales of one-byte pools as the prefill kernel takes them."""
     if call.scales is None:
         return None
-    scales = [x.astype(jnp.float32) for x in call.scales]
-    if scales[0].ndim == 3:
-        scales = [PageTiles(geom, config.block_kv).pack_scales(x) for x in scales]
-    return tuple(scales)
+    k_scale, v_scale = (x.astype(jnp.float32) for x in call.scales)
+    if k_scale.ndim == 1:
+        return k_scale, v_scale
+    pack = PageTiles(geom, config.block_kv).pack_scales
+    return pack(k_scale), pack(v_scale)
 
 
 def _geometry(

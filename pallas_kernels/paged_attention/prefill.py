@@ -216,7 +216,7 @@ def prefill_attention(
                 out_ref,
                 lse_ref,
                 *scratch,
-                raw=Raw(*own[:3], factors, *own[3:]) if narrow else None,
+                raw=Raw(own[0], own[1], own[2], factors, *own[3:5]) if narrow else None,
             )
         )
 
