@@ -962,26 +962,27 @@ class Engine:
         for size in COPY_SIZES:
             blocks = range(min(size, config.num_blocks))
             self._cache = self._cache.copy_blocks(blocks, blocks)
-        if config.preemption_mode != "recompute":
-            swapping = self._warm_swapping()
-            if config.preemption_mode == "auto" and swapping < self._time_recomputing():
-                self._swap_is_cheaper = True
-                limits = dataclasses.replace(self._batch.config, preemption_mode="swap")
-                self._batch = dataclasses.replace(self._batch, config=limits)
+        size = min(swap_piece(self._cache), config.num_blocks)
+        if config.preemption_mode == "auto":
+            self._swap_is_cheaper = self._time_swapping(size) < self._time_recomputing()
+        if config.preemption_mode == "swap" or self._swap_is_cheaper:
+            for n in (*(1 << i for i in range(size.bit_length())), size):  # all sizes of a piece
+                self._time_swapping(n, repeats=1)
+            limits = dataclasses.replace(self._batch.config, preemption_mode="swap")
+            self._batch = dataclasses.replace(self._batch, config=limits)
         jax.block_until_ready((self._cache, self._state))
         return done
 
-    def _warm_swapping(self) -> float:
-        """Compile what swapping runs; seconds for a block to go and to come back."""
-        size = min(swap_piece(self._cache), self.config.num_blocks)
+    def _time_swapping(self, size: int, *, repeats: int = 3) -> float:
+        """Seconds for a block to go and to come back, among `size` of them."""
         seconds = []
-        for n in [*(1 << i for i in range(size.bit_length())), size, size, size]:
+        for _ in range(repeats):
             jax.block_until_ready(self._cache)
             began = time.monotonic()
-            self._cache = swap_in(self._cache, swap_out(self._cache, range(n)), range(n))
+            self._cache = swap_in(self._cache, swap_out(self._cache, range(size)), range(size))
             jax.block_until_ready(self._cache)
-            seconds.append((time.monotonic() - began) / n)
-        return min(seconds[-2:])
+            seconds.append((time.monotonic() - began) / size)
+        return min(seconds)
 
     def _time_recomputing(self) -> float:
         """Seconds that the largest prefill takes for a block's tokens, attention left out."""
