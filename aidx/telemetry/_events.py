@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+
+from ._checksum import crc32c_of
 
 _numbers = itertools.count()
 IDLE_EVERY = 64  # jobs between two looks at the clock, where jobs do not end
@@ -96,7 +97,7 @@ def checksum(data: bytes) -> bytes:
     >>> checksum(b"").hex()
     'd8ea82a2'
     """
-    crc = crc32c(data)
+    crc = crc32c_of(data)
     return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
