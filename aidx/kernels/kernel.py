@@ -21,7 +21,7 @@ from jax.custom_batching import custom_vmap
 
 from ..ops import autotune
 from ..ops import registry as ops
-from ..ops._loops import varying_like
+from ..ops._loops import one_by_one, varying_like
 from .sharding import ShardingRule, partitioned
 
 REFERENCE = "reference"  # the name of the implementation that every kernel has, the last in order
@@ -354,7 +354,7 @@ def _batched(kernel: CustomKernel, direction: Any, names: Any, spec: KernelSpec)
     def rule(size: int, in_batched: Any, *args: Any) -> Any:
         flags = tuple(in_batched)
         if kernel.batching == "sequential":
-            out = _one_by_one(apply, flags, args)
+            out = one_by_one(apply, flags, args)
         elif isinstance(kernel.batching, Fold):
             out = _folded(apply, kernel, size, flags, args)
         elif callable(kernel.batching) and direction != "backward":
@@ -392,29 +392,15 @@ def _with_axis(size: int, flags: Any, args: Any) -> tuple[Any, tuple[bool, ...]]
     return (operands, *others), tuple(on)
 
 
-def _one_by_one(apply: Callable[..., Any], flags: Any, args: Any) -> Any:
-    """Apply to each element of the vmapped axis in turn."""
-    leaves, tree = jax.tree.flatten(args)
-    on = jax.tree.leaves(flags)
-    moving = [x for x, flag in zip(leaves, on, strict=True) if flag]
-
-    def one(row: list[Any]) -> Any:
-        rows = iter(row)
-        picked = [next(rows) if flag else x for x, flag in zip(leaves, on, strict=True)]
-        return apply(*jax.tree.unflatten(tree, picked))
-
-    return jax.lax.map(one, moving)
-
-
 def _folded(apply: Any, kernel: CustomKernel, size: int, flags: Any, args: Any) -> Any:
     """The vmapped axis inside the leading axis of `kernel.batching.operands`."""
     names = operand_names(kernel.reference)
     rows = [name in kernel.batching.operands for name in names]
     shared = [(x, f) for x, f, row in zip(args[0], flags[0], rows, strict=True) if not row]
     if any(jax.tree.leaves([f for _, f in shared])):
-        return _one_by_one(apply, flags, args)
+        return one_by_one(apply, flags, args)
     if len(args) > 1 and any(_is_float(x) for x in jax.tree.leaves([x for x, _ in shared])):
-        return _one_by_one(apply, flags, args)
+        return one_by_one(apply, flags, args)
 
     def fold(x: Any, flag: bool) -> Any:
         x = x if flag else jnp.broadcast_to(x[None], (size, *x.shape))

@@ -1,10 +1,36 @@
-"""Types inside `jax.shard_map`, where the axes over which devices differ are part of an array's."""
+"""Loops: what cannot be vmapped, and types inside `jax.shard_map`.
+
+In there the axes over which devices differ are part of an array's type.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+
+
+def one_by_one(fn: Callable[..., Any], flags: Any, args: tuple[Any, ...]) -> Any:
+    """`fn(*args)` for each element of a vmapped axis in turn; every result has the axis in front.
+
+    `flags` is a pytree of the structure of `args`: True where a leaf has the axis (its first), the
+    others are passed whole.
+
+    >>> import jax.numpy as jnp
+    >>> print(one_by_one(jnp.dot, (True, False), (jnp.eye(2), jnp.array([3.0, 4.0]))))
+    [3. 4.]
+    """
+    leaves, tree = jax.tree.flatten(args)
+    on = jax.tree.leaves(flags)
+    moving = [x for x, flag in zip(leaves, on, strict=True) if flag]
+
+    def one(row: list[Any]) -> Any:
+        rows = iter(row)
+        picked = [next(rows) if flag else x for x, flag in zip(leaves, on, strict=True)]
+        return fn(*jax.tree.unflatten(tree, picked))
+
+    return jax.lax.map(one, moving)
 
 
 def _varying(x: Any) -> frozenset[Any]:

@@ -27,7 +27,7 @@ from ._flash_spec import (
     FlashOperands,
     FlashSpec,
 )
-from ._loops import varying_like
+from ._loops import one_by_one, varying_like
 from .attention_mask import (
     BlockMask,
     MaskMod,
@@ -487,7 +487,8 @@ def _folding(direction: Any, names: tuple[str, ...], spec: FlashSpec) -> Any:
     def rule(axis_size: int, in_batched: Any, *args: Any) -> Any:
         operands, batched = args[0], in_batched[0]
         if _own_programs(direction, operands, batched):
-            return _one_by_one(apply, axis_size, in_batched, args)
+            results = one_by_one(apply, tuple(in_batched), args)
+            return results, jax.tree.map(lambda _: True, results)
         B = operands.q.shape[1] if batched.q else operands.q.shape[0]
         folded = _fold_operands(direction, operands, batched, axis_size, B)
         rest = jax.tree.map(
@@ -568,21 +569,6 @@ def _sum_broadcast(
 
 def _periodic(program: Any, period: int) -> Any:
     return None if program is None else dataclasses.replace(program, period=period)
-
-
-def _one_by_one(apply: Any, size: int, in_batched: Any, args: Any) -> Any:
-    """lax.map over the vmapped axis."""
-    leaves, tree = jax.tree.flatten(tuple(args))
-    lifted = jax.tree.leaves(tuple(in_batched))
-    moving = [x for x, move in zip(leaves, lifted, strict=True) if move]
-
-    def one(row: list[Array]) -> Any:
-        rows = iter(row)
-        picked = [next(rows) if move else x for x, move in zip(leaves, lifted, strict=True)]
-        return apply(*jax.tree.unflatten(tree, picked))
-
-    results = jax.lax.map(one, moving)
-    return results, jax.tree.map(lambda _: True, results)
 
 
 # In order of preference.

@@ -15,13 +15,16 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 from jax.sharding import get_abstract_mesh
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
 from . import _kernel_store, autotune
+from ._loops import one_by_one
 from ._platform import platform_of as platform_of
 
 type ImplementationChoice = str | Sequence[str] | None
@@ -298,7 +301,10 @@ def first_that_can(
 def dispatch(call: Call, *args: Any) -> Any:
     """Apply `call` to pytrees of arrays, choosing per platform at lowering.
 
-    Works under jit; gradients and batching belong around it (`jax.custom_vjp`, `custom_vmap`).
+    Works under jit and vmap; gradients belong around it (`jax.custom_vjp`).  Under vmap a kernel of
+    a platform runs one element after the other, as may what stands in for it there; the others are
+    batched by JAX.  An op that folds a vmapped axis into its own batch says so around this
+    (`custom_vmap`).
 
     >>> import jax.numpy as jnp
     >>> @register("doc_negate", "xla")
@@ -311,7 +317,7 @@ def dispatch(call: Call, *args: Any) -> Any:
     named = sorted({p for entry in call.entries() for p in entry.platforms})
     if not everywhere:
         entry = first_that_can(call, call.entries(), args)
-        branches = {p: call.bound(entry) for p in entry.platforms}
+        branches = {p: _sequential(call.bound(entry)) for p in entry.platforms}
         refuse = _deferred(call, entry, args)
         return jax.lax.platform_dependent(*args, **branches, default=refuse)
     entry = first_that_can(call, everywhere, args)
@@ -323,6 +329,25 @@ def dispatch(call: Call, *args: Any) -> Any:
     return jax.lax.platform_dependent(
         *args, **{p: later for p in special}, default=call.bound(entry)
     )
+
+
+@functools.lru_cache(maxsize=512)
+def _sequential(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` of one element after the other under vmap: a GPU kernel has no batched form."""
+    apply = custom_vmap(fn)
+
+    @apply.def_vmap
+    def rule(axis_size: int, in_batched: Any, *args: Any) -> Any:
+        results = _one_by_one(apply, tuple(jax.tree.leaves(in_batched)), args)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return apply
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _one_by_one(fn: Callable[..., Any], flags: tuple[bool, ...], args: tuple[Any, ...]) -> Any:
+    """`one_by_one` of leaves' flags; jitted, so that a vmap outside of jit compiles it once."""
+    return one_by_one(fn, flags, args)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> tuple[Explanation, ...]:
@@ -388,10 +413,33 @@ def _deferred(call: Call, entry: Implementation, args: Sequence[Any]) -> Callabl
 
     def apply(*args: Any) -> Any:
         leaves, in_tree = jax.tree.flatten(args)
-        out = _deferred_p.bind(*leaves, call=call, in_tree=in_tree, out_avals=avals)
-        return jax.tree.unflatten(out_tree, out)
+        return jax.tree.unflatten(out_tree, _Later(call, in_tree, avals)(*leaves))
 
     return apply
+
+
+@dataclasses.dataclass(frozen=True)
+class _Later:
+    """The primitive's parameters, as a function of its operands."""
+
+    call: Call
+    in_tree: Any
+    out_avals: tuple[Any, ...]
+
+    def __call__(self, *leaves: Any) -> list[Any]:
+        params = {"call": self.call, "in_tree": self.in_tree, "out_avals": self.out_avals}
+        return _deferred_p.bind(*leaves, **params)
+
+
+def _batch(leaves: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
+    """vmap: one element after the other, for what will be chosen is not known before lowering."""
+    flags = tuple(axis is not None for axis in axes)
+    args = tuple(
+        jnp.moveaxis(x, axis, 0) if flag else x
+        for x, axis, flag in zip(leaves, axes, flags, strict=True)
+    )
+    results = _one_by_one(_Later(**params), flags, args)
+    return results, [0] * len(results)
 
 
 def _run(*leaves: Any, call: Call, in_tree: Any, platform: str) -> list[Any]:
@@ -467,3 +515,4 @@ _deferred_p.def_impl(
     )
 )
 mlir.register_lowering(_deferred_p, _lower)
+batching.primitive_batchers[_deferred_p] = _batch

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aidx.kernels._laws import compilations
 from aidx.ops import _kernel_store, registry
 from aidx.ops.flash_attention import flash_attention
 from aidx.ops.paged_attention import PagedAttentionConfig, paged_attention
+from aidx.ops.write_kv import write_kv
 
 
 @pytest.fixture
@@ -235,6 +237,103 @@ def test_a_kernel_is_lowered_once_a_directory(table, tmp_path, monkeypatch):
     monkeypatch.setattr(_kernel_store, "directory", lambda: tmp_path / "missing")
     kernel.__module__ = "aidx.ops.test"
     assert "1.7" in lower(4)  # no room is no error
+
+
+def two_outputs(table, platform):
+    """An op of two operands and outputs, whose kernel refuses anything batched by JAX."""
+
+    def kernel(spec, operands):
+        x, tables, none = operands
+        assert (x.shape, tables.shape, none) == ((3,), (2, 3), None)
+        return {"y": x * 17.0 + tables[0], "n": jnp.argmax(x) + tables.sum().astype(jnp.int32)}
+
+    def plain(spec, operands):
+        x, tables, _ = operands
+        return {"y": x * 3.0 + tables[0], "n": jnp.argmax(x) + tables.sum().astype(jnp.int32)}
+
+    registry.register("op", "kernel", platforms=(platform,))(kernel)
+    registry.register("op", "xla")(plain)
+    call = lambda names: registry.Call("op", names, None)
+    return lambda names: lambda x, tables: registry.dispatch(call(names), (x, tables, None))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("names", [("kernel",), ("kernel", "xla"), ("xla",)], ids="+".join)
+def test_vmap_equals_a_loop(table, names):
+    """Named and chosen, any axes, nested, empty; in jit and out of it without compiling again."""
+    f = two_outputs(table, "cpu")(names)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 3)), jnp.float32)
+    tables = jnp.arange(24.0).reshape(2, 3, 4)
+    stack = lambda *rows: jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    cases = (
+        ((0, None), (x[:, 0], tables[..., 0]), lambda i: (x[i, 0], tables[..., 0])),
+        ((1, 2), (x[:, 0].T, tables), lambda i: (x[i, 0], tables[..., i])),
+        ((None, -1), (x[0, 0], tables), lambda i: (x[0, 0], tables[..., i])),
+    )
+    for axes, args, row in cases:
+        want = stack(*(f(*row(i)) for i in range(4)))
+        turned = {"y": want["y"].T, "n": want["n"]}
+        for transform in (lambda g: g, jax.jit):
+            out = transform(jax.vmap(f, axes))(*args)
+            chex.assert_trees_all_close(out, want, rtol=1e-6)
+            out = transform(jax.vmap(f, axes, {"y": 1, "n": 0}))(*args)
+            chex.assert_trees_all_close(out, turned, rtol=1e-6)
+    twice = jax.vmap(jax.vmap(f, (0, None)), (0, 2))
+    want = stack(*(stack(*(f(x[i, j], tables[..., i]) for j in range(5))) for i in range(4)))
+    chex.assert_trees_all_close(jax.jit(twice)(x, tables), want, rtol=1e-6)
+    mapped = jax.vmap(f, (0, None))
+    none = mapped(x[:0, 0], tables[..., 0])
+    assert (none["y"].shape, none["n"].shape) == ((0, 3), (0,))
+    with compilations() as count:
+        mapped(x[:, 1], tables[..., 1] + 0.0)
+    assert count[0] <= 1  # the addition
+
+
+@pytest.mark.parametrize("names", [("kernel",), ("kernel", "xla")], ids="+".join)
+def test_gradients_around_it_and_vmap_change_places(table, names):
+    dispatch = two_outputs(table, "cpu")(names)
+
+    @jax.custom_vjp
+    def f(x, tables):
+        return dispatch(x, tables)["y"]
+
+    slopes = lambda x, tables: dispatch(x, tables)["y"] - tables[0]
+    f.defvjp(lambda *saved: (f(*saved), saved), lambda s, c: (c * slopes(*s), jnp.zeros((2, 3))))
+    x, tables = jnp.arange(12.0).reshape(4, 3), jnp.arange(6.0).reshape(2, 3)
+    one = lambda x: jnp.sum(jnp.sin(f(x, tables)))
+    want = jnp.stack([jax.grad(one)(row) for row in x])
+    assert np.abs(want).max() > 1
+    inside = jax.vmap(jax.grad(one))
+    outside = jax.grad(lambda x: jnp.sum(jnp.sin(jax.vmap(f, (0, None))(x, tables))))
+    for gradient in (inside, outside, jax.jit(inside), jax.jit(outside)):
+        np.testing.assert_allclose(gradient(x), want, rtol=1e-5)
+
+
+def test_the_platform_of_a_vmapped_call_is_chosen_at_lowering(table):
+    f = two_outputs(table, "cuda")(("kernel", "xla"))
+    rows = jax.ShapeDtypeStruct((4, 3), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    traced = jax.jit(jax.vmap(f, (0, None))).trace(*rows)
+    text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
+    assert "1.7" in text["cuda"] and "3.0" not in text["cuda"] and "while" in text["cuda"]
+    assert "1.7" not in text["cpu"] and "while" not in text["cpu"]  # JAX batches what it can
+
+
+@pytest.mark.parametrize("names", [None, "mosaic_gpu"])
+def test_kernels_of_the_pools_are_lowered_under_vmap(names):
+    half = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+    whole = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
+    pool = (4, 2, 16, 64)
+
+    def count(f, axes, *shapes):
+        traced = jax.jit(jax.vmap(f, axes)).trace(*shapes)
+        return traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu")
+
+    write = lambda *args: write_kv(*args, implementation=names)
+    tokens, pools = half(3, 2, 2, 64), half(3, *pool)
+    assert count(write, (0, 0, 0, 0, None), pools, pools, tokens, tokens, whole(2)) == 1
+    read = lambda *args: paged_attention(*args, max_q=1, implementation=names)
+    tables = whole(2, 4), whole(2), whole(3)
+    assert count(read, (0, *[None] * 5), half(3, 2, 4, 64), half(*pool), half(*pool), *tables)
 
 
 def test_equal_layers_are_traced_once():
