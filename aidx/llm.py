@@ -51,6 +51,11 @@ class LLM:
         block_size: tokens per block of the cache.
         gpu_memory_utilization: share of JAX's memory limit for parameters, cache and temporaries.
         num_blocks: blocks of the pool, in place of gpu_memory_utilization.
+        kv_cache_dtype: `auto` is the model's; `int8` and `fp8` (e4m3) store a byte a value, with
+            one scale for each token and head; or a float dtype of 16 or 32 bits.
+        preemption_mode: what becomes of a sequence whose blocks others need: `recompute` it later,
+            `swap` its blocks to host memory, or `auto`: what the warm-up measures to be cheaper.
+        swap_space: host memory for swapped blocks, GiB.
         enable_prefix_caching: share the blocks of equal prefixes between requests.
         scheduling_policy: `fcfs`, `priority`, `shortest_first` or `fair`.
         max_overtaken: steps in which later arrivals may be admitted before a waiting request.
@@ -89,6 +94,9 @@ class LLM:
         block_size: int = 16,
         gpu_memory_utilization: float | None = None,
         num_blocks: int | None = None,
+        kv_cache_dtype: Any = "auto",
+        preemption_mode: str = "auto",
+        swap_space: float = 4.0,
         enable_prefix_caching: bool = True,
         scheduling_policy: str = "fcfs",
         max_overtaken: int = 256,
@@ -100,6 +108,8 @@ class LLM:
         mesh: jax.sharding.Mesh | None = None,
         progress: bool | None = None,
     ):
+        if not 0 <= swap_space < float("inf"):
+            raise ValueError(f"{swap_space=} GiB must be at least 0")
         set_compilation_cache()
         self.model = _model(path_or_model, dtype, revision, mesh, max_model_len)
         model = self.model
@@ -112,8 +122,10 @@ class LLM:
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             vocab_size=model.vocab_size,
-            dtype=model.dtype,
+            dtype=_cache_dtype(kv_cache_dtype, model.dtype),
             block_size=block_size,
+            preemption_mode=preemption_mode,
+            swap_space_bytes=int(swap_space * 2**30),
             max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
             scheduling_policy=scheduling_policy,
@@ -123,7 +135,7 @@ class LLM:
             eos_token_ids=model.eos_token_ids,
             implementation=implementation,
             asynchronous=asynchronous,
-            window=None if None in model.windows else max(model.windows),
+            window=_widest(model.windows),
             cpu=cpu,
         )
         wanted = model.max_model_len if max_model_len is None else max_model_len
@@ -589,6 +601,28 @@ def _model(path_or_model, dtype, revision, mesh, max_model_len) -> Model:
     if max_model_len is not None and max_model_len != path_or_model.max_model_len:
         return path_or_model.with_max_model_len(max_model_len)
     return path_or_model
+
+
+def _widest(windows: Sequence[int | None]) -> int | None:
+    """The keys that some layer may see; None where one sees all."""
+    widths = [window for window in windows if window is not None]
+    return max(widths, default=None) if len(widths) == len(windows) else None
+
+
+CACHE_DTYPES = ("int8", "float8_e4m3fn", "float16", "bfloat16", "float32")
+
+
+def _cache_dtype(wanted: Any, model_dtype: Any) -> np.dtype:
+    """What `kv_cache_dtype` names."""
+    named = {"auto": model_dtype, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
+    name = named.get(wanted, wanted) if isinstance(wanted, str) else wanted
+    with contextlib.suppress(TypeError):
+        dtype = jax.numpy.dtype(name)
+        if dtype.name in CACHE_DTYPES:
+            return dtype
+    raise ValueError(
+        f"kv_cache_dtype={wanted!r} is not one of auto, fp8, {', '.join(CACHE_DTYPES)}"
+    )
 
 
 def _device(params: Params) -> Any:

@@ -142,11 +142,24 @@ def test_the_length_is_what_the_pool_holds_unless_asked_for():
         ({"dtype": "bfloat16"}, "differs from the model's float32"),
         ({"revision": "main"}, "revision='main' is for loading"),
         ({"max_num_batched_tokens": 2}, "at least max_num_seqs=4"),
+        ({"kv_cache_dtype": "int32"}, "kv_cache_dtype='int32' is not one of auto, fp8, int8"),
+        ({"preemption_mode": "drop"}, "preemption_mode='drop'"),
+        ({"swap_space": -1}, "swap_space=-1 GiB"),
     ],
 )
 def test_options_that_contradict_one_another_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_a_cache_of_one_byte_a_value_serves_and_preemption_is_the_users_choice(llm):
+    small = make(kv_cache_dtype="fp8", preemption_mode="swap", swap_space=0.25)
+    config = small.engine.config
+    assert (config.preemption_mode, config.swap_space_bytes) == ("swap", 1 << 28)
+    kinds = {str(x.dtype) for x in jax.tree.leaves(small.engine._cache)}
+    assert kinds == {"float8_e4m3fn", "float32"}  # values, and a scale for each token and head
+    exact, rounded = (x.generate(PROMPTS[0], GREEDY)[0].outputs[0] for x in (llm, small))
+    assert rounded.token_ids[0] == exact.token_ids[0] and rounded.finish_reason == "length"
 
 
 def test_a_pool_on_a_cpu_takes_at_most_a_gibibyte_and_no_more_than_can_be_used():
