@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from aidx import rl as rl
     from aidx import telemetry as telemetry
     from aidx import train as train
+    from aidx.arrays import BSC as BSC
     from aidx.arrays import BSR as BSR
     from aidx.arrays import COO as COO
     from aidx.arrays import CSC as CSC
@@ -69,9 +70,12 @@ if TYPE_CHECKING:
     from aidx.arrays import value_and_grad as value_and_grad
     from aidx.arrays import vmap as vmap
     from aidx.cache import CachedMultiHeadAttention as CachedMultiHeadAttention
+    from aidx.ops import autotune as autotune
     from aidx.ops.attention_drop_ins import attention_fn as attention_fn
     from aidx.ops.attention_drop_ins import dot_product_attention as dot_product_attention
     from aidx.ops.attention_layer import FlashAttentionLayer as FlashAttentionLayer
+    from aidx.ops.autotune import NotTuned as NotTuned
+    from aidx.ops.autotune import Tuning as Tuning
 
 __version__ = "0.1.0"
 
@@ -80,12 +84,13 @@ _ROOMS = ("arrays", "distill", "kernels", "rl", "telemetry", "train")
 _LAZY = {
     name: module
     for module, names in {
-        "aidx.arrays": "BSR COO CSC CSR BatchedFunction NestedTensor Ragged "
+        "aidx.arrays": "BSC BSR COO CSC CSR BatchedFunction NestedTensor Ragged "
         "TwoFour deserialize elementwise_multiply get_slice grad load_tree "
         "save_tree serialize slice_along value_and_grad vmap",
         "aidx.cache": "CachedMultiHeadAttention",
         "aidx.ops.attention_drop_ins": "attention_fn dot_product_attention",
         "aidx.ops.attention_layer": "FlashAttentionLayer",
+        "aidx.ops.autotune": "NotTuned Tuning",
     }.items()
     for name in names.split()
 }
@@ -94,10 +99,12 @@ _LAZY = {
 def __getattr__(name: str):
     if name in _ROOMS:
         return importlib.import_module(f"aidx.{name}")
+    if name == "autotune":
+        return importlib.import_module("aidx.ops.autotune")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOMS, *_LAZY})
+    return sorted({*globals(), *_ROOMS, *_LAZY, "autotune"})

@@ -37,7 +37,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"numpy", "fastapi", "uvicorn", "prometheus_client", "pydantic"},
     ),
     "cli": (
-        BELOW_ENGINE | {"models", "engine", "llm", "serve", "train"},
+        BELOW_ENGINE | {"kernels", "models", "engine", "llm", "serve", "train"},
         {"numpy", "rich"},
     ),
 }
