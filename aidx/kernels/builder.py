@@ -256,7 +256,7 @@ def tunable_of(
         static = {name: x for name, x in bound.arguments.items() if name not in names}
         return tuple(bound.arguments[name] for name in names), static
 
-    own = getattr(fn, "func", fn).__module__  # func: of a partial
+    own = getattr(fn, "func", fn)  # func: of a partial
     return autotune.Tunable(
         f"{kernel.name}/{name}",
         run=run,

@@ -1,6 +1,7 @@
 """A custom kernel is tuned without a word from its author; `aidx tune` and `aidx info` know it."""
 
 import json
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,15 @@ def test_a_call_takes_the_tuners_choice_in_every_transformation(kernel):
         np.testing.assert_array_equal(got, jnp.stack([want, 2 * want]))
     assert chosen(kernel, X, SCALE) == (2, "disk cache")
     assert chosen(kernel, X, SCALE, power=2) == (1, "default")  # another call
+
+
+def test_a_kernel_of_a_script_that_left_no_module_behind_is_known_by_its_file(kernel):
+    """As of one that runpy ran."""
+    script = runpy.run_path(tuned_kernel.__file__)["build"](None)
+    with autotune.mode("on", timer=timer):
+        assert chosen(script, X, SCALE) == (2, "tuned")
+    assert chosen(script, X, SCALE) == (2, "disk cache")
+    np.testing.assert_array_equal(jax.jit(script)(X, SCALE), X * SCALE[None])
 
 
 def test_the_registry_and_the_tuner_know_the_same_kernels(kernel):

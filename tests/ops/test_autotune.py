@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
+import runpy
 import threading
 
 import jax
@@ -193,6 +194,28 @@ def test_the_hash_of_code_ignores_comments_and_sees_the_rest(tmp_path, monkeypat
         hashes.append(code_hash(("some_kernel",)))
     code_hash.cache_clear()
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_function_without_a_module_is_hashed_by_its_file_or_its_code(tmp_path):
+    """The module of what runpy or exec ran cannot be imported."""
+    file, hashes = tmp_path / "kernel.py", []
+    for text in ("f = lambda x: x * 2\n", "f = lambda x: x * 2  # two\n", "f = lambda x: x * 3\n"):
+        file.write_text(text)
+        hashes.append(code_hash((runpy.run_path(str(file))["f"],)))
+        typed: dict = {"__name__": "typed"}
+        exec(text, typed)
+        hashes.append(code_hash((typed["f"],)))
+    assert hashes[:2] == hashes[2:4] and len(set(hashes)) == 4
+    assert code_hash((code_hash.__wrapped__,)) == code_hash(("aidx.ops.autotune.tunable",))
+    assert code_hash((jax.jit(typed["f"]),)) == hashes[-1]
+    assert code_hash((exec_constant({1, 2}),)) != code_hash((exec_constant({1, 3}),))
+
+
+def exec_constant(options):
+    """A function that was typed, whose inner function knows a set."""
+    typed: dict = {"__name__": "typed"}
+    exec(f"def f(x):\n  def g(y): return y in {options}\n  return g(x)", typed)
+    return typed["f"]
 
 
 def test_a_gpu_kernel_runs_here_only_if_it_passed_the_gate(alone, clock, monkeypatch):

@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import pathlib
 import sys
 import tokenize
+import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -38,7 +40,8 @@ class Tunable:
       candidates: the configurations that fit these shapes, the default first.
       reference: what the outputs have to be; it is given float32 copies of float operands and runs
         at the highest matmul precision.
-      sources: modules (packages with all they hold) whose code decides the time.
+      sources: modules (packages with all they hold) whose code decides the time, by name, or by a
+        function of theirs where they cannot be imported by one.
       inputs: `inputs(rng, *operands, **static)` -> operands with values; by default normal floats
         and zeros.  `rng` is a `numpy.random.Generator`.
       key: a dict of what a timing depends on, by default all shapes, dtypes and static values.
@@ -54,7 +57,7 @@ class Tunable:
     run: Callable[..., Any]
     candidates: Callable[..., Sequence[Hashable]]
     reference: Callable[..., Any]
-    sources: tuple[str, ...]
+    sources: tuple[str | Callable[..., Any], ...]
     inputs: Callable[..., tuple[Any, ...]] | None = None
     key: Callable[..., dict[str, Any]] | None = None
     family: Callable[..., dict[str, Any]] | None = None
@@ -214,27 +217,63 @@ def _default_key(*operands: Any, **static: Any) -> dict[str, Any] | None:
 
 
 @functools.lru_cache(maxsize=64)
-def code_hash(sources: tuple[str, ...]) -> str:
+def code_hash(sources: tuple[str | Callable[..., Any], ...]) -> str:
     """A digest of the code of these modules; comments and blank lines do not count.
+
+    A function stands for its module, or its own file where that is another one (a script that
+    runpy ran has left no module behind), or what it compiles to where there is no file at all.
 
     >>> code_hash(("aidx.ops.rope",)) == code_hash(("aidx.ops.norm",))
     False
+    >>> from aidx.ops.rope import apply_rope
+    >>> code_hash((apply_rope,)) == code_hash(("aidx.ops.rope",))
+    True
     """
     digest = hashlib.sha256()
-    for name in sources:
-        module = sys.modules.get(name) or importlib.import_module(name)
-        folders = [pathlib.Path(p) for p in getattr(module, "__path__", ())]
-        files = sorted(f for folder in folders for f in folder.rglob("*.py"))
-        if not files:
-            own = getattr(module, "__file__", None)
-            files = [] if own is None else [pathlib.Path(own)]
+    for source in sources:
+        named = isinstance(source, str)
+        name = source if named else source.__module__
+        module = sys.modules.get(name) or (importlib.import_module(name) if named else None)
+        files = _files(module)
+        own = None if named else _code(source)
+        if own is not None:
+            file = pathlib.Path(own.co_filename)
+            known = any(file.resolve() == other.resolve() for other in files)
+            files += [file] if file.is_file() and not known else []
         for file in files:
             digest.update(f"{name} {file.name}\0".encode())
             digest.update(_tokens(file.read_text()))
         if not files:  # an interactive session: what its functions compile to
-            functions = [v for v in vars(module).values() if hasattr(v, "__code__")]
-            digest.update(b"".join(f.__code__.co_code for f in functions))
+            found = [own] if own is not None else [_code(f) for f in vars(module).values()]
+            digest.update("\0".join(_compiled(code) for code in found if code is not None).encode())
     return digest.hexdigest()[:16]
+
+
+def _files(module: types.ModuleType | None) -> list[pathlib.Path]:
+    """The Python files of a module, or of all that a package holds."""
+    folders = [pathlib.Path(p) for p in getattr(module, "__path__", ())]
+    files = sorted(f for folder in folders for f in folder.rglob("*.py"))
+    own = getattr(module, "__file__", None)
+    return files or ([] if own is None else [pathlib.Path(own)])
+
+
+def _code(fn: Any) -> types.CodeType | None:
+    """What a function, or an object that is called, compiles to; None for what is no Python."""
+    if not callable(fn):
+        return None
+    fn = inspect.unwrap(fn)
+    return getattr(fn, "__code__", None) or getattr(type(fn).__call__, "__code__", None)
+
+
+def _compiled(code: types.CodeType) -> str:
+    """Instructions, names and constants, those of inner functions too."""
+    constants = [
+        _compiled(c)
+        if isinstance(c, types.CodeType)
+        else repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c)
+        for c in code.co_consts
+    ]
+    return "\0".join([code.co_code.hex(), *code.co_names, *constants])
 
 
 def _tokens(text: str) -> bytes:
