@@ -104,7 +104,7 @@ def _forward_candidates(ops: FlashOperands, *, spec: FlashSpec) -> tuple[Any, ..
     wide, wide_v = kernels.forward_widths(ops.q.shape[-1], ops.v.shape[-1])
     options = _options(kernels, spec)
     group = ops.q.shape[2] // ops.k.shape[2]
-    default = kernels.forward_config(wide, wide_v, options, group)
+    default = kernels.forward_config(wide, wide_v, options, group, keys=ops.k.shape[1])
     return _variants(default, FORWARD_CHANGES, (wide, wide_v))
 
 

@@ -1,5 +1,6 @@
 """The record of what may be timed in a user's process, and the cases of aidx's own kernels."""
 
+import importlib
 import importlib.util
 import pathlib
 import sys
@@ -11,7 +12,7 @@ import pytest
 import aidx.ops.flash_attention
 import aidx.ops.paged_attention
 import aidx.ops.sparse_kernels
-from aidx.ops import autotune
+from aidx.ops import _flash_peers, _kernel_store, autotune
 from aidx.ops.autotune import store
 from aidx.ops.autotune.tunable import case_of, code_hash, config_text, get
 from tests.ops.toy_tunables import TOY
@@ -78,8 +79,9 @@ def test_the_candidates_of_a_kernel_are_distinct_and_named(name):
         case_of(tunable, "N=3")
 
 
-def test_the_doors_call_is_the_case_that_was_tuned():
+def test_the_doors_call_is_the_case_that_was_tuned(monkeypatch):
     """What `aidx tune --shapes` names is what a call of the door looks up."""
+    monkeypatch.setattr(_kernel_store, "directory", lambda: None)  # a kept kernel asks nobody
     (ops,), static = case_of(get("flash_attention/forward"), "B=2 T=64 N=4 K=2 H=64 causal")
     x = [jax.numpy.zeros(a.shape, a.dtype) for a in ops[:3]]
     with autotune.mode(device="NVIDIA H200", cache=None), autotune.recording() as seen:
@@ -97,6 +99,44 @@ def test_the_doors_call_is_the_case_that_was_tuned():
     ):
         f.trace(*x).lower(lowering_platforms=("cuda",))
     assert "pinned" in {c.source for c in seen if c.op == "flash_attention/forward"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "B=2 T=4096 N=8 K=2 H=128 causal",  # heads that share keys, below and above LONG
+        "T=8192 N=8 K=2 H=128 causal",
+        "T=64 S=16384 N=8 K=2 H=128 causal",
+        "T=4096 N=8 H=128 causal",
+        "T=4096 N=8 K=2 H=128",
+        "T=4096 N=8 K=2 H=128 window=256 causal",
+        "T=4096 N=8 K=2 H=128 soft_cap=30.0 causal",
+        "T=512 N=4 H=64 causal",
+        "T=512 N=4 H=80 Hv=256",
+    ],
+)
+def test_the_tuners_default_is_what_the_kernels_choose(text, monkeypatch):
+    """A call that nobody timed runs in the first candidate: what the heuristics say."""
+    attention = importlib.import_module("pallas_kernels.flash_attention.attention")
+
+    class Taken(Exception):
+        pass
+
+    def take(*operands, config, **rest):
+        raise Taken(config)
+
+    for name, run in (("forward", _flash_peers.run_forward), ("backward", _run_backward)):
+        tunable = get(f"flash_attention/{name}")
+        operands, static = case_of(tunable, text)
+        monkeypatch.setattr(attention, name, take)
+        with pytest.raises(Taken) as caught:
+            jax.eval_shape(lambda *arrays, run=run, spec=static["spec"]: run(spec, *arrays, None),
+                           *operands)  # fmt: skip
+        assert tunable.candidates(*operands, **static)[0] == caught.value.args[0]
+
+
+def _run_backward(spec, ops, outputs, d_out, config):
+    return _flash_peers.run_backward(spec, ops, outputs, (d_out, None), config)
 
 
 def test_a_paged_case_gives_every_row_its_blocks():
