@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from types import MappingProxyType, SimpleNamespace
 
 import jax
@@ -308,7 +309,20 @@ def test_a_slow_reader_sees_fewer_outputs_and_the_last_one(served):
     assert seen[-1] == 60 and seen == sorted(set(seen))
 
 
-def test_closing_ends_everything(llm):
+def slow_down(monkeypatch, engine):
+    """60 tokens take more than a second: nothing that is told to stop has ended by itself."""
+    step = engine.step
+
+    def slow():
+        time.sleep(0.02)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slow)
+
+
+def test_closing_ends_everything(llm, monkeypatch):
+    slow_down(monkeypatch, llm.engine)
+
     async def main():
         served = AsyncLLM(llm)
         task = asyncio.create_task(collect(served, [1, 2], LONG))
@@ -326,6 +340,7 @@ def test_closing_ends_everything(llm):
 
 def test_a_bug_in_the_engine_reaches_every_stream(monkeypatch):
     broken = make()
+    slow_down(monkeypatch, broken.engine)
 
     async def main():
         served = AsyncLLM(broken)

@@ -281,7 +281,7 @@ def large():
 
 @pytest.mark.parametrize(
     "name",
-    ["products", "sampled", "rows", "spgemm", "elementwise"],
+    ["products", pytest.param("sampled", marks=pytest.mark.slow), "rows", "spgemm", "elementwise"],
 )
 def test_no_operation_and_no_gradient_forms_the_dense_matrix(large, name):
     a, x = large

@@ -114,7 +114,7 @@ SHARED = dict(consumers=1, cluster=2, release="lane", issue="warp")
     ("shape", "config", "options"),
     [
         ((1, 200, 136, 1, 1, 64, 64), SHARED, dict(band=causal)),
-        ((1, 72, 136, 4, 2, 64, 64), SHARED, dict(band=causal)),
+        pytest.param((1, 72, 136, 4, 2, 64, 64), SHARED, dict(band=causal), marks=pytest.mark.slow),
         (
             (1, 72, 136, 4, 2, 64, 64),
             SHARED | dict(persistent=True, num_sms=2),
@@ -139,7 +139,7 @@ def test_a_cluster_lists_no_blocks():
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ((1, 200, 136, 2, 1, 64, 64), dict(band=causal)),
+        pytest.param((1, 200, 136, 2, 1, 64, 64), dict(band=causal), marks=pytest.mark.slow),
         ((1, 110, 110, 1, 1, 64, 64), dict(band=causal, bounds=ragged)),
     ],
     ids=["causal-gqa", "packed"],
@@ -188,7 +188,7 @@ def poisoned(x, ends, value):
     return jnp.where(at < ends[:, None, None, None], x, jnp.asarray(value, x.dtype))
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_nan_past_the_lengths_reaches_nothing(deterministic):
     kv_lens, q_lens = jnp.array([40, 100]), jnp.array([70, 31])
     bounds = fa.dynamic_bounds(causal, 72, 104, kv_lens=kv_lens, q_lens=q_lens)

@@ -117,7 +117,11 @@ def test_cluster_of_two_warpgroups_with_options(capfd):
     check(args, 5, capfd, config=config, window=100, logits_soft_cap=20.0, **vectors)
 
 
-@pytest.mark.parametrize("config", [SPLIT, pa.ClusterConfig(2, 1, 2)], ids=["split", "cluster"])
+@pytest.mark.parametrize(
+    "config",
+    [SPLIT, pytest.param(pa.ClusterConfig(2, 1, 2), marks=pytest.mark.slow)],
+    ids=["split", "cluster"],
+)
 def test_tokens_may_come_first_in_the_pool(config, capfd):
     """As a contiguous cache lies: the same bits as with the heads first."""
     q, k_pool, v_pool, *rest = make([130, 0, 70], [1, 1, 1])
@@ -183,7 +187,7 @@ def test_int8_verification_with_options(capfd):
     check_quantised(args, 3, jnp.int8, capfd, window=100, logits_soft_cap=20.0, **vectors)
 
 
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_warpgroup_alone_feeds_itself(stages, capfd):
     """Shares that begin and end inside rows, and rows of one tile after another."""
     args = make([130, 0, 1, 300], [1, 1, 0, 1], size=32)
@@ -195,13 +199,16 @@ PREFILL_NARROW = pa.PrefillConfig(consumers=2, block_kv=64, stages=2)
 ROUNDED = dict(rounded=True, apart=1)
 
 
-@pytest.mark.parametrize("dtype,size", [(jnp.float8_e4m3fn, 16), (jnp.int8, 64)])
+@pytest.mark.parametrize(
+    "dtype,size", [(jnp.float8_e4m3fn, 16), pytest.param(jnp.int8, 64, marks=pytest.mark.slow)]
+)
 def test_a_chunk_over_one_byte_pools(dtype, size, capfd):
     """Tiles are converted on their way; a row that ends inside a block, one of few tokens."""
     args = make([200, 0, 70], [130, 0, 9], size=size)
     check_quantised(args, 130, dtype, capfd, config=PREFILL_NARROW, window=90, **ROUNDED)
 
 
+@pytest.mark.slow
 def test_a_chunk_with_fixed_scales(capfd):
     args = make([150], [150], size=32)
     sinks = jnp.linspace(-1, 2, 8)

@@ -48,7 +48,7 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["finetune", "lora"])
+@pytest.mark.parametrize("name", ["lora", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_a_checkpoint_is_tuned_and_saved(example, tiny, tmp_path, capsys, name):
     arguments = [str(tiny / "text.txt"), "--model", str(tiny / "base"), "--out", str(tmp_path)]
     extra = {"finetune": ["--dtype", "float32"], "lora": ["--rank", "2"]}[name]
