@@ -91,6 +91,7 @@ def test_dropout_keeps_the_mean_and_differs_between_layers(scripts):
     assert (first == again).all()
 
 
+@pytest.mark.slow
 def test_every_matrix_of_a_layer_is_orthogonalised_by_itself(scripts):
     train, _ = scripts
     config = LlamaConfig(64, 16, 24, 2, 4, 2, 8, tied=True)

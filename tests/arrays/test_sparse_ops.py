@@ -281,7 +281,13 @@ def large():
 
 @pytest.mark.parametrize(
     "name",
-    ["products", pytest.param("sampled", marks=pytest.mark.slow), "rows", "spgemm", "elementwise"],
+    [
+        "products",
+        pytest.param("sampled", marks=pytest.mark.slow),
+        "rows",
+        "spgemm",
+        pytest.param("elementwise", marks=pytest.mark.slow),
+    ],
 )
 def test_no_operation_and_no_gradient_forms_the_dense_matrix(large, name):
     a, x = large

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gc
 import gzip
 import io
 import json
@@ -113,6 +114,8 @@ def program():
 
 def one_run(calls=3, **options):
     """A profile of the program above, run so often."""
+    jax.clear_caches()  # a trace carries every program of the process: not those of other tests
+    gc.collect()
     f, x, compiled = program()
     jax.block_until_ready(compiled(x))
     with Profiler(device_trace=True, **options) as profiler:
