@@ -9,6 +9,7 @@ OPTIONAL = (
     "optax",
     "orbax",
     "tensorboardX",
+    "google_crc32c",
     "fastapi",
     "uvicorn",
     "torch",

@@ -15,7 +15,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "pallas_kernels": (set(), set()),
     "typing": (set(), set()),
     "parallel": ({"typing"}, {"numpy"}),
-    "telemetry": ({"typing"}, {"numpy", "tensorboardX"}),
+    "telemetry": ({"typing"}, {"numpy", "tensorboardX", "google_crc32c"}),
     "ops": ({"pallas_kernels", "typing"}, {"numpy", "flax"}),
     "kernels": ({"ops", "typing"}, {"numpy", "hypothesis"}),
     "cache": (BELOW_CACHE, {"numpy", "flax"}),

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import google_crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
-
-from ._checksum import crc32c_of
 
 _numbers = itertools.count()
 IDLE_EVERY = 64  # jobs between two looks at the clock, where jobs do not end
@@ -97,7 +96,7 @@ def checksum(data: bytes) -> bytes:
     >>> checksum(b"").hex()
     'd8ea82a2'
     """
-    crc = crc32c_of(data)
+    crc = google_crc32c.value(data)
     return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
