@@ -110,6 +110,20 @@ class LLM:
     ):
         if not 0 <= swap_space < float("inf"):
             raise ValueError(f"{swap_space=} GiB must be at least 0")
+        cache_dtype = _cache_dtype(kv_cache_dtype)
+        options: dict[str, Any] = dict(
+            block_size=block_size,
+            preemption_mode=preemption_mode,
+            swap_space_bytes=int(swap_space * 2**30),
+            scheduling_policy=scheduling_policy,
+            max_overtaken=max_overtaken,
+            enable_prefix_caching=enable_prefix_caching,
+            max_logprobs=max_logprobs,
+            implementation=implementation,
+            asynchronous=asynchronous,
+        )
+        # What is wrong whatever the model is found before one is loaded.
+        EngineConfig(1, 1, 1, vocab_size=1, num_blocks=2, **options)
         set_compilation_cache()
         self.model = _model(path_or_model, dtype, revision, mesh, max_model_len)
         model = self.model
@@ -122,21 +136,13 @@ class LLM:
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
             vocab_size=model.vocab_size,
-            dtype=_cache_dtype(kv_cache_dtype, model.dtype),
-            block_size=block_size,
-            preemption_mode=preemption_mode,
-            swap_space_bytes=int(swap_space * 2**30),
+            dtype=model.dtype if cache_dtype is None else cache_dtype,
             max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
-            scheduling_policy=scheduling_policy,
-            max_overtaken=max_overtaken,
-            enable_prefix_caching=enable_prefix_caching,
-            max_logprobs=max_logprobs,
             eos_token_ids=model.eos_token_ids,
-            implementation=implementation,
-            asynchronous=asynchronous,
             window=_widest(model.windows),
             cpu=cpu,
+            **options,
         )
         wanted = model.max_model_len if max_model_len is None else max_model_len
         if num_blocks is None:
@@ -612,10 +618,12 @@ def _widest(windows: Sequence[int | None]) -> int | None:
 CACHE_DTYPES = ("int8", "float8_e4m3fn", "float16", "bfloat16", "float32")
 
 
-def _cache_dtype(wanted: Any, model_dtype: Any) -> np.dtype:
-    """What `kv_cache_dtype` names."""
-    named = {"auto": model_dtype, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
-    name = named.get(wanted, wanted) if isinstance(wanted, str) else wanted
+def _cache_dtype(wanted: Any) -> np.dtype | None:
+    """What `kv_cache_dtype` names; None for the model's."""
+    if isinstance(wanted, str) and wanted == "auto":
+        return None
+    fp8 = isinstance(wanted, str) and wanted in ("fp8", "fp8_e4m3")
+    name = "float8_e4m3fn" if fp8 else wanted
     with contextlib.suppress(TypeError):
         dtype = jax.numpy.dtype(name)
         if dtype.name in CACHE_DTYPES:

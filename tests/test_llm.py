@@ -153,6 +153,16 @@ def test_options_that_contradict_one_another_are_refused(options, message):
         make(**options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_cache_dtype": "int4"}, {"preemption_mode": "drop"}, {"scheduling_policy": "lifo"}],
+)
+def test_what_no_model_could_mend_is_refused_before_one_is_loaded(options):
+    [(name, value)] = options.items()
+    with pytest.raises(ValueError, match=rf"{name.removeprefix('scheduling_')}='{value}' is not"):
+        LLM("a directory that is not there", **options)
+
+
 def test_a_cache_of_one_byte_a_value_serves_and_preemption_is_the_users_choice(llm):
     small = make(kv_cache_dtype="fp8", preemption_mode="swap", swap_space=0.25)
     config = small.engine.config

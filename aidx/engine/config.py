@@ -72,6 +72,9 @@ class EngineConfig:
             raise ValueError(
                 f"{self.vocab_size=} must be positive, {self.max_logprobs=} not negative"
             )
+        modes = ("auto", *scheduling.PREEMPTION_MODES)
+        if self.preemption_mode not in modes:
+            raise ValueError(f"preemption_mode={self.preemption_mode!r} is not one of {modes}")
         object.__setattr__(self, "max_logprobs", min(self.max_logprobs, self.vocab_size))
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         if self.cascade_tokens is None:
