@@ -80,7 +80,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Rooms that not everybody needs, some of which import optional packages: imported when asked for.
-_ROOMS = ("arrays", "distill", "kernels", "rl", "telemetry", "train")
+_ROOMS = {
+    name: f"aidx.{name}" for name in ("arrays", "distill", "kernels", "rl", "telemetry", "train")
+} | {"autotune": "aidx.ops.autotune"}
 _LAZY = {
     name: module
     for module, names in {
@@ -98,13 +100,11 @@ _LAZY = {
 
 def __getattr__(name: str):
     if name in _ROOMS:
-        return importlib.import_module(f"aidx.{name}")
-    if name == "autotune":
-        return importlib.import_module("aidx.ops.autotune")
+        return importlib.import_module(_ROOMS[name])
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOMS, *_LAZY, "autotune"})
+    return sorted({*globals(), *_ROOMS, *_LAZY})
