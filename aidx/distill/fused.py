@@ -73,12 +73,49 @@ def linear_response_loss(
         beta=beta,
         chunk=chunk,
     )
+    return mixed(ce, soft, labels, weights, alpha=alpha, temperature=temperature)
+
+
+def mixed(
+    ce: Array,
+    soft: Array,
+    labels: Array | None,
+    weights: Array | None,
+    *,
+    alpha: float,
+    temperature: float,
+) -> Array:
+    """`alpha CE + (1 - alpha) T^2 D` of values per token `[*B]`; without labels `T^2 D`.
+
+    Example:
+        >>> ce, soft = jnp.array([1.0, 9.0]), jnp.array([2.0, 2.0])
+        >>> float(mixed(ce, soft, jnp.array([3, -1]), None, alpha=0.5, temperature=1.0))
+        1.5
+    """
     soft = temperature**2 * weighted_mean(soft, weights)
     if labels is None:
         return soft
     labelled = (labels >= 0).astype(jnp.float32)
     hard = weighted_mean(ce, labelled if weights is None else labelled * weights)
     return alpha * hard + (1 - alpha) * soft
+
+
+def mixed_sums(
+    ce: Array, soft: Array, weights: Array | None, *, alpha: float, temperature: float
+) -> tuple[Array, Array, dict[str, Array]]:
+    """The same as a loss of `make_train_step` wants it: (sum, sum of the weights, its parts).
+
+    Example:
+        >>> loss, weight, parts = mixed_sums(
+        ...     jnp.ones(2), jnp.ones(2), None, alpha=0.0, temperature=2.0)
+        >>> float(loss), float(weight), sorted(parts)
+        (8.0, 2.0, ['soft'])
+    """
+    weights = jnp.ones(ce.shape, jnp.float32) if weights is None else weights
+    total = lambda x: jnp.where(weights != 0, weights * x, 0.0).sum()
+    hard, soft = total(ce), temperature**2 * total(soft)
+    sums = {"soft": soft} | ({"hard": hard} if alpha else {})
+    return alpha * hard + (1 - alpha) * soft, weights.sum(), sums
 
 
 def linear_divergence(

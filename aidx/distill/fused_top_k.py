@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aidx.cache import no_cache_attend
-from aidx.distill.divergence import weighted_mean
-from aidx.distill.fused import _logits, _slices
+from aidx.distill.fused import _logits, _slices, mixed, mixed_sums
 from aidx.distill.top_k import check_top_k, event_divergence
 from aidx.typing import Array, Forward, Params
 
@@ -120,12 +119,7 @@ def linear_top_k_loss(
         tail=tail,
         chunk=chunk,
     )
-    soft = temperature**2 * weighted_mean(soft, weights)
-    if labels is None:
-        return soft
-    labelled = (labels >= 0).astype(jnp.float32)
-    hard = weighted_mean(ce, labelled if weights is None else labelled * weights)
-    return alpha * hard + (1 - alpha) * soft
+    return mixed(ce, soft, labels, weights, alpha=alpha, temperature=temperature)
 
 
 def linear_top_k_divergence(
@@ -227,12 +221,7 @@ def lm_top_k_loss_fn(
             tail=tail,
             chunk=chunk,
         )
-        weights = batch.get("weights")
-        weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
-        total = lambda x: jnp.where(weights != 0, weights * x, 0.0).sum()
-        hard, soft = total(ce), temperature**2 * total(soft)
-        sums = {"soft": soft} | ({"hard": hard} if alpha else {})
-        return alpha * hard + (1 - alpha) * soft, weights.sum(), sums
+        return mixed_sums(ce, soft, batch.get("weights"), alpha=alpha, temperature=temperature)
 
     return loss_fn
 

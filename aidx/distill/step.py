@@ -14,7 +14,7 @@ import optax
 
 from aidx.cache import no_cache_attend
 from aidx.distill.features import project
-from aidx.distill.fused import linear_divergence
+from aidx.distill.fused import linear_divergence, mixed_sums
 from aidx.distill.losses import make_loss
 from aidx.distill.options import Divergence, KnowledgeDistillationOptions
 from aidx.distill.outputs import Outputs
@@ -184,11 +184,6 @@ def lm_distill_loss_fn(
             beta=beta,
             chunk=chunk,
         )
-        weights = batch.get("weights")
-        weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
-        total = lambda x: jnp.where(weights != 0, weights * x, 0.0).sum()
-        hard, soft = total(ce), temperature**2 * total(soft)
-        sums = {"soft": soft} | ({"hard": hard} if alpha else {})
-        return alpha * hard + (1 - alpha) * soft, weights.sum(), sums
+        return mixed_sums(ce, soft, batch.get("weights"), alpha=alpha, temperature=temperature)
 
     return loss_fn
