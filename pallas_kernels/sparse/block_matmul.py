@@ -23,6 +23,8 @@ from jax import lax
 from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES, Ops, cdiv, div, rem
 
+from ._ring import ring_product
+
 ROWS = 64  # of one wgmma
 SIDES = (32, 64, 128)  # of a block
 DTYPES = ("bfloat16", "float16")
@@ -260,29 +262,8 @@ class BlockMatmul:
             del first
             steps = count * parts
 
-            def multiply(acc):
-                def step(i, carry):
-                    out = ops.uncarry(acc, carry)
-                    slot = rem(done + i, stages)
-                    plgpu.barrier_wait(refs.full.at[slot])
-                    out = ops.wgmma(out, *self.operands(refs, slot, wg))
-                    ops.wait(1)
-
-                    @pl.when(i > 0)
-                    def _():
-                        plgpu.barrier_arrive(refs.free.at[rem(done + i - 1, stages)])
-
-                    return ops.carry(out)
-
-                out = lax.fori_loop(jnp.int32(0), steps, step, ops.carry(acc))
-                value = ops.load(ops.uncarry(acc, out))
-
-                @pl.when(steps > 0)
-                def _():
-                    plgpu.barrier_arrive(refs.free.at[rem(done + steps - 1, stages)])
-
-                return value
-
+            operands = lambda slot: self.operands(refs, slot, wg)
+            multiply = ring_product(ops, refs.full, refs.free, done, steps, stages, operands)
             out = ops.with_acc(multiply, (ROWS, self.width)).astype(self.dtype)
             self.store(refs, wg, out, row, column)
             return done + steps

@@ -18,6 +18,7 @@ from jax import lax
 from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES, Ops, cdiv, rem
 
+from ._ring import ring_product
 from .block_matmul import DTYPES, ROWS, SIDES
 
 DEPTH = 64  # of a stage
@@ -160,30 +161,8 @@ class BlockSample:
         ops, stages, width = Ops(self.interpret), self.config.stages, self.block[1]
 
         def one(done, entry, steps):
-            def multiply(acc):
-                def step(i, carry):
-                    out = ops.uncarry(acc, carry)
-                    slot = rem(done + i, stages)
-                    plgpu.barrier_wait(refs.full.at[slot])
-                    a = refs.a.at[slot, pl.ds(wg * ROWS, ROWS)]
-                    out = ops.wgmma(out, a, refs.b.at[slot].T)
-                    ops.wait(1)
-
-                    @pl.when(i > 0)
-                    def _():
-                        plgpu.barrier_arrive(refs.free.at[rem(done + i - 1, stages)])
-
-                    return ops.carry(out)
-
-                out = lax.fori_loop(jnp.int32(0), steps, step, ops.carry(acc))
-                value = ops.load(ops.uncarry(acc, out))
-
-                @pl.when(steps > 0)
-                def _():
-                    plgpu.barrier_arrive(refs.free.at[rem(done + steps - 1, stages)])
-
-                return value
-
+            operands = lambda slot: (refs.a.at[slot, pl.ds(wg * ROWS, ROWS)], refs.b.at[slot].T)
+            multiply = ring_product(ops, refs.full, refs.free, done, steps, stages, operands)
             value = ops.with_acc(multiply, (ROWS, width)).astype(self.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             refs.o[wg] = value
