@@ -41,7 +41,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import attention_options  # noqa: E402
-from bench.device_time import chained, seconds  # noqa: E402
+from bench.device_time import alone, chained, seconds  # noqa: E402
 from pallas_kernels import flash_attention as fa  # noqa: E402
 
 F, B = fa.ForwardConfig, fa.BackwardConfig
@@ -59,40 +59,24 @@ ROWS = {
     "gqa S16384": (1, 16384, 32, 8, 128),
 }
 
-WARP = dict(issue="warp")
-LANE = dict(release="lane")
-PAIR = dict(release="lane", cluster=2)
-SHARING = {"warp": WARP, "lane": LANE, "pair": PAIR, "warp+pair": WARP | PAIR}
-WIDE = dict(block_kv=64, late_sum=True)
+PERSISTENT = dict(persistent=True)
+LATE = dict(late_sum=True)
+WIDE = dict(block_kv=64, release="named", **LATE)
 COLUMNS = dict(split="columns", do_stages=1, dq_chunks=2)
-
-
-def with_sharing(make, base, **also):
-    """{name: config}: the base, what shares or arrives otherwise, and others."""
-    changes = {"base": {}, **SHARING}
-    return {name: make(**(base | change)) for name, change in changes.items()} | also
-
-
-THREE = with_sharing(F, dict(consumers=3))
-WIDE_HEADS = with_sharing(F, WIDE, named=F(release="named", **WIDE))
-FORWARD_VARIANTS = {  # (head_dim, causal): name: config
-    (128, False): with_sharing(F, dict(block_kv=192), kv128=F()),
-    (128, True): with_sharing(
-        F,
-        dict(block_kv=192),
-        **{f"pers+{n}": F(persistent=True, **c) for n, c in SHARING.items()},
-        kv128=F(),
-        pers=F(persistent=True),
-    ),
-    (64, False): THREE,
-    (64, True): THREE,
-    (256, False): WIDE_HEADS,
-    (256, True): WIDE_HEADS,
+FORWARD_VARIANTS = {  # head_dim: {name: config}
+    128: {
+        "192": F(block_kv=192),
+        "192+late": F(block_kv=192, **LATE),
+        "persistent": F(**PERSISTENT),
+        "persistent+late": F(**PERSISTENT, **LATE),
+    },
+    64: {"three": F(consumers=3), "three+persistent": F(consumers=3, **PERSISTENT)},
+    256: {"one tile": F(**WIDE), "persistent": F(**PERSISTENT, **WIDE)},
 }
 BACKWARD_VARIANTS = {
-    128: with_sharing(B, {}),
-    64: with_sharing(B, dict(block_q=128)),
-    256: with_sharing(B, COLUMNS, early=B(early_free=True, **COLUMNS)),
+    128: {"base": B()},
+    64: {"base": B(block_q=128)},
+    256: {"base": B(**COLUMNS), "early": B(early_free=True, **COLUMNS)},
 }
 
 
@@ -165,7 +149,7 @@ def variants(row, causal, metric, only="."):
     """The same for tile shapes of aidx, where "row mask metric name" matches `only`."""
     head_dim = ROWS[row][-1]
     if metric == "fwd":
-        table, f = FORWARD_VARIANTS[head_dim, causal], aidx_forward
+        table, f = FORWARD_VARIANTS[head_dim], aidx_forward
     else:
         table, f = BACKWARD_VARIANTS[head_dim], aidx_both
     case = f"{row} {'causal' if causal else 'full'} {metric}"
@@ -458,9 +442,10 @@ def measure(row, causal, programs, with_torch, results, rounds):
         except ImportError as refusal:
             print(f"  {case} torch: {refusal}", flush=True)
     times = {key: [] for key in timers}
-    for _ in range(rounds):
-        for key in sorted(timers):  # one metric after the other
-            times[key].append(timers[key]())
+    with alone():
+        for _ in range(rounds):
+            for key in sorted(timers):  # one metric after the other
+                times[key].append(timers[key]())
     for (metric, name), taken in times.items():
         figures[metric, name] = work * share[metric] / sorted(taken)[len(taken) // 2]
     del args

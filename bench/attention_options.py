@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from aidx.ops.attention_mask import block_mask  # noqa: E402
 from aidx.ops.flash_attention import flash_attention  # noqa: E402
-from bench.device_time import chained, seconds  # noqa: E402
+from bench.device_time import alone, chained, seconds  # noqa: E402
 from pallas_kernels import flash_attention as fa  # noqa: E402
 from tests.ops.cases import packed_lengths  # noqa: E402
 
@@ -110,10 +110,11 @@ def measure(case, results, workers):
                 print(f"  {case.name} {metric} {name}: {type(program).__name__} {reason}")
             else:
                 times[name] = []
-        for _ in range(ROUNDS):
-            for name, taken in times.items():
-                program = programs[metric, name]
-                taken.append(seconds(program, given, case.calls(metric), repeats=1))
+        with alone():
+            for _ in range(ROUNDS):
+                for name, taken in times.items():
+                    program = programs[metric, name]
+                    taken.append(seconds(program, given, case.calls(metric), repeats=1))
         line = []
         for name, taken in times.items():
             rate = case.operations(metric) / sorted(taken)[ROUNDS // 2] / 1e12
@@ -139,16 +140,11 @@ def tiles(band, cu=None, **config):
     return f
 
 
-LANE = dict(release="lane")
 TILES = {  # forward tiles tried where a tile has few blocks
     "base": dict(),
-    "pers": dict(persistent=True),
-    "lane": LANE,
-    "pers+lane": dict(LANE, persistent=True),
-    "lane+kv64": dict(LANE, block_kv=64),
-    "3wg+lane+kv64": dict(LANE, block_kv=64, consumers=3),
-    "pair": dict(LANE, cluster=2),
-    "pers+pair": dict(LANE, cluster=2, persistent=True),
+    "persistent": dict(persistent=True),
+    "persistent+late": dict(persistent=True, late_sum=True),
+    "three": dict(consumers=3, block_kv=64),
 }
 
 

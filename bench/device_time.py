@@ -1,5 +1,8 @@
 """Time of a JAX call: on the device, from programs that chain calls, or as the host sees it."""
 
+import contextlib
+import fcntl
+import os
 import time
 
 import jax
@@ -17,6 +20,21 @@ def chained(f, calls):
         return jax.lax.optimization_barrier((total, *args))
 
     return lambda *args: jax.lax.fori_loop(0, calls, body, (jnp.float32(0), *args))[0]
+
+
+@contextlib.contextmanager
+def alone():
+    """No other process that shares the file `AIDX_BENCH_LOCK` times anything meanwhile.
+
+    So several benchmarks of one GPU can compile at the same time and take turns at timing.
+    """
+    path = os.environ.get("AIDX_BENCH_LOCK")
+    if path is None:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def milliseconds(f, wait=jax.block_until_ready, budget=1.0, most=200):

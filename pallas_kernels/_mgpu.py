@@ -231,8 +231,8 @@ def clear_rows(tile, live, interpret: bool) -> None:
     emit(tile, jnp.asarray(live, jnp.int32))  # pyright: ignore[reportCallIssue]
 
 
-def load_live(sources, tile, barrier, landed, live, interpret: bool, **how: Any) -> None:
-    """`load_tile` of every part of `[parts, rows, columns]`, rows from `live` on arriving as zeros.
+def load_live(sources, tile, barrier, landed, live, interpret: bool) -> None:
+    """Copies every part of `[parts, rows, columns]`; rows from `live` on arrive as zeros.
 
     Memory may hold anything there: a masked P is zero, but 0 * NaN is NaN.  The warpgroup that
     loads waits for such a tile on `landed`, clears the rows and passes it on; others go straight to
@@ -242,7 +242,7 @@ def load_live(sources, tile, barrier, landed, live, interpret: bool, **how: Any)
 
     def load(to):
         for part, source in enumerate(sources):
-            load_tile(source, tile.at[part], to, **how)
+            plgpu.copy_gmem_to_smem(source, tile.at[part], to)
 
     pl.when(whole)(lambda: load(barrier))
 

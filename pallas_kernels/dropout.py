@@ -1,8 +1,10 @@
 """The dropout bits of attention: one hash for every implementation.
 
-The bits of a score are a function of (key, batch, head, query, key token), never of tiles.  A word
-serves two scores, key tokens s and s ^ 8: a thread holds both of them in the layout of wgmma, so
-the forward kernel computes half a word a score.
+The bits of a score are a function of (key, batch, head, query, key token), never of tiles.  The
+first half of the hash serves two scores, key tokens s and s ^ 8, which one thread holds in the
+layout of wgmma; a multiplication of its own makes each score's bits.  In all 2.5 integer operations
+a score, and a comparison.  Where the query's word is random (`dropout_rows`), no more is needed:
+rate, rows, columns and blocks of the mask cannot be told from coin flips.
 
 >>> import jax
 >>> key = jax.random.key_data(jax.random.key(0))[-2:]
@@ -15,7 +17,8 @@ the forward kernel computes half a word a score.
 import jax
 import jax.numpy as jnp
 
-PAIR = 8  # key tokens s and s ^ PAIR share a word
+PAIR = 8  # key tokens s and s ^ PAIR share the first half of the hash
+LAST = (0x846CA68B, 0xD168AAAD)  # multipliers of s with bit 3 clear and set
 WEYL = 0x9E3779B1  # odd: s -> s * WEYL is a bijection of u32
 
 
@@ -39,8 +42,14 @@ def dropout_rows(key: jax.Array, b: jax.Array, n: jax.Array, t: jax.Array) -> ja
     return mix(word ^ mix(t.astype(jnp.uint32) + jnp.uint32(0xC2B2AE35)))
 
 
+def shared_half(rows: jax.Array, column: jax.Array) -> jax.Array:
+    """What both key tokens of a pair take; column is `(s & ~PAIR) * WEYL`."""
+    x = (rows ^ column) * jnp.uint32(0x7FEB352D)
+    return x ^ (x >> 15)
+
+
 def threshold(rate: float) -> int:
-    """Halves of a word below this, read as their upper 16 bits, are dropped.
+    """Words below this are dropped; the rate is rounded to a multiple of 2^-16.
 
     >>> hex(threshold(0.5))
     '0x80000000'
@@ -51,9 +60,8 @@ def threshold(rate: float) -> int:
 def dropout_keeps(rows: jax.Array, s: jax.Array, rate: float) -> jax.Array:
     """Whether each score survives: rows are `dropout_rows`, s i32 key tokens that broadcast to it.
 
-    About ten integer operations; the rate is rounded to a multiple of 2^-16.
+    The rate is rounded to a multiple of 2^-16.
     """
     column = (s & ~PAIR).astype(jnp.uint32) * jnp.uint32(WEYL)
-    # the upper half of the word for s with bit 3 set, the lower half for the others
-    shift = (PAIR - (s & PAIR)).astype(jnp.uint32) * jnp.uint32(2)
-    return (mix(rows ^ column) << shift) >= jnp.uint32(threshold(rate))
+    last = jnp.where(s & PAIR, jnp.uint32(LAST[1]), jnp.uint32(LAST[0]))
+    return shared_half(rows, column) * last >= jnp.uint32(threshold(rate))

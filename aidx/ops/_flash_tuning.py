@@ -29,7 +29,6 @@ SHAPES = tuple(
     )
     for causal in ("", " causal")
 )
-LANE = {"release": "lane", "issue": "warp"}
 # What is changed of the heuristic's choice; what does not fit a shape is left out.
 FORWARD_CHANGES: tuple[dict[str, Any], ...] = (
     {"block_kv": 64},
@@ -39,13 +38,9 @@ FORWARD_CHANGES: tuple[dict[str, Any], ...] = (
     {"late_sum": True},
     {"late_sum": False},
     {"release": "mbar"},
+    {"persistent": True},
     {"persistent": True, "block_kv": 128},
-    LANE,
-    {**LANE, "block_kv": 128},
-    {**LANE, "persistent": True, "block_kv": 128},
-    {**LANE, "cluster": 2},
-    {**LANE, "cluster": 2, "block_kv": 128},
-    {**LANE, "cluster": 2, "persistent": True, "block_kv": 128},
+    {"persistent": True, "block_kv": 128, "late_sum": True},
 )
 BACKWARD_CHANGES: tuple[dict[str, Any], ...] = (
     {"block_q": 64},
@@ -53,9 +48,8 @@ BACKWARD_CHANGES: tuple[dict[str, Any], ...] = (
     {"stages": 1},
     {"stages": 3},
     {"do_stages": 1},
-    {"issue": "warp"},
-    LANE,
-    {**LANE, "cluster": 2},
+    {"early_free": True},
+    {"early_free": False},
 )
 
 

@@ -36,7 +36,6 @@ from pallas_kernels.flash_attention.key_schedule import (
 )
 from pallas_kernels.flash_attention.mask import FAR
 from pallas_kernels.flash_attention.problem import (
-    CLUSTER,
     LOG2E,
     Extra,
     Options,
@@ -222,7 +221,7 @@ class Consumer:
         """All consumers have written what they share; `which` of the two barriers of a step."""
         p, r = self.p, self.refs
         plgpu.commit_smem()
-        if p.config.sync == "named" and not p.interpret:
+        if not p.interpret:
             _mgpu.named_barrier_sync(DS_BARRIER + which, _mgpu.WARPGROUP * p.config.consumers)
         else:
             plgpu.barrier_arrive(r.ds_ready.at[which])
@@ -305,7 +304,7 @@ class Consumer:
         """`split="columns"`: warpgroup 0 computes P^T, 1 takes it from memory and computes dS^T."""
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
         q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
-        # dS takes P times its factor and before dropout, in a buffer of its own
+        # dS takes P times its factor, in a buffer of its own
         for_ds = 3 if p.apart else slot
         plgpu.barrier_wait(r.q_full.at[q_slot])
         plgpu.barrier_wait(r.do_full.at[do_slot])
@@ -317,13 +316,15 @@ class Consumer:
             s = ops.with_acc(issue, (64, c.block_q))
             lefts, highs, lows = [], [], []
             for prob, slack, keep in self.probabilities(s, q_slot, head, query0, masked, loaded):
+                high = left = prob if keep is None else jnp.where(keep, prob, 0.0)
                 if p.apart:
-                    left = prob if keep is None else jnp.where(keep, prob, 0.0)
                     lefts.append(left.astype(p.dtype))
-                prob = prob if slack is None else prob * slack
-                high = prob.astype(p.dtype)
+                    high = left if slack is None else left * slack
+                    prob = prob if slack is None else prob * slack
+                high = high.astype(p.dtype)
                 highs.append(high)
-                # dS needs P better than rounded: what rounding took away follows it
+                # dS needs P better than rounded, and also where dV has none of it: what is left of
+                # it follows
                 lows.append((prob - high.astype(jnp.float32)).astype(p.dtype))
             r.p_smem[for_ds] = lax.concatenate(highs, 1)
             r.p_smem[2] = lax.concatenate(lows, 1)
@@ -335,12 +336,13 @@ class Consumer:
         def _():
             issue = lambda acc: ops.load(self.scores(acc, r.v_smem, r.do_smem, do_slot))
             dp = ops.with_acc(issue, (64, c.block_q))
-            if p.rate:
-                dp = tile.dropped(self.kept(q_slot), dp)
             self.sync(0)
             layout = plgpu.Layout.WGMMA
             read = lambda at: plgpu.load(r.p_smem.at[at], layout=layout, optimized=False)
-            prob = read(for_ds).astype(jnp.float32) + read(2).astype(jnp.float32)
+            high = read(for_ds).astype(jnp.float32)
+            if p.rate:  # dropped, or its P is below the narrowest number
+                dp = jnp.where(high == 0.0, 0.0, dp)
+            prob = high + read(2).astype(jnp.float32)
             r.ds_smem[0] = self.softmax_gradient(dp, prob, q_slot)
             plgpu.commit_smem()
 
@@ -443,23 +445,17 @@ class Consumer:
         plgpu.copy_smem_to_gmem(staging.at[self.part, self.rows], out.at[at])
 
 
-def load_parts(p: Problem, refs: Refs, src, at, dst, full, end, *, shared: bool) -> None:
-    """One tile, column part by column part; what a cluster shares is loaded by all its CTAs.
-
-    Where lengths are dynamic, rows from `end` on become zeros.
-    """
+def load_parts(p: Problem, refs: Refs, src, at, dst, full, end) -> None:
+    """One tile, column part by column part; with dynamic lengths, rows from `end` on are zeros."""
     c, columns = p.config, dst.shape[-1]
-    how: dict[str, Any] = dict(by_warp=c.issue == "warp")
-    if shared and c.cluster > 1:
-        how["collective_axes"] = CLUSTER
     split = [(pl.ds(part * columns, columns),) for part in range(c.parts)] if c.parts > 1 else [()]
     sources = [src.at[(*at, *part)] for part in split]
     if p.dynamic:
         live = end - at[1].start
-        _mgpu.load_live(sources, dst, full, refs.landed, live, p.interpret, **how)
+        _mgpu.load_live(sources, dst, full, refs.landed, live, p.interpret)
         return
     for part, source in enumerate(sources):
-        _mgpu.load_tile(source, dst.at[part], full, **how)
+        plgpu.copy_gmem_to_smem(source, dst.at[part], full)
 
 
 def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
@@ -471,8 +467,8 @@ def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
     query_end = key_end = None
     if p.dynamic:
         query_end, key_end = refs.extra.query_end[b], refs.extra.key_end[b]
-    load(refs.k, kv, refs.k_smem, refs.k_full, key_end, shared=False)
-    load(refs.v, kv, refs.v_smem, refs.v_full, key_end, shared=False)
+    load(refs.k, kv, refs.k_smem, refs.k_full, key_end)
+    load(refs.v, kv, refs.v_smem, refs.v_full, key_end)
 
     def one_head(head_i, before):
         head = kv_head * p.group + head_i
@@ -485,13 +481,11 @@ def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
             slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
             pl.when(it >= c.stages)(lambda: plgpu.barrier_wait(refs.q_free.at[slot]))
             q_full, stats = refs.q_full.at[slot], refs.stats.at[b, head, :, rows]
-            load(refs.q, (b, rows, head), refs.q_smem.at[slot], q_full, query_end, shared=True)
-            _mgpu.load_tile(stats, refs.stats_smem.at[slot], q_full, c.issue == "warp")
+            load(refs.q, (b, rows, head), refs.q_smem.at[slot], q_full, query_end)
+            plgpu.copy_gmem_to_smem(stats, refs.stats_smem.at[slot], q_full)
             pl.when(it >= c.do_stages)(lambda: plgpu.barrier_wait(refs.do_free.at[do_slot]))
             do_full = refs.do_full.at[do_slot]
-            load(
-                refs.do, (b, rows, head), refs.do_smem.at[do_slot], do_full, query_end, shared=True
-            )
+            load(refs.do, (b, rows, head), refs.do_smem.at[do_slot], do_full, query_end)
 
         return before + (end - first)
 
@@ -518,12 +512,6 @@ def scratch_types(p: Problem) -> list:
         else plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
     )
     n, shared = c.parts, p.dq or c.parts > 1
-    if c.release == "lane":
-        free: Any = lambda n: plgpu.ClusterBarrier(
-            collective_axes=(CLUSTER,), num_arrivals=c.consumers, num_barriers=n
-        )
-    else:
-        free = lambda n: barrier(n, c.consumers)
     return [
         operand(n, c.block_kv, p.head_dim // n),
         operand(n, c.block_kv, p.head_dim_v // n),
@@ -539,8 +527,8 @@ def scratch_types(p: Problem) -> list:
         barrier(arrivals=n),
         barrier(c.stages, n + 1),
         barrier(c.do_stages, n),
-        free(c.stages),
-        free(c.do_stages),
+        barrier(c.stages, c.consumers),
+        barrier(c.do_stages, c.consumers),
         barrier(2, c.consumers),
         barrier(arrivals=c.consumers),
         barrier(arrivals=n) if p.dynamic else None,
@@ -568,8 +556,6 @@ def backward(
     slope = None if options.score is None else options.score.program.slope()
     p = Problem.of(q, v, options, config, interpret, dq=dq, apart=options.apart, slope=slope)
     config.check(p.head_dim, p.head_dim_v, options.apart)
-    if config.cluster > 1 and p.lists:
-        raise NotImplementedError(f"a block mask lists tiles for each CTA: {config.cluster=}")
     q, k, v, do = (pad_tokens(x) for x in (q, k, v, do))
     words = None if options.dropout is None else options.dropout.words
     stats = statistics(lse, delta, config.block_q, words)
@@ -580,8 +566,7 @@ def backward(
     outs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in (("dk", k), ("dv", v))}
     dq_out = None
     if dq and interpret:
-        tiles = p.kv_tiles * config.cluster
-        outs["dq"] = jax.ShapeDtypeStruct((tiles, *q.shape), jnp.float32)
+        outs["dq"] = jax.ShapeDtypeStruct((p.kv_tiles, *q.shape), jnp.float32)
     elif dq:
         dq_out = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
 
@@ -605,7 +590,6 @@ def backward(
         def _():
             produce(p, refs, b, kv_head, kv_tile)
 
-    lane = config.release == "lane"
     results = _mgpu.kernel(
         body,
         out_type=tuple(outs.values()),
@@ -614,7 +598,6 @@ def backward(
         grid_names=("cta",),
         num_warpgroups=config.consumers + 1,
         interpret=interpret,
-        **(dict(cluster=(config.cluster,), cluster_names=(CLUSTER,)) if lane else {}),
     )(q, k, v, do, stats, *leaves, *(() if dq_out is None else (dq_out,)))
     dk, dv = results[0][:, : p.keys], results[1][:, : p.keys]
     if not dq:

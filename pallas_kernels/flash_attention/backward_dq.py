@@ -182,7 +182,7 @@ def produce(p: Problem, refs: Refs, b, head, q_tile, end, blocks) -> None:
             return
         live, dst = end - at[1].start, ring.at[pl.ds(slot, 1)]
         to = (full.at[slot], refs.landed)
-        _mgpu.load_live([src.at[at]], dst, *to, live, p.interpret, by_warp=c.issue == "warp")
+        _mgpu.load_live([src.at[at]], dst, *to, live, p.interpret)
 
     for w in range(c.consumers):
         rows = (b, pl.ds(q_tile * c.block_q + w * TILE, TILE), head)
@@ -215,10 +215,8 @@ def check(p: Problem) -> None:
     need = 2 * width * (c.block_q + c.stages * c.block_kv)
     if need > SMEM_BYTES - 1024:
         raise NotImplementedError(f"{c} needs {need} bytes of shared memory for dQ at {width=}")
-    if c.persistent or c.release != "mbar" or c.cluster > 1:
-        raise NotImplementedError(
-            f"dQ alone has neither a persistent grid nor clusters, and frees by mbar: {c}"
-        )
+    if c.persistent or c.release != "mbar":
+        raise NotImplementedError(f"dQ alone has no persistent grid and frees by mbar: {c}")
 
 
 def backward_dq(

@@ -5,15 +5,6 @@ import dataclasses
 from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES
 
 
-def _check_sharing(config: "ForwardConfig | BackwardConfig") -> None:
-    if config.issue not in ("warp", "warpgroup"):
-        raise ValueError(f"issue={config.issue!r} is neither 'warp' nor 'warpgroup'")
-    if config.cluster not in (1, 2, 4):
-        raise ValueError(f"cluster={config.cluster} is not 1, 2 or 4")
-    if config.cluster > 1 and config.release != "lane":
-        raise ValueError(f"cluster={config.cluster} needs release='lane', not {config.release!r}")
-
-
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
     """How the forward kernel is laid out.
@@ -25,13 +16,9 @@ class ForwardConfig:
       pingpong: the consumers issue their matmuls in turn, so that the softmax of one runs under the
         matmuls of the others.
       persistent: one CTA per SM walks many tiles; the next tile's loads run under this one's end.
-      release: how K/V slots are freed: "lane" by one arrival a warpgroup, "mbar" by one a thread,
-        "named" by named barriers (one instruction a warp).
-      issue: who starts the copies of K and V: "warp" one warp, "warpgroup" all threads, which all
-        arrive.
-      cluster: CTAs that share K and V, each loading its part for all (needs release="lane").
+      release: how K/V slots are freed: "mbar" by an mbarrier (one arrival a thread), "named" by
+        named barriers (one instruction a warp).
       late_sum: keep row sums as 8 columns a row and reduce across lanes once per tile.
-      poly: of every 8 column groups, this many take exp2 by a cubic on the FMA pipe, not on MUFU.
       num_sms: CTAs of a persistent grid.
 
     >>> ForwardConfig(block_kv=100)
@@ -46,10 +33,7 @@ class ForwardConfig:
     pingpong: bool = True
     persistent: bool = False
     release: str = "mbar"
-    issue: str = "warpgroup"
-    cluster: int = 1
     late_sum: bool = False
-    poly: int = 0
     num_sms: int = HOPPER_SMS
 
     def __post_init__(self):
@@ -59,13 +43,8 @@ class ForwardConfig:
             raise ValueError(f"stages={self.stages} is below 2: nothing would overlap")
         if self.consumers not in (1, 2, 3):
             raise ValueError(f"consumers={self.consumers} is not 1, 2 or 3")
-        if self.release not in ("named", "mbar", "lane"):
-            raise ValueError(f"release={self.release!r} is not 'named', 'mbar' or 'lane'")
-        _check_sharing(self)
-        if not 0 <= self.poly <= 8:
-            raise ValueError(f"poly={self.poly} is not in 0..8")
-        if self.poly and not self.late_sum:
-            raise ValueError("poly needs late_sum")
+        if self.release not in ("named", "mbar"):
+            raise ValueError(f"release={self.release!r} is neither 'named' nor 'mbar'")
         if self.num_sms < 1:
             raise ValueError(f"num_sms={self.num_sms} is below 1")
         if self.release == "named" and self.first_named_id + 2 * self.stages > 16:
@@ -118,13 +97,10 @@ class BackwardConfig:
       consumers: warpgroups, each with 64 key rows of K, V, dK and dV.
       stages: Q tiles in flight.
       do_stages: dO tiles in flight.
-      sync: the barrier between the consumers after dS: "named" (PTX `bar`) or "mbar".
       split: what the consumers share out, "keys" (64 key rows each) or "columns" (two of them
         and 64 key rows: one computes P, the other dS, and each its half of the columns of dK, dV
         and dQ.  That halves the accumulators and sends P through shared memory as well).
       dq_chunks: pieces in which a consumer computes and stores its columns of dQ.
-      release, issue: as in `ForwardConfig`, of the rings of Q and dO ("named" is not offered).
-      cluster: CTAs of neighbouring keys that share Q and dO (needs release="lane").
       early_free: wait for dV before dQ is begun, so that the next dO may load meanwhile: for a ring
         with one slot.
 
@@ -138,12 +114,8 @@ class BackwardConfig:
     consumers: int = 2
     stages: int = 2
     do_stages: int = 2
-    sync: str = "named"
     split: str = "keys"
     dq_chunks: int = 1
-    release: str = "mbar"
-    issue: str = "warpgroup"
-    cluster: int = 1
     early_free: bool = False
 
     def __post_init__(self):
@@ -159,11 +131,6 @@ class BackwardConfig:
             raise ValueError(f"consumers={self.consumers} is not 1, 2 or 3")
         if self.stages < 1 or self.do_stages < 1:
             raise ValueError(f"{self.stages=} and {self.do_stages=} must be at least 1")
-        if self.release not in ("mbar", "lane"):
-            raise ValueError(f"release={self.release!r} is neither 'mbar' nor 'lane'")
-        _check_sharing(self)
-        if self.sync not in ("named", "mbar"):
-            raise ValueError(f"sync={self.sync!r} is neither 'named' nor 'mbar'")
 
     @property
     def block_kv(self) -> int:

@@ -5,9 +5,6 @@ the matmul Q K^T of block i is issued before P V of block i-1, and the softmax o
 under it (FlashAttention-3, Shah et al. 2024); between consumers the matmuls are issued in turn, so
 the tensor cores stay busy under every softmax.
 
-The CTAs of a cluster take neighbouring query rows, or heads of one group, and so the same K and V:
-each loads its share of a block and the copy engine hands it to all, which halves the reads of L2.
-
 Tiles and blocks are those of `query_schedule.py`; for blocks outside its range a consumer only
 keeps the barriers in step.
 """
@@ -28,7 +25,6 @@ from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.config import ForwardConfig
 from pallas_kernels.flash_attention.mask import TILE
 from pallas_kernels.flash_attention.problem import (
-    CLUSTER,
     LN2,
     LOG2E,
     Extra,
@@ -234,9 +230,7 @@ class Consumer:
         p = self.p
         block_max = s.max(axis=1) * p.multiplier
         m_new = block_max if m is None else jnp.maximum(m, block_max)
-        prob = tile.exp2(
-            s * p.multiplier - tile.by_row(m_new, s.shape[1]), p.config.poly, p.interpret
-        )
+        prob = jnp.exp2(s * p.multiplier - tile.by_row(m_new, s.shape[1]))
         fresh = self.row_sum(prob)
         if p.rate:
             kept = tile.keeps_by_query(block.words, self.key0(i), s.shape[1], p.rate)
@@ -468,14 +462,13 @@ def produce(p: Problem, refs: Refs) -> None:
             block = block_at(p, refs, b, head, q_tile, end, i)
             rows = pl.ds(block * c.block_kv, c.block_kv)
             pl.when(done + i >= c.stages)(lambda: await_slot(p, refs, which, slot))
-            shared: dict[str, Any] = dict(collective_axes=CLUSTER) if c.cluster > 1 else {}
-            source, how = src.at[b, rows, kv_head], dict(shared, by_warp=c.issue == "warp")
+            source = src.at[b, rows, kv_head]
             if which == 1 and p.dynamic:
                 live, tile = key_end - rows.start, dst.at[pl.ds(slot, 1)]
                 to = (full.at[slot], refs.landed)
-                _mgpu.load_live([source], tile, *to, live, p.interpret, **how)
+                _mgpu.load_live([source], tile, *to, live, p.interpret)
             else:
-                _mgpu.load_tile(source, dst.at[slot], full.at[slot], **how)
+                plgpu.copy_gmem_to_smem(source, dst.at[slot], full.at[slot])
 
         # K of the next tile may start before the consumers have let go of Q
         pl.when(blocks > 0)(lambda: load(0, jnp.int32(0)))
@@ -508,12 +501,6 @@ def scratch_types(p: Problem) -> list:
     chunks = c.o_chunks(p.head_dim_v)
     o_shape = (c.consumers, chunks, TILE, 64) if chunks else (c.consumers, TILE, p.head_dim_v)
     barrier = lambda n, arrivals=1: plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
-    if c.release == "lane":
-        free: Any = plgpu.ClusterBarrier(
-            collective_axes=(CLUSTER,), num_arrivals=c.consumers, num_barriers=c.stages
-        )
-    else:
-        free = barrier(c.stages, c.consumers)
     return [
         operand(c.consumers, TILE, p.head_dim),
         operand(c.stages, c.block_kv, p.head_dim),
@@ -523,8 +510,8 @@ def scratch_types(p: Problem) -> list:
         barrier(c.stages),
         barrier(c.stages),
         barrier(c.consumers),
-        free,
-        free,
+        barrier(c.stages, c.consumers),
+        barrier(c.stages, c.consumers),
         barrier(c.consumers),
         barrier(c.consumers),
         plgpu.Barrier(num_arrivals=1) if p.dynamic else None,
@@ -547,8 +534,6 @@ def forward(
     """
     p = Problem.of(q, v, options, config, interpret)
     config.check(p.head_dim, p.head_dim_v)
-    if config.cluster > 1 and p.lists:
-        raise NotImplementedError(f"a block mask lists blocks for each CTA: {config.cluster=}")
     q, k, v = (pad_tokens(x) for x in (q, k, v))
     extra = extra_operands(
         options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE
@@ -562,7 +547,6 @@ def forward(
         pl.when(wg < config.consumers)(lambda: consume(p, refs, wg))
         pl.when(wg == config.consumers)(lambda: produce(p, refs))
 
-    lane = config.release == "lane"
     out, lse = _mgpu.kernel(
         body,
         out_type=(
@@ -574,6 +558,5 @@ def forward(
         grid_names=("cta",),
         num_warpgroups=config.consumers + 1,
         interpret=interpret,
-        **(dict(cluster=(config.cluster,), cluster_names=(CLUSTER,)) if lane else {}),
     )(q, k, v, *leaves)
     return out[:, : p.queries], lse[:, :, : p.queries]

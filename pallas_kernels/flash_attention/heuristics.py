@@ -28,7 +28,7 @@ def forward_config(
     if head_dim <= 128 and (options.even or grouped):
         return ForwardConfig(persistent=True)
     if head_dim <= 128 and bare:
-        return ForwardConfig(block_kv=192)
+        return ForwardConfig(block_kv=192, late_sum=keys >= LONG)
     if head_dim <= 128:
         return ForwardConfig()
     return ForwardConfig(block_kv=64, release="named", late_sum=True)
@@ -58,4 +58,7 @@ def backward_config(head_dim: int, head_dim_v: int, options: Options) -> Backwar
     if max(head_dim, head_dim_v) <= 128:
         return BackwardConfig()
     stages = 1 if options.apart else 2
-    return BackwardConfig(split="columns", stages=stages, do_stages=1, dq_chunks=2)
+    early = options.band.right is None  # a causal mask is level or loses by it
+    return BackwardConfig(
+        split="columns", stages=stages, do_stages=1, dq_chunks=2, early_free=early
+    )

@@ -8,7 +8,7 @@ from jax import lax
 
 from pallas_kernels._mgpu import cdiv, div, rem
 from pallas_kernels.flash_attention import problem as common
-from pallas_kernels.flash_attention.problem import CLUSTER, at_index
+from pallas_kernels.flash_attention.problem import at_index
 from pallas_kernels.flash_attention.program import Program
 
 
@@ -33,8 +33,8 @@ class Problem(common.Problem):
 
     @property
     def tile_rows(self) -> int:
-        """Keys of one tile, which a CTA or the CTAs of a cluster compute."""
-        return self.config.block_kv * self.config.cluster
+        """Keys of one tile."""
+        return self.config.block_kv
 
     @property
     def kv_tiles(self) -> int:
@@ -74,18 +74,12 @@ def decode(p: Problem, t):
         kv_tile, pair = div(r, size), group * size + rem(r, size)
     else:
         pair, kv_tile = div(t, p.kv_tiles), rem(t, p.kv_tiles)
-    if p.config.cluster > 1:
-        kv_tile = kv_tile * p.config.cluster + lax.axis_index(CLUSTER)
     return div(pair, p.kv_heads), rem(pair, p.kv_heads), kv_tile
 
 
 def query_ranges(p: Problem, refs: Any, b, kv_tile):
-    """Query tiles that a KV tile meets: `(first, end, full_first, full_end)`, as in the forward.
-
-    All CTAs of a cluster walk the same: what the whole tile meets.
-    """
+    """Query tiles that a KV tile meets: `(first, end, full_first, full_end)`, as in the forward."""
     bq, bk = p.config.block_q, p.tile_rows
-    kv_tile = div(kv_tile, p.config.cluster)
     if p.dynamic:
         any_lo, any_hi, all_lo, all_hi = (refs.extra.ranges[b, kv_tile, i] for i in range(4))
     else:

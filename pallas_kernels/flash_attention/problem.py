@@ -27,7 +27,6 @@ from pallas_kernels.flash_attention.program import Program
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
-CLUSTER = "pair"  # the axis of the CTAs that share what they load
 
 
 class Modifier(NamedTuple):
@@ -77,9 +76,9 @@ class Options:
 
     @property
     def apart(self) -> bool:
-        """Whether dV and dS take different forms of P: a slope or dropped scores lie between."""
+        """Whether dS takes P times a slope, and dV takes it without."""
         sloped = self.score is not None and not self.score.program.additive
-        return self.soft_cap is not None or sloped or self.dropout is not None
+        return self.soft_cap is not None or sloped
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from jax import lax
 from pallas_kernels._mgpu import cdiv, div, rem
 from pallas_kernels.flash_attention import problem as common
 from pallas_kernels.flash_attention.mask import TILE
-from pallas_kernels.flash_attention.problem import CLUSTER, LOG2E, at_index
+from pallas_kernels.flash_attention.problem import LOG2E, at_index
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,29 +23,19 @@ class Problem(common.Problem):
     """The static side of one call, in query tiles."""
 
     @property
-    def shares_heads(self) -> bool:
-        """Whether the CTAs of a cluster take heads of one group; otherwise neighbouring rows."""
-        return self.config.cluster > 1 and self.group % self.config.cluster == 0
-
-    @property
-    def tile_heads(self) -> int:
-        """Query heads of one tile."""
-        return self.config.cluster if self.shares_heads else 1
-
-    @property
     def tile_rows(self) -> int:
-        """Query rows of one tile, which a CTA or the CTAs of a cluster compute."""
-        return self.config.block_q * (1 if self.shares_heads else self.config.cluster)
+        """Query rows of one tile."""
+        return self.config.block_q
 
     @property
     def q_tiles(self) -> int:
-        """Tiles of one head, or of the heads of a cluster."""
+        """Tiles of one head."""
         return cdiv(self.queries, self.tile_rows)
 
     @property
     def pairs(self) -> int:
-        """(batch, heads of a tile) of the call."""
-        return self.batch * self.heads // self.tile_heads
+        """(batch, head) pairs of the call."""
+        return self.batch * self.heads
 
     @property
     def total(self) -> int:
@@ -54,10 +44,10 @@ class Problem(common.Problem):
 
     @property
     def programs(self) -> int:
-        """CTAs, or clusters of them, of the grid."""
+        """CTAs of the grid."""
         if not self.config.persistent:
             return self.total
-        return min(self.config.num_sms // self.config.cluster, self.total)
+        return min(self.config.num_sms, self.total)
 
     @property
     def multiplier(self) -> float:
@@ -93,7 +83,7 @@ class Problem(common.Problem):
 
 def head_group(p: Problem) -> int:
     """(batch, head) pairs whose tiles run together, so that their K and V stay in L2."""
-    pairs, group = p.pairs, p.group // p.tile_heads
+    pairs, group = p.pairs, p.group
     if p.config.persistent:
         return pairs
     per_head = p.keys * (p.head_dim + p.head_dim_v) * 2
@@ -115,14 +105,7 @@ def decode(p: Problem, t):
         q_tile = p.q_tiles - 1 - div(r, size)
     else:
         pair, q_tile = div(t, p.q_tiles), rem(t, p.q_tiles)
-    heads = p.heads // p.tile_heads
-    b, head = div(pair, heads), rem(pair, heads)
-    if p.config.cluster == 1:
-        return b, head, q_tile
-    rank = lax.axis_index(CLUSTER)
-    if p.shares_heads:
-        return b, head * p.tile_heads + rank, q_tile
-    return b, head, q_tile * p.config.cluster + rank
+    return div(pair, p.heads), rem(pair, p.heads), q_tile
 
 
 def tile_of(p: Problem, cta, j):
@@ -189,15 +172,11 @@ def block_at(p: Problem, refs: Any, b, head, q_tile, end, i):
 
 
 def tile_blocks(p: Problem, refs: Any, b, head, q_tile):
-    """`(first, end)` of the blocks that some consumer of the tile touches; or of the list.
-
-    Every CTA of a cluster walks the same ones.
-    """
+    """`(first, end)` of the blocks that some consumer of the tile touches; or of the list."""
     if p.lists:
         counts = refs.extra.counts
         return jnp.int32(0), counts[(*at_index(counts, b, head), q_tile, 1)]
-    tile_first = div(q_tile, p.tile_rows // p.config.block_q) * p.tile_rows
-    bases = [tile_first + row for row in range(0, p.tile_rows, TILE)]
+    bases = [q_tile * p.tile_rows + row for row in range(0, p.tile_rows, TILE)]
     if not p.dynamic and p.band.unbounded:
         return jnp.int32(0), jnp.int32(cdiv(p.keys, p.config.block_kv))
     ranges = [row_ranges(p, refs, b, base) for base in bases]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._mgpu import MASKED
-from pallas_kernels.dropout import PAIR, WEYL, mix, threshold
+from pallas_kernels.dropout import LAST, PAIR, WEYL, shared_half, threshold
 from pallas_kernels.flash_attention.program import Program, index
 
 GROUP = 8
@@ -62,35 +62,6 @@ def mask(s, lo, hi):
 def add_distance(s, distance, slope):
     """`s - slope * |distance - c|`; distance is `[rows, 8]` f32, slope a scalar."""
     return lax.concatenate([x - jnp.abs(distance - float(c)) * slope for c, x in groups(s)], 1)
-
-
-def exp2_poly(x, interpret: bool):
-    """2**x for x <= 0 on the FMA pipe: cubic on [-1/2, 1/2] (relative error 8e-5), exponent added.
-
-    bf16 rounds P at 4e-3, so the error vanishes in it.
-    """
-    x = jnp.maximum(x, -126.0)
-    cubic = lambda f: ((0.05508868 * f + 0.24260405) * f + 0.69327624) * f + 0.99992894
-    if interpret:  # XLA simplifies (x + c) - c away
-        n = jnp.round(x)
-        return cubic(x - n) * jnp.exp2(n)
-    shifted = x + 12582912.0  # 1.5 * 2**23: the integer nearest to x lands in the low mantissa bits
-    p = lax.bitcast_convert_type(cubic(x - (shifted - 12582912.0)), jnp.int32)
-    exponent = lax.bitcast_convert_type(shifted, jnp.int32) << 23
-    return lax.bitcast_convert_type(p + exponent, jnp.float32)
-
-
-def exp2(x, poly: int, interpret: bool):
-    """2**x, `poly` of every 8 column groups on the FMA pipe and the others on MUFU."""
-    if not poly:
-        return jnp.exp2(x)
-    parts = []
-    for c in range(0, x.shape[1], 64):
-        cut = c + 64 - 8 * poly
-        if cut > c:
-            parts.append(jnp.exp2(x[:, c:cut]))
-        parts.append(exp2_poly(x[:, cut : c + 64], interpret))
-    return lax.concatenate(parts, 1)
 
 
 def fold(p):
@@ -148,26 +119,27 @@ NARROW = (jnp.bfloat16, jnp.float16)
 def keeps_by_query(words, key0, columns: int, rate: float) -> Iterator[Any]:
     """Which scores dropout keeps, rows being queries: `[rows, 8]` bools, made when asked for.
 
-    One word serves two groups: key tokens s and s ^ 8.
+    Two groups share the first half of the hash: key tokens s and s ^ 8.
     """
     rows = words.shape[0]
     word = by_row(words, GROUP)
     first = (iota(rows, 1) + key0).astype(jnp.uint32) * jnp.uint32(WEYL)
     border = jnp.uint32(threshold(rate))
     for c in range(0, columns, 2 * PAIR):
-        bits = mix(word ^ (first + jnp.uint32(c * WEYL & 0xFFFFFFFF)))
-        yield (bits << jnp.uint32(16)) >= border
-        yield bits >= border
+        half = shared_half(word, first + jnp.uint32(c * WEYL & 0xFFFFFFFF))
+        for last in LAST:
+            yield half * jnp.uint32(last) >= border
 
 
 def keeps_by_key(words: Iterable[Any], key0, rows: int, rate: float) -> Iterator[Any]:
     """The same where columns are queries: words are `[rows, 8]` a group."""
     key = iota(rows, 0) + key0
     column = (key & ~PAIR).astype(jnp.uint32) * jnp.uint32(WEYL)
-    shift = (PAIR - (key & PAIR)).astype(jnp.uint32) * jnp.uint32(2)
+    odd = (key & PAIR).astype(jnp.uint32) // jnp.uint32(PAIR)
+    last = jnp.uint32(LAST[0]) + odd * jnp.uint32((LAST[1] - LAST[0]) & 0xFFFFFFFF)
     border = jnp.uint32(threshold(rate))
     for word in words:
-        yield (mix(word ^ column) << shift) >= border
+        yield shared_half(word, column) * last >= border
 
 
 def dropped(kept: Iterable[Any], x):

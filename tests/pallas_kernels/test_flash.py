@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import _mgpu
 from pallas_kernels import flash_attention as fa
-from pallas_kernels.flash_attention import configs, forward, heuristics, tile
+from pallas_kernels.flash_attention import configs, forward, heuristics
 
 BF16 = jnp.bfloat16
 causal, full = fa.Band(right=0), fa.Band()
@@ -95,7 +95,6 @@ def test_configurations_agree(persistent, late_sum, consumers):
         block_kv=64,
         persistent=persistent,
         late_sum=late_sum,
-        poly=2 * late_sum,
         consumers=consumers,
         num_sms=2,
     )
@@ -105,47 +104,6 @@ def test_configurations_agree(persistent, late_sum, consumers):
 def test_persistent_grid_reuses_its_buffers():
     config = fa.ForwardConfig(block_kv=64, consumers=1, persistent=True, num_sms=1)
     check_forward((1, 130, 72, 1, 1, 64, 64), config=config, band=causal)
-
-
-SHARED = dict(consumers=1, cluster=2, release="lane", issue="warp")
-
-
-@pytest.mark.parametrize(
-    ("shape", "config", "options"),
-    [
-        ((1, 200, 136, 1, 1, 64, 64), SHARED, dict(band=causal)),
-        pytest.param((1, 72, 136, 4, 2, 64, 64), SHARED, dict(band=causal), marks=pytest.mark.slow),
-        (
-            (1, 72, 136, 4, 2, 64, 64),
-            SHARED | dict(persistent=True, num_sms=2),
-            dict(band=fa.Band(left=40, right=5)),
-        ),
-        ((1, 110, 110, 1, 1, 64, 64), SHARED, dict(band=causal, bounds=ragged)),
-    ],
-    ids=["rows", "heads", "persistent", "packed"],
-)
-def test_a_cluster_shares_its_keys(shape, config, options):
-    check_forward(shape, config=fa.ForwardConfig(block_kv=64, **config), **options)
-
-
-def test_a_cluster_lists_no_blocks():
-    mask = fa.BlockKinds(jnp.full((1, 1, 1, 1), 2, jnp.int8), 64, 64, 8, 8)
-    config = fa.ForwardConfig(block_kv=64, **SHARED)
-    call = functools.partial(fa.flash_attention_fwd, x, x, x, scale=0.1, band=full)
-    with pytest.raises(NotImplementedError, match="block mask"):
-        call(blocks=mask, config=config)
-
-
-@pytest.mark.parametrize(
-    ("shape", "options"),
-    [
-        pytest.param((1, 200, 136, 2, 1, 64, 64), dict(band=causal), marks=pytest.mark.slow),
-        ((1, 110, 110, 1, 1, 64, 64), dict(band=causal, bounds=ragged)),
-    ],
-    ids=["causal-gqa", "packed"],
-)
-def test_a_cluster_shares_its_queries(shape, options):
-    check_backward(shape, config=fa.BackwardConfig(**SHARED), **options)
 
 
 @pytest.mark.parametrize(
@@ -256,11 +214,6 @@ def test_lse_is_stored_in_whole_tiles():
     assert shapes[0][1].shape[-1] % block_q == 0
 
 
-def test_the_polynomial_is_below_bf16_rounding():
-    x = -jnp.linspace(0.0, 40.0, 4096).reshape(64, 64)
-    np.testing.assert_allclose(tile.exp2_poly(x, True), jnp.exp2(x), rtol=2e-4)
-
-
 x = jnp.zeros((1, 8, 2, 64), BF16)
 REFUSED = {
     "rank": (ValueError, "not .batch", dict(q=x[0])),
@@ -296,9 +249,8 @@ def test_refusals_carry_the_reason(case):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(block_kv=65), dict(stages=1), dict(consumers=4), dict(release="x"), dict(poly=9),
-     dict(poly=1), dict(num_sms=0), dict(stages=5, release="named"), dict(issue="x"),
-     dict(cluster=3), dict(cluster=2)],
+    [dict(block_kv=65), dict(stages=1), dict(consumers=4), dict(release="x"), dict(num_sms=0),
+     dict(stages=5, release="named")],
     ids=str,
 )  # fmt: skip
 def test_forward_config_refuses(change):
@@ -308,9 +260,8 @@ def test_forward_config_refuses(change):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(block_q=96), dict(consumers=4), dict(stages=0), dict(sync="x"), dict(split="x"),
-     dict(dq_chunks=0), dict(split="columns", block_q=128), dict(release="named"),
-     dict(issue="x"), dict(cluster=2)],
+    [dict(block_q=96), dict(consumers=4), dict(stages=0), dict(split="x"), dict(dq_chunks=0),
+     dict(split="columns", block_q=128)],
     ids=str,
 )  # fmt: skip
 def test_backward_config_refuses(change):
@@ -382,25 +333,6 @@ def test_nan_past_the_lengths_on_the_device(head_dim):
     got, want = both.values()
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kv_heads", [1, 4])
-@pytest.mark.parametrize("change", [{}, dict(cluster=2), dict(cluster=2, persistent=True)])
-def test_sharing_configurations_on_the_device(change, kv_heads):
-    """Needs one H100 or H200: the interpreter has neither clusters' copies nor their timing."""
-    q, k, v, do = arrays(2, 1000, 1100, 4, kv_heads, 128, 128)
-    call = dict(scale=0.1, band=fa.Band(right=0, offset=100))
-    share = dict(release="lane", issue="warp")
-    want = fa.flash_attention_fwd(q, k, v, **call)
-    got = fa.flash_attention_fwd(q, k, v, config=fa.ForwardConfig(**share, **change), **call)
-    assert relative(*(x[0].astype(jnp.float32) for x in (got, want))) < 4e-3
-    np.testing.assert_allclose(got[1], want[1], atol=1e-3)
-    change = {name: x for name, x in change.items() if name == "cluster"}
-    back = functools.partial(fa.flash_attention_bwd, q, k, v, *want, do, **call)
-    pairs = zip(back(config=fa.BackwardConfig(**share, **change))[:3], back()[:3], strict=True)
-    for a, b in pairs:
-        assert relative(a.astype(jnp.float32), b.astype(jnp.float32)) < 4e-3
 
 
 @pytest.mark.gpu
