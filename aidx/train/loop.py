@@ -213,7 +213,8 @@ class _Run:
         self.evaluate, self.monitor, self.patience = evaluate, monitor, patience
         self.flops_per_token = flops_per_token
         self.reason = "failed"  # until the end is reached
-        self.pending: collections.deque = collections.deque()  # (step, tokens, device metrics)
+        # (step, tokens where the batch tells, device metrics)
+        self.pending: collections.deque = collections.deque()
         self.leaves: PyTree = None
         self.metrics: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
@@ -233,18 +234,21 @@ class _Run:
             with profile_scope("read"):
                 found = host_metrics(jax.device_get(metrics))
             check_finite(number, found, self.leaves)
-            self.metrics = found | self.speed(tokens)
+            self.metrics = found | self.speed(found.get("weight") if tokens is None else tokens)
             ending |= any([c.on_step(number, self.metrics) for c in self.callbacks])
         return "callback" if ending else None
 
-    def speed(self, tokens: int) -> dict[str, float]:
+    def speed(self, tokens: float | None) -> dict[str, float]:
         """Seconds since the end of the step before, and what follows from them."""
         now, before = time.perf_counter(), self.ended
         self.ended = now
         if before is None:  # the first step compiles; an evaluation is no step
             return {}
+        found = {"step_seconds": now - before}
+        if tokens is None:
+            return found
         rate = tokens / (now - before)
-        found = {"step_seconds": now - before, "tokens_per_second": rate}
+        found["tokens_per_second"] = rate
         mfu = None
         if self.flops_per_token is not None:
             mfu = model_flops_utilisation(rate, self.flops_per_token)
@@ -321,16 +325,15 @@ def check_fit(
         raise ValueError(f"{patience=} must be positive")
 
 
-def count_tokens(batch: PyTree) -> int:
-    """The entries of `tokens` in a batch, or the rows of its first leaf.
+def count_tokens(batch: PyTree) -> int | None:
+    """The entries of `tokens` in a batch; None where it has none: the loss's weight counts then.
 
     >>> count_tokens({"tokens": np.zeros((2, 3))}), count_tokens(np.zeros((4, 2)))
-    (6, 4)
+    (6, None)
     """
     if isinstance(batch, dict) and "tokens" in batch:
         return int(np.prod(batch["tokens"].shape))
-    leaves = jax.tree.leaves(batch)
-    return leaves[0].shape[0] if leaves and leaves[0].shape else 1
+    return None
 
 
 def host_metrics(metrics: Any) -> dict[str, float]:

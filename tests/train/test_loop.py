@@ -96,7 +96,10 @@ def test_metrics_come_one_step_late_in_order_and_complete(tmp_path):
     assert {"loss", "grad_norm", "param_norm", "update_norm", "weight", "abs"} <= set(
         log.metrics[0]
     )
-    assert "tokens_per_second" not in log.metrics[0] and log.metrics[1]["tokens_per_second"] > 0
+    assert "tokens_per_second" not in log.metrics[0]
+    # a batch without `tokens`: what the loss weighs is counted
+    counted = log.metrics[1]["tokens_per_second"] * log.metrics[1]["step_seconds"]
+    assert counted == pytest.approx(log.metrics[1]["weight"]) == 6
     assert result.metrics == log.metrics[-1]
     assert result.best == (result.evaluation["loss"], 5)
 
