@@ -25,10 +25,11 @@ from ._paged_spec import PagedOperands, PagedSpec
 Array = jax.Array
 NEG_INF = float("-inf")
 FEW = 8  # queries of a row up to which all rows go through the work list
-CHUNK = 64  # keys of a chunk of `_rows`: what a row's last chunk wastes is half of it
-MANY = 16  # rows from which on chunks are twice as long: fewer trips are worth more than the waste
+CHUNK = 32  # keys of a chunk of `_rows`: what a row's last chunk wastes is half of it
 TILE_Q, TILE_CHUNK = 64, 256  # queries and keys of `_tiles`
 ITEMS = 128  # work items of a trip, at most
+PER_ROW = 4  # work items of a trip for each row, at most
+SEPARATE = 8  # queries of an item (of all heads that share a key) up to which blocks stay apart
 
 
 class Partial(NamedTuple):
@@ -167,18 +168,25 @@ def _tree_bit(words: Array, j: Array) -> Array:
     return (bit == 1) & (j >= 0) & (j < 32 * number)
 
 
-def _blocks(pool: Array, blocks: Array) -> Array:
-    """Blocks [U, n] of a pool [P, K, block_size, ...] side by side: [U, K, n * block_size, ...]."""
-    x = pool.at[blocks].get(mode="clip")
+def _blocks(pool: Array, blocks: Array, joined: bool) -> Array:
+    """Blocks [U, n] of a pool [P, K, block_size, ...] as they lie: [U, n, K, block_size, ...].
+
+    `joined` puts them side by side, [U, 1, K, n * block_size, ...], which moves every value again.
+    """
+    # Rows of a matrix: XLA's CPU compiler then copies a block as one run.
+    x = pool.reshape(pool.shape[0], -1).at[blocks].get(mode="clip")
+    x = x.reshape(*blocks.shape, *pool.shape[1:])
+    if not joined:
+        return x
     x = jnp.moveaxis(x, 2, 1)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, None]
 
 
-def _scale_of(scale: Array, blocks: Array) -> Array:
-    """Scales of a chunk's columns: [U, K, 1, C] or [1, K, 1, 1]."""
+def _scale_of(scale: Array, blocks: Array, joined: bool) -> Array:
+    """Scales of a chunk's keys: [U, n, K, 1, block_size] or [1, 1, K, 1, 1]."""
     if scale.ndim == 1:
-        return scale[None, :, None, None]
-    return _blocks(scale, blocks)[:, :, None, :]
+        return scale[None, None, :, None, None]
+    return _blocks(scale, blocks, joined)[:, :, :, None, :]
 
 
 def _chunk(
@@ -202,32 +210,42 @@ def _chunk(
     # A table narrower than a whole number of chunks repeats its last block: not keys of the row.
     s = jnp.where(s < rows.tables.shape[1] * block_size, s, jnp.iinfo(jnp.int32).max // 2)
     seen, away = _seen(spec, ops, rows, row, x, s, past)
-    heads = lambda a: jnp.broadcast_to(a[:, None, :, None], (U, 1, Q, G, size))
+    # With few queries the keys are what costs: each block is a product of its own, read as it was
+    # copied.  With many, larger products are worth putting the blocks side by side.
+    joined = n == 1 or Q * G > SEPARATE
+    parts = 1 if joined else n
+
+    def by_part(a: Array) -> Array:
+        """[U, Q, C] -> [U, parts, 1, Q * G, C / parts]."""
+        a = jnp.swapaxes(a.reshape(U, Q, parts, size // parts), 1, 2)
+        a = jnp.broadcast_to(a[:, :, :, None], (U, parts, Q, G, size // parts))
+        return a.reshape(U, parts, 1, Q * G, size // parts)
+
     with jax.named_scope("scores"):
-        k = _blocks(ops.k_pool, blocks).astype(x.q.dtype)
-        # The keys come first: a CPU's matmul would transpose them as a second operand.
-        logits = jnp.swapaxes(_dot(k, x.q, "uksh,ukxh->uksx"), 2, 3) * spec.scale
+        k = _blocks(ops.k_pool, blocks, joined).astype(x.q.dtype)
+        q = jnp.broadcast_to(x.q[:, None], (U, parts, *x.q.shape[1:]))
+        logits = _dot(q, k, "upkxh,upksh->upkxs") * spec.scale
         if ops.k_scale is not None:
-            logits = logits * _scale_of(ops.k_scale, blocks)
+            logits = logits * _scale_of(ops.k_scale, blocks, joined)
         if spec.soft_cap is not None:
             logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
         if ops.alibi_slopes is not None:
-            slopes = ops.alibi_slopes.reshape(1, K, 1, G, 1)
-            slope = slopes * heads(jnp.abs(away).astype(jnp.float32))
-            logits = logits - slope.reshape(U, K, Q * G, size)
-        logits = jnp.where(heads(seen).reshape(U, 1, Q * G, size), logits, NEG_INF)
+            slopes = jnp.tile(ops.alibi_slopes.reshape(1, 1, K, 1, G), (1, 1, 1, Q, 1))
+            far = by_part(jnp.abs(away).astype(jnp.float32))
+            logits = logits - slopes.reshape(1, 1, K, Q * G, 1) * far
+        logits = jnp.where(by_part(seen), logits, NEG_INF)
     with jax.named_scope("softmax"):
-        m = logits.max(axis=-1)
-        p = jnp.exp(logits - jnp.where(m == NEG_INF, 0.0, m)[..., None])
-        total = p.sum(axis=-1)
+        m = logits.max(axis=(1, 4))
+        p = jnp.exp(logits - jnp.where(m == NEG_INF, 0.0, m)[:, None, :, :, None])
+        total = p.sum(axis=(1, 4))
     with jax.named_scope("values"):
         # A slot nobody sees may hold NaN, and 0 * NaN is NaN.
-        live = seen.any(axis=1)[:, None, :]
-        v = _blocks(ops.v_pool, blocks).astype(x.q.dtype)
-        v = jnp.where(live[..., None], v, 0)
+        live = seen.any(axis=1).reshape(U, parts, 1, 1, size // parts)
+        v = _blocks(ops.v_pool, blocks, joined).astype(x.q.dtype)
+        v = jnp.where(jnp.swapaxes(live, 3, 4), v, 0)
         if ops.v_scale is not None:
-            p = p * jnp.where(live[:, :, None, :], _scale_of(ops.v_scale, blocks), 0.0)
-        acc = _dot(p.astype(v.dtype), v, "ukxs,uksh->ukxh")
+            p = p * jnp.where(live, _scale_of(ops.v_scale, blocks, joined), 0.0)
+        acc = _dot(p.astype(v.dtype), v, "upkxs,upksh->upkxh").sum(axis=1)
     return Partial(m, total, acc)
 
 
@@ -313,7 +331,7 @@ def _rows(spec: PagedSpec, ops: PagedOperands, rows: Rows, Q: int) -> tuple[Arra
     N = ops.q.shape[1]
     K, block_size = ops.k_pool.shape[1:3]
     R, M = rows.tables.shape
-    size = _chunk_size(spec, ops, CHUNK if R < MANY else 2 * CHUNK, M * block_size)
+    size = _chunk_size(spec, ops, CHUNK, M * block_size)
     row = jnp.arange(R, dtype=jnp.int32)
     low, high = _key_range(spec, ops, rows)
     first, past = low // size, -(-high // size)
@@ -377,7 +395,7 @@ def _work_list(
     R = first.shape[0]
     counts = jnp.maximum(past - first, 0)
     ends = jnp.cumsum(counts)
-    U = min(ITEMS, max(8, 4 * R), R * most)
+    U = min(ITEMS, max(8, PER_ROW * R), R * most)
     # The list is made outside the loop: it is one for all layers of a step.
     item = jnp.arange(-(-R * most // U) * U, dtype=jnp.int32)
     rows_of_items = jnp.cumsum(jnp.zeros_like(item).at[ends].add(1, mode="drop"))
