@@ -224,7 +224,11 @@ def _chunk(
     with jax.named_scope("scores"):
         k = _blocks(ops.k_pool, blocks, joined).astype(x.q.dtype)
         q = jnp.broadcast_to(x.q[:, None], (U, parts, *x.q.shape[1:]))
-        logits = _dot(q, k, "upkxh,upksh->upkxs") * spec.scale
+        if joined:
+            logits = _dot(q, k, "upkxh,upksh->upkxs")
+        else:  # the keys come first: as the second operand they would be transposed
+            logits = jnp.swapaxes(_apart(_dot(k, q, "upksh,upkxh->upksx")), 3, 4)
+        logits = logits * spec.scale
         if ops.k_scale is not None:
             logits = logits * _scale_of(ops.k_scale, blocks, joined)
         if spec.soft_cap is not None:
@@ -233,10 +237,11 @@ def _chunk(
             slopes = jnp.tile(ops.alibi_slopes.reshape(1, 1, K, 1, G), (1, 1, 1, Q, 1))
             far = by_part(jnp.abs(away).astype(jnp.float32))
             logits = logits - slopes.reshape(1, 1, K, Q * G, 1) * far
-        logits = jnp.where(by_part(seen), logits, NEG_INF)
+        logits = jnp.where(_apart(by_part(seen)), logits, NEG_INF)
     with jax.named_scope("softmax"):
         m = logits.max(axis=(1, 4))
-        p = jnp.exp(logits - jnp.where(m == NEG_INF, 0.0, m)[:, None, :, :, None])
+        below = _apart(logits - jnp.where(m == NEG_INF, 0.0, m)[:, None, :, :, None])
+        p = _apart(jnp.exp(below.reshape(-1))).reshape(below.shape)  # flat: vectors of full length
         total = p.sum(axis=(1, 4))
     with jax.named_scope("values"):
         # A slot nobody sees may hold NaN, and 0 * NaN is NaN.
@@ -245,8 +250,18 @@ def _chunk(
         v = jnp.where(jnp.swapaxes(live, 3, 4), v, 0)
         if ops.v_scale is not None:
             p = p * jnp.where(live, _scale_of(ops.v_scale, blocks, joined), 0.0)
-        acc = _dot(p.astype(v.dtype), v, "upkxs,upksh->upkxh").sum(axis=1)
+        acc = _apart(_dot(p.astype(v.dtype), v, "upkxs,upksh->upkxh"))
+        acc = _apart(acc.sum(axis=1)) if parts > 1 else acc[:, 0]
     return Partial(m, total, acc)
+
+
+def _apart(x: Array) -> Array:
+    """`x` as it is, for a compiler that would make one slow program of its maker and its users.
+
+    XLA on a CPU computes a cheap operand again for each user, does not vectorise over short axes,
+    and gives a chain of products to a library that is slower with them together than one by one.
+    """
+    return lax.optimization_barrier(x)
 
 
 def _dot(x: Array, y: Array, contract: str) -> Array:
