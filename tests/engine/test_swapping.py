@@ -9,6 +9,7 @@ import pytest
 from aidx.cache import swap_out
 from aidx.engine import BeamSearchParams, SamplingParams
 from aidx.engine import scheduler as scheduling
+from aidx.engine.preemption import preempt
 from aidx.engine.step import run_step
 
 from . import test_scheduler as pure
@@ -221,7 +222,7 @@ def test_a_cancelled_sequence_is_not_moved():
     batch = pure.batch_of(num_blocks=5, preemption_mode="swap", max_swapped_blocks=9)
     batch, _ = scheduling.schedule(pure.filled(batch, [pure.sequence(i, 7) for i in range(2)]))
     batch = scheduling.record(batch, np.array([0, 1]), np.array([3, 3]))
-    batch, _ = scheduling._preempt(batch, 1, swap=True)
+    batch, _ = preempt(batch, 1, swap=True)
     assert [seq_id for seq_id, _ in batch.swap_outs] == [1]
     assert scheduling.cancel(batch, [1]).swap_outs == ()
     assert scheduling.forget_swapped(batch, [1]).waiting[0].num_computed == 0
