@@ -291,20 +291,25 @@ def _merge(a: Partial, b: Partial) -> Partial:
 
 
 def _merge_into(total: Partial, row: Array, part: Partial) -> Partial:
-    """Add items of rows `row` (len(total) for none) to the totals by row."""
+    """Add items of rows `row` (len(total) for none) to the totals by row.
+
+    A NaN stays in its row: it goes there as the largest logit, for a matmul would spread it.
+    """
     R = total.m.shape[0]
-    m = total.m.at[row].max(part.m, mode="drop")
+    fine = jnp.isfinite(part.acc.sum(axis=-1)) & jnp.isfinite(part.total)
+    m = total.m.at[row].max(jnp.where(fine, part.m, jnp.nan), mode="drop")
     finite = jnp.where(m == NEG_INF, 0.0, m)
     keep = jnp.exp(total.m - finite)
     weight = jnp.exp(part.m - finite[jnp.minimum(row, R - 1)])
     # A product with the 0/1 matrix of membership: one matmul, and no order left to chance.
     member = (row[None, :] == jnp.arange(R, dtype=row.dtype)[:, None]).astype(jnp.float32)
-    weight = jnp.where((row < R)[:, None, None], weight, 0.0)
+    used = fine & jnp.isfinite(weight) & (row < R)[:, None, None]
     gather = lambda x: jnp.einsum("ru,u...->r...", member, x, precision="highest")
     return Partial(
         m,
-        total.total * keep + gather(part.total * weight),
-        total.acc * keep[..., None] + gather(part.acc * weight[..., None]),
+        total.total * keep + gather(jnp.where(used, part.total * weight, 0.0)),
+        total.acc * keep[..., None]
+        + gather(jnp.where(used[..., None], part.acc * weight[..., None], 0.0)),
     )
 
 

@@ -280,6 +280,22 @@ def test_the_write_is_in_place_under_donation(dtype):
     assert before == after
 
 
+@pytest.mark.parametrize("where", ["k", "v", "q"])
+@pytest.mark.parametrize("max_q", [1, 3])
+def test_a_nan_stays_in_its_row(where, max_q):
+    rows = [(max_q, 60), (1, 45), (max_q, 33), (1, 64)]  # several chunks each
+    q, k, v, tables, context, indptr = batch(rows)
+    good = paged_attention(q, k, v, tables, context, indptr, max_q=max_q, config=SMALL)
+    if where == "q":
+        q[indptr[1]] = np.nan
+    else:
+        {"k": k, "v": v}[where][tables[1, 3]] = np.nan
+    out = paged_attention(q, k, v, tables, context, indptr, max_q=max_q, config=SMALL)
+    hit = np.arange(len(q)) == indptr[1]
+    assert np.isnan(out[hit]).all()
+    chex.assert_trees_all_close(out[~hit], good[~hit], atol=1e-6)
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
 def test_quantised_pools_equal_quantised_then_dense(dtype, fixed):
