@@ -11,7 +11,6 @@ many by the time the host sees it; that token is dropped.
 import dataclasses
 import functools
 import itertools
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,33 +22,39 @@ from aidx.cache import BlockPool, PagedKVCache, SwappedBlocks, swap_in, swap_out
 from aidx.engine import scheduler as scheduling
 from aidx.engine import step as stepping
 from aidx.engine import warmup as warming
-from aidx.engine.beam import Beams, Hypothesis, select
+from aidx.engine.beam import Beams, select
+from aidx.engine.blocks import COPY_SIZES, copy_blocks, time_swapping
 from aidx.engine.cascade import SharedPrefixes, shared_prefixes
 from aidx.engine.config import EngineConfig
-from aidx.engine.detokenizer import Detokenizer, Pieces
+from aidx.engine.detokenizer import Pieces
 from aidx.engine.outputs import (
-    CompletionOutput,
     FinishReason,
     Logprobs,
-    RequestMetrics,
     RequestOutput,
     logprobs_of_token,
 )
-from aidx.engine.progress import Progress, Rules, advance, completion, end, start
-from aidx.engine.request import Request, SequenceState, new_sequence
+from aidx.engine.progress import Progress, advance, end, start
+from aidx.engine.request import Request, SequenceState
+from aidx.engine.rows import Rows, plan_rows
 from aidx.engine.sampling_params import (
     BeamSearchParams,
     SamplingParams,
     banned_tokens,
-    encode_bad_words,
-    params_row,
-    params_state_row,
 )
 from aidx.engine.stats import EngineStats, Meter
-from aidx.ops.sampling import VARIANTS, Variant, pack_rows, state_row
+from aidx.engine.ticket import (
+    Ticket,
+    beam_outputs,
+    beam_search,
+    checked_prompt,
+    mask_row,
+    new_ticket,
+    request_output,
+    sample_outputs,
+)
+from aidx.ops.sampling import VARIANTS, Variant, state_row
 from aidx.typing import Forward, Params
 
-COPY_SIZES = (16, 4, 1)  # pairs of blocks that one copy program takes
 TABLE_UPDATES = 1024  # entries that one `write_tables` takes
 
 
@@ -58,41 +63,10 @@ class EngineDeadError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ticket:
-    """What the engine keeps of a request: the static side of its samples, and its clock."""
-
-    request: Request
-    prompt_ids: tuple[int, ...]
-    seed: int
-    samples: tuple[SequenceState, ...]  # as they arrived
-    stream: bool
-    sampling: np.ndarray  # [11] i32, packed SamplingRows of sample 0
-    needs: tuple[int, int, int]  # place in VARIANTS, masked, num_logprobs + 1
-    rules: Rules
-    bad_words: tuple[tuple[int, ...], ...]
-    metrics: RequestMetrics
-    num_cached: int = 0
-    beams: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """The rows of a plan; several of them may belong to one seat (every_logit)."""
-
-    seats: np.ndarray  # [r]
-    seq_ids: np.ndarray  # [r]
-    starts: np.ndarray  # [r]
-    counts: np.ndarray  # [r]
-    samples: np.ndarray  # [r] bool
-    targets: np.ndarray  # [r] prompt token whose logprob the row reports, -1 for none
-    tokens: np.ndarray  # [t]
-
-
-@dataclasses.dataclass(frozen=True)
 class _InFlight:
     """A step whose tokens the host has not read."""
 
-    rows: _Rows
+    rows: Rows
     out: jax.Array
     epoch: int
 
@@ -139,7 +113,7 @@ class Engine:
         self._drew = np.zeros(s, bool)  # whether the device has the seat's last token
         self._every = np.zeros(s, bool)  # one row a prompt token
         self._masked = np.zeros(s, bool)  # whether the seat's masks are not neutral
-        self._tickets: dict[str, _Ticket] = {}
+        self._tickets: dict[str, Ticket] = {}
         self._progress: dict[int, Progress] = {}  # seq_id -> output so far
         self._num_output: dict[int, int] = {}  # seq_id -> tokens of it
         self._prompt_logprobs: dict[str, list[Logprobs | None]] = {}
@@ -199,12 +173,21 @@ class Engine:
         name = request_id if request_id is not None else f"request-{next(self._names)}"
         if name in self._tickets:
             raise ValueError(f"request_id={name!r} is unfinished already")
-        tokens = self._checked_prompt(prompt)
+        tokens = checked_prompt(prompt, self.config.vocab_size)
         search = None
         if isinstance(params, BeamSearchParams):
-            search, params = self._search(params, len(tokens))
+            search, params = beam_search(self.config, params, len(tokens))
         request = Request(name, tokens, params, priority, user, prompt_text, cache_salt)
-        ticket = self._ticket(request, stream, beams=search is not None)
+        ticket = new_ticket(
+            self.config,
+            request,
+            stream=stream,
+            beams=search is not None,
+            tokenizer=self._tokenizer,
+            pieces=self._pieces_of,
+            now=self._clock(),
+            seq_ids=self._seq_ids,
+        )
         batch = self._batch
         for seq in ticket.samples:
             batch = scheduling.add(batch, seq)
@@ -308,111 +291,6 @@ class Engine:
         """The block pool as it is now (immutable)."""
         return self._batch.pool
 
-    # Arrivals.
-
-    def _checked_prompt(self, prompt: Sequence[int]) -> np.ndarray:
-        tokens = np.asarray(prompt)
-        if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"a prompt is a non-empty list of token ids, not {prompt!r}")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            bad = [int(t) for t in tokens if not 0 <= t < self.config.vocab_size]
-            raise ValueError(
-                f"token ids {bad[:8]} are outside a vocabulary of {self.config.vocab_size}"
-            )
-        return tokens.astype(np.int32)
-
-    def _search(self, params: BeamSearchParams, num_prompt: int) -> tuple[Beams, SamplingParams]:
-        """The state of a beam search, and what its sequences ask of the sampler."""
-        config = self.config
-        search = Beams(
-            width=params.beam_width,
-            max_tokens=min(params.max_tokens, config.max_model_len - num_prompt),
-            eos_ids=frozenset(() if params.ignore_eos else config.eos_token_ids),
-            length_penalty=params.length_penalty,
-        )
-        if search.num_candidates > config.max_logprobs:
-            raise ValueError(
-                f"beam_width={params.beam_width} with {len(search.eos_ids)} end-of-sequence tokens "
-                f"needs max_logprobs >= {search.num_candidates}, which is {config.max_logprobs}"
-            )
-        sampling = SamplingParams(
-            temperature=0, max_tokens=params.max_tokens, logprobs=search.num_candidates
-        )
-        return search, sampling
-
-    def _ticket(self, request: Request, stream: bool, *, beams: bool) -> _Ticket:
-        """Everything about a request that its steps will need, checked."""
-        config, params = self.config, request.params
-        for name in ("logprobs", "prompt_logprobs"):
-            asked = getattr(params, name)
-            if asked is not None and asked > config.max_logprobs:
-                raise ValueError(f"{name}={asked} exceeds max_logprobs={config.max_logprobs}")
-        text = params.detokenize and self._tokenizer is not None
-        if (params.stop or params.bad_words) and self._tokenizer is None:
-            raise ValueError(
-                f"stop={params.stop!r} and bad_words={params.bad_words!r} need a tokenizer"
-            )
-        seed = params.seed if params.seed is not None else secrets.randbits(63)
-        encode = lambda word: self._tokenizer.encode(word, add_special_tokens=False)
-        ticket = _Ticket(
-            request=request,
-            prompt_ids=tuple(request.prompt.tolist()),
-            seed=seed,
-            samples=(),
-            stream=stream,
-            sampling=pack_rows(
-                params_row(params, seed=seed, sample=0, prompt_length=len(request.prompt))
-            )[0],
-            needs=(
-                VARIANTS.index(params.variant),
-                int(params.needs_state),
-                1
-                + max(
-                    (n for n in (params.logprobs, params.prompt_logprobs) if n is not None),
-                    default=-1,
-                ),
-            ),
-            rules=Rules(
-                eos_ids=frozenset(() if params.ignore_eos else config.eos_token_ids),
-                stop_ids=frozenset(params.stop_token_ids),
-                min_tokens=params.min_tokens,
-                include_stop=params.include_stop_str_in_output,
-                detokenizer=self._detokenizer(params) if text else None,
-                text_at_end=text and not stream and not params.stop,
-            ),
-            bad_words=encode_bad_words(params.bad_words, encode) if params.bad_words else (),
-            metrics=RequestMetrics(arrival_time=self._clock()),
-            beams=beams,
-        )
-        if params.needs_state:
-            self._mask_row(ticket, ())  # ids outside the vocabulary are refused here
-        ids = [next(self._seq_ids) for _ in range(params.n)]
-        samples = tuple(
-            new_sequence(
-                request,
-                seq_id=seq_id,
-                arrival=seq_id,
-                index=index,
-                max_tokens=params.max_tokens,
-                max_model_len=config.max_model_len,
-                synchronous=beams or any(len(word) > 1 for word in ticket.bad_words),
-                every_logit=params.prompt_logprobs is not None and index == 0,
-            )
-            for index, seq_id in enumerate(ids)
-        )
-        return dataclasses.replace(ticket, samples=samples)
-
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer:
-        skip = params.skip_special_tokens
-        if skip not in self._pieces:
-            self._pieces[skip] = Pieces(self._tokenizer, skip_special_tokens=skip)
-        return Detokenizer(
-            self._pieces[skip],
-            stop=tuple(params.stop),
-            include_stop=params.include_stop_str_in_output,
-            min_tokens=params.min_tokens,
-        )
-
     # One step, on the way out.
 
     def _issue(self, work: scheduling.Schedule) -> _InFlight:
@@ -426,8 +304,8 @@ class Engine:
             self._meter.swapped += 1
         for seq_id, places in work.swap_ins:
             self._cache = swap_in(self._cache, self._swapped.pop(seq_id), places)
-        self._copy_blocks(work.copies)
-        rows = self._plan_rows(work)
+        self._cache = copy_blocks(self._cache, work.copies)
+        rows = plan_rows(self._batch, work, self._every, self._drew)
         cascade = self._cascade(rows)
         shape = self._shape(rows, cascade=bool(cascade))
         cascade = cascade if shape.cascade else {}
@@ -473,34 +351,7 @@ class Engine:
             self._masks = masks
         return out
 
-    def _plan_rows(self, work: scheduling.Schedule) -> _Rows:
-        """The schedule's rows; a sequence that wants every logit has one for each of its tokens."""
-        running = [self._batch.at(seat) for seat in work.seats]
-        running = dict(zip(work.seats.tolist(), running, strict=True))
-        seats, starts, counts, samples = work.seats, work.starts, work.counts, work.samples
-        targets = np.full(len(seats), -1, np.int64)
-        if self._every[seats].any():
-            every = self._every[seats] & (starts < [running[s].num_prompt for s in seats])
-            repeats = np.where(every, counts, 1)
-            row = np.repeat(np.arange(len(seats)), repeats)
-            offset = np.arange(len(row)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-            seats, starts, every = seats[row], starts[row] + offset, every[row]
-            samples = samples[row] & (~every | (offset == counts[row] - 1))
-            counts = np.where(every, 1, counts[row])
-            following = [
-                running[s].log[p + 1] if e and p + 1 < running[s].num_prompt else -1
-                for s, p, e in zip(seats, starts, every, strict=True)
-            ]
-            targets = np.array(following, np.int64)
-        tokens = np.full(int(counts.sum()), -1, np.int32)
-        ends = np.cumsum(counts)
-        for i in np.flatnonzero(~(self._drew[seats] & (counts == 1))):
-            at, first = ends[i] - counts[i], starts[i]
-            tokens[at : ends[i]] = running[seats[i]].log[first : first + counts[i]]
-        seq_ids = np.array([running[s].seq_id for s in seats], np.int64)
-        return _Rows(seats, seq_ids, starts, counts, samples, targets, tokens)
-
-    def _cascade(self, rows: _Rows) -> dict[str, np.ndarray]:
+    def _cascade(self, rows: Rows) -> dict[str, np.ndarray]:
         """`group` and `shared` of a plan whose rows share prefixes worth it; else nothing.
 
         Shared blocks are full: what a set of running sequences shares stays until the set changes.
@@ -523,7 +374,7 @@ class Engine:
             group=np.where(inside, group, -1), shared=np.stack((found.leaders, tokens), axis=1)
         )
 
-    def _shape(self, rows: _Rows, *, cascade: bool) -> stepping.Shape:
+    def _shape(self, rows: Rows, *, cascade: bool) -> stepping.Shape:
         """The cheapest trace that serves these rows; with `cascade` where that costs no padding."""
         telling = rows.seats[rows.samples | (rows.targets >= 0)]
         variant, masked, logprobs = self._needs[telling].max(axis=0, initial=0)
@@ -553,7 +404,7 @@ class Engine:
         self._drew[seat] = False
         self._every[seat] = seq.every_logit
         if ticket.needs[1]:
-            self._write_masks(seat, self._mask_row(ticket, seq.output.tolist()))
+            self._write_masks(seat, mask_row(self.config, ticket, seq.output.tolist()))
             self._masked[seat] = True
         elif self._masked[seat]:
             self._write_masks(seat, self._neutral)
@@ -572,18 +423,7 @@ class Engine:
             ticket = dataclasses.replace(ticket, metrics=metrics)
         self._tickets[seq.request.request_id] = ticket
 
-    def _mask_row(self, ticket: _Ticket, output: Sequence[int], banned: Sequence[int] = ()):
-        """The per-vocabulary sampling state of a sequence, on the host."""
-        return params_state_row(
-            ticket.request.params,
-            self.config.vocab_size,
-            prompt=ticket.request.prompt.tolist(),
-            output=output,
-            eos_token_ids=self.config.eos_token_ids,
-            bad_word_ids=[*(w for w in ticket.bad_words if len(w) == 1), *((t,) for t in banned)],
-        )
-
-    def _ban_words(self, rows: _Rows) -> None:
+    def _ban_words(self, rows: Rows) -> None:
         """Ban what would complete a bad word; such a row is synchronous, so its output is known."""
         for seat in rows.seats[rows.samples & self._batch.synchronous[rows.seats]]:
             seq = self._batch.sequence(int(seat))
@@ -593,7 +433,7 @@ class Engine:
             output = seq.output.tolist()
             now = banned_tokens(ticket.bad_words, output)
             if now or banned_tokens(ticket.bad_words, output[:-1]):
-                self._write_masks(int(seat), self._mask_row(ticket, output, now))
+                self._write_masks(int(seat), mask_row(self.config, ticket, output, now))
 
     # One step, on the way back.
 
@@ -628,7 +468,7 @@ class Engine:
                 done.append(seat)
         self._batch = scheduling.finish(self._batch, done)
 
-    def _read_beams(self, rows: _Rows, out: np.ndarray, at: np.ndarray) -> np.ndarray:
+    def _read_beams(self, rows: Rows, out: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Keep the beams' candidates, advance the searches that have all; the other rows."""
         n, others, searches = self.config.max_logprobs, [], {}
         for i in at.tolist():
@@ -673,7 +513,7 @@ class Engine:
             if seq.seat >= 0:
                 self._take_seat(seq)
 
-    def _alive(self, rows: _Rows) -> np.ndarray:
+    def _alive(self, rows: Rows) -> np.ndarray:
         """Which rows still belong to the sequence that sits there: others ended meanwhile."""
         ids = np.array([-1 if seq is None else seq.seq_id for seq in self._batch.running])
         return ids[rows.seats] == rows.seq_ids
@@ -705,7 +545,7 @@ class Engine:
             self._touched[name] = None
         return progress.finish_reason is not None
 
-    def _logprobs(self, ticket: _Ticket, token: int, out: np.ndarray, asked: int) -> Logprobs:
+    def _logprobs(self, ticket: Ticket, token: int, out: np.ndarray, asked: int) -> Logprobs:
         """One row of a step's output as `Logprobs`: the token's own and the `asked` best."""
         n = self.config.max_logprobs
         values = out.view(np.float32)
@@ -719,7 +559,7 @@ class Engine:
             decode,
         )
 
-    def _read_prompt_logprobs(self, rows: _Rows, out: np.ndarray) -> None:
+    def _read_prompt_logprobs(self, rows: Rows, out: np.ndarray) -> None:
         for i in np.flatnonzero(self._alive(rows) & (rows.targets >= 0)):
             request = self._batch.at(rows.seats[i]).request
             ticket = self._tickets[request.request_id]
@@ -798,7 +638,7 @@ class Engine:
         self._tick()
         return outputs
 
-    def _forget(self, ticket: _Ticket, output: RequestOutput) -> None:
+    def _forget(self, ticket: Ticket, output: RequestOutput) -> None:
         """The request has ended and been reported."""
         name = ticket.request.request_id
         self._meter.finish(output)
@@ -808,62 +648,16 @@ class Engine:
         for seq in ticket.samples:
             del self._progress[seq.seq_id], self._num_output[seq.seq_id]
 
-    def _output(self, ticket: _Ticket, done: bool) -> RequestOutput:
-        request, first = ticket.request, ticket.metrics
-        samples = self._beam_outputs(ticket) if ticket.beams else self._sample_outputs(ticket)
-        found = self._prompt_logprobs.get(request.request_id)
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt_text,
-            prompt_token_ids=ticket.prompt_ids,
-            outputs=samples,
-            prompt_logprobs=None if found is None else tuple(found),
-            metrics=RequestMetrics(
-                arrival_time=first.arrival_time,
-                first_scheduled_time=first.first_scheduled_time,
-                first_token_time=first.first_token_time,
-                finished_time=self._clock() if done else None,
-                num_generation_tokens=sum(len(sample.token_ids) for sample in samples),
-                num_preemptions=first.num_preemptions,
-            ),
-            num_cached_tokens=ticket.num_cached,
-            seed=ticket.seed,
-        )
-
-    def _sample_outputs(self, ticket: _Ticket) -> tuple[CompletionOutput, ...]:
-        """The samples as they stand."""
-        with_logprobs = ticket.request.params.logprobs is not None
-        outputs = []
-        for seq in ticket.samples:
-            stop = seq.num_prompt + self._num_output[seq.seq_id]
-            tokens = tuple(seq.log[seq.num_prompt : stop].tolist())
-            progress = self._progress[seq.seq_id]
-            outputs.append(completion(progress, seq.index, tokens, with_logprobs=with_logprobs))
-        return tuple(outputs)
-
-    def _beam_outputs(self, ticket: _Ticket) -> tuple[CompletionOutput, ...]:
-        """The finished beams, or the running ones while the search goes on; best first."""
-        search = self._beams[ticket.request.request_id]
-        reasons: list[tuple[Hypothesis, FinishReason | None, int | str | None]]
-        if search.running:
-            ended = self._progress[ticket.samples[0].seq_id]
-            reasons = [(beam, ended.finish_reason, ended.stop_reason) for beam in search.running]
+    def _output(self, ticket: Ticket, done: bool) -> RequestOutput:
+        name = ticket.request.request_id
+        if ticket.beams:
+            search = self._beams[name]
+            ended = self._progress[ticket.samples[0].seq_id] if search.running else None
+            samples = beam_outputs(search, ended, self._tokenizer)
         else:
-            reasons = [
-                (beam, "stop" if beam.ended else "length", None) for _, beam in search.finished
-            ]
-        decode = self._tokenizer.decode if self._tokenizer is not None else lambda _: ""
-        return tuple(
-            CompletionOutput(
-                index=index,
-                text=decode(list(beam.tokens)),
-                token_ids=beam.tokens,
-                cumulative_logprob=float(beam.logprob),
-                finish_reason=reason,
-                stop_reason=stop_reason,
-            )
-            for index, (beam, reason, stop_reason) in enumerate(reasons)
-        )
+            samples = sample_outputs(ticket, self._progress, self._num_output)
+        finished = self._clock() if done else None
+        return request_output(ticket, samples, self._prompt_logprobs.get(name), finished)
 
     def _tick(self) -> None:
         """Time counts as busy while some request is unfinished."""
@@ -902,16 +696,13 @@ class Engine:
         """On every device that the parameters are on."""
         return jax.device_put(tree, stepping.state_sharding(self._params))
 
-    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copies on write, in programs of a few fixed sizes."""
-        # A destination that was given back and taken again is named twice: the last one counts.
-        copies = [(src, dst) for dst, src in {dst: src for src, dst in copies}.items()]
-        at = 0
-        while at < len(copies):
-            size = next(size for size in COPY_SIZES if size <= len(copies) - at)
-            src, dst = zip(*copies[at : at + size], strict=True)
-            self._cache = self._cache.copy_blocks(src, dst)
-            at += size
+    def _pieces_of(self, skip_special_tokens: bool) -> Pieces:
+        """The tokenizer's pieces, made once."""
+        if skip_special_tokens not in self._pieces:
+            self._pieces[skip_special_tokens] = Pieces(
+                self._tokenizer, skip_special_tokens=skip_special_tokens
+            )
+        return self._pieces[skip_special_tokens]
 
     def _write_tables(self, updates: np.ndarray) -> None:
         padded = np.full((TABLE_UPDATES, 3), self.config.max_num_seqs + 1, np.int32)
@@ -964,25 +755,15 @@ class Engine:
             self._cache = self._cache.copy_blocks(blocks, blocks)
         size = min(swap_piece(self._cache), config.num_blocks)
         if config.preemption_mode == "auto":
-            self._swap_is_cheaper = self._time_swapping(size) < self._time_recomputing()
+            self._cache, swapping = time_swapping(self._cache, size)
+            self._swap_is_cheaper = swapping < self._time_recomputing()
         if config.preemption_mode == "swap" or self._swap_is_cheaper:
             for n in (*(1 << i for i in range(size.bit_length())), size):  # all sizes of a piece
-                self._time_swapping(n, repeats=1)
+                self._cache, _ = time_swapping(self._cache, n, repeats=1)
             limits = dataclasses.replace(self._batch.config, preemption_mode="swap")
             self._batch = dataclasses.replace(self._batch, config=limits)
         jax.block_until_ready((self._cache, self._state))
         return done
-
-    def _time_swapping(self, size: int, *, repeats: int = 3) -> float:
-        """Seconds for a block to go and to come back, among `size` of them."""
-        seconds = []
-        for _ in range(repeats):
-            jax.block_until_ready(self._cache)
-            began = time.monotonic()
-            self._cache = swap_in(self._cache, swap_out(self._cache, range(size)), range(size))
-            jax.block_until_ready(self._cache)
-            seconds.append((time.monotonic() - began) / size)
-        return min(seconds)
 
     def _time_recomputing(self) -> float:
         """Seconds that the largest prefill takes for a block's tokens, attention left out."""
