@@ -25,7 +25,7 @@ from ._paged_spec import PagedOperands, PagedSpec
 Array = jax.Array
 NEG_INF = float("-inf")
 FEW = 8  # queries of a row up to which all rows go through the work list
-CHUNK = 32  # keys of a chunk of `_rows`: what a row's last chunk wastes is half of it
+CHUNK = 32  # keys of a chunk of `_rows`: the last of a row wastes half of it (four times, if alone)
 TILE_Q, TILE_CHUNK = 64, 256  # queries and keys of `_tiles`
 ITEMS = 128  # work items of a trip, at most
 PER_ROW = 4  # work items of a trip for each row, at most
@@ -351,7 +351,7 @@ def _rows(spec: PagedSpec, ops: PagedOperands, rows: Rows, Q: int) -> tuple[Arra
     N = ops.q.shape[1]
     K, block_size = ops.k_pool.shape[1:3]
     R, M = rows.tables.shape
-    size = _chunk_size(spec, ops, CHUNK, M * block_size)
+    size = _chunk_size(spec, ops, CHUNK if R > 1 else 4 * CHUNK, M * block_size)
     row = jnp.arange(R, dtype=jnp.int32)
     low, high = _key_range(spec, ops, rows)
     first, past = low // size, -(-high // size)
