@@ -16,8 +16,10 @@ output tokens each; chat512: 512 requests of lognormal lengths; at most 256 runn
 is the median time of a call of `engine.step` in which every row decodes, also with top-k and top-p
 on every row.  `pool` is chat512 again, for the share of the reserved tokens that live; `prefix`
 sends requests one by one behind a system prompt of 2048 tokens, each one's own and then the same
-for all.  vLLM and the plain-XLA step are not on that machine: their rows are the figures of
-2026-11-22, times this run's device copy rate over that day's.
+for all.  `orders` (on demand) is chat512 in five other orders: 256 run at once, so where the
+longest requests stand decides how long a tail of few rows lasts, and the mark's order is not known.
+vLLM and the plain-XLA step are not on that machine: their rows are the figures of 2026-11-22, times
+this run's device copy rate over that day's.
 """
 
 import argparse
@@ -58,6 +60,7 @@ STEP_MARKS = {  # ms a decode step
     ("llama-3.2-1b", UNROLLED): {"b1": 1.38, "b8": 1.07, "b64": 1.54, "b256": 2.79},
 }
 RUNS = ("b1", "b8", "b64", "b256", "chat512", "pool", "prefix")
+ORDERS = 5  # of the run `orders`
 
 Request = tuple[list[int], int]  # prompt ids, tokens to generate
 
@@ -185,7 +188,7 @@ def run_requests(name: str, vocab_size: int, seed: int = 0) -> list[Request]:
     """The requests of a run, as in the module's docstring."""
     rng = np.random.default_rng(seed)
     prompt = lambda n: rng.integers(0, vocab_size, n).tolist()
-    if name not in ("chat512", "pool"):
+    if name not in ("chat512", "orders", "pool"):
         count = int(name[1:])
         return [(prompt(128 if count == 1 else 512), 128) for _ in range(count)]
     # Quantiles of lognormals in random order: medians 134 and 164, 107k output tokens in all.
@@ -245,6 +248,17 @@ def pool_rows(llm: LLM, case: str, requests: list[Request]) -> list[dict]:
     ]
 
 
+def order_rows(llm: LLM, case: str, requests: list[Request]) -> list[dict]:
+    """Output tokens/s of the same requests in `ORDERS` random orders."""
+    speeds = []
+    for seed in range(1, ORDERS + 1):
+        order = np.random.default_rng(seed).permutation(len(requests))
+        seconds, outputs = serve(llm, [requests[i] for i in order], len(requests))
+        speeds.append(tokens_per_second(seconds, outputs))
+    which = {"least": min(speeds), "median": statistics.median(speeds), "most": max(speeds)}
+    return [row(case, "aidx", f"output tokens/s, {k}", v, "tokens/s") for k, v in which.items()]
+
+
 def prefix_rows(llm: LLM, case: str, vocab_size: int, count: int = 24, shared: int = 2048):
     """Time to the first token behind a system prompt, one that each request has for itself and
     one that all share, and how much of the latter's prompts the prefix cache holds."""
@@ -294,11 +308,13 @@ def on_gpu(args: argparse.Namespace) -> None:
         for run in args.runs:
             requests = [] if run == "prefix" else run_requests(run, config.vocab_size)
             case = f"{name} {run}"
+            if run == "orders":
+                rows += order_rows(llm, case, requests)
             if run == "pool":
                 rows += pool_rows(llm, case, requests)
             if run == "prefix":
                 rows += prefix_rows(llm, case, config.vocab_size)
-            if run in ("pool", "prefix"):
+            if run in ("orders", "pool", "prefix"):
                 continue
             seconds, outputs = serve(llm, requests, len(requests))
             speed = tokens_per_second(seconds, outputs)
@@ -338,7 +354,7 @@ def main() -> None:
     add("--num-prompts", type=int, help="CPU: requests, in place of --waves")
     add("--repeats", type=int, default=3, help="CPU: aidx's median of so many runs")
     add("--models", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b"], help="GPU: shapes")
-    add("--runs", nargs="+", default=list(RUNS), choices=RUNS, help="GPU")
+    add("--runs", nargs="+", default=list(RUNS), choices=(*RUNS, "orders"), help="GPU")
     add("--max-num-batched-tokens", type=int, default=8192, help="GPU")
     add("--implementation", help="GPU: of paged attention, default the best there is")
     args = parser.parse_args()

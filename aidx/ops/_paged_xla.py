@@ -212,7 +212,8 @@ def _chunk(
     seen, away = _seen(spec, ops, rows, row, x, s, past)
     # With few queries the keys are what costs: each block is a product of its own, read as it was
     # copied.  With many, larger products are worth putting the blocks side by side.
-    joined = n == 1 or Q * G > SEPARATE
+    few = Q * G <= SEPARATE
+    joined = n > 1 and not few
     parts = 1 if joined else n
 
     def by_part(a: Array) -> Array:
@@ -224,7 +225,7 @@ def _chunk(
     with jax.named_scope("scores"):
         k = _blocks(ops.k_pool, blocks, joined).astype(x.q.dtype)
         q = jnp.broadcast_to(x.q[:, None], (U, parts, *x.q.shape[1:]))
-        if joined:
+        if not few:
             logits = _dot(q, k, "upkxh,upksh->upkxs")
         else:  # the keys come first: as the second operand they would be transposed
             logits = jnp.swapaxes(_apart(_dot(k, q, "upksh,upkxh->upksx")), 3, 4)
