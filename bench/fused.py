@@ -121,14 +121,11 @@ def norms(rows, width, biased):
         peers = {"forward": toka, "backward": pulled(toka, 2 + biased)}
     fwd = {f"ctas={n}": norm.NormConfig(ctas=n) for n in (16,)}
     tried = {
-        1024: [(1, 8, False), (1, 8, True), (2, 4, False), (2, 4, True), (2, 8, False)],
-        4096: [(1, 3, True), (1, 4, True), (1, 4, False), (1, 5, False), (1, 6, False)],
-        8192: [(1, 2, False), (1, 2, True), (1, 3, False)],
+        1024: [(8, 2), (6, 4)],
+        4096: [(3, 2), (4, 1), (4, 2), (5, 2), (6, 1)],
+        8192: [(2, 2), (4, 1)],
     }
-    bwd = {
-        f"ctas={n} wg={w} ahead={int(ahead)}": norm.NormConfig(0, n, w, ahead)
-        for n, w, ahead in tried.get(width, [])
-    }
+    bwd = {f"wg={w} stages={n}": norm.NormConfig(0, w, n) for w, n in tried.get(width, [])}
     size, case = x.nbytes, f"{name} [{rows}, {width}]"
     p = functools.partial(plain, eps=EPS)
     yield (

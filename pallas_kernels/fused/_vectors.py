@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels._mgpu import WARPGROUP
 
 SCALAR = plgpu.Layout.WG_SPLAT
+ONE_EACH = plgpu.Layout.WG_STRIDED((WARPGROUP,), 1)  # a number for every thread
 BYTES = 16  # of the widest access
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -169,24 +171,112 @@ class Vectors:
                 place = arith.minui(place, mgpu.c(length - self.vec, index))
             yield _unravelled(place, shape, repeat), past
 
-    def totals(self, tiles: list[Any], scratch, at: Any) -> list[Any]:
-        """The sums of some tiles, with one barrier for all of them.
+    def folded(self, value, onto=None):
+        """What each thread holds of an f32 tile added up, on top of `onto`: f32 `[128]`."""
+        if self.interpret:
+            sums = value.reshape(WARPGROUP, -1).sum(1)
+            return sums if onto is None else onto + sums
+        kind = plgpu.ShapeDtypeStruct((WARPGROUP,), jnp.dtype(jnp.float32), layout=ONE_EACH)
+        given = (value,) if onto is None else (value, onto)
+
+        @plgpu.inline_mgpu(arg_types=(self.layout, ONE_EACH)[: len(given)], return_type=kind)
+        def fold(_, tile, *onto):
+            from jax.experimental.mosaic import gpu as mgpu
+            from jaxlib.mlir.dialects import vector
+
+            start = [_lanes(x.registers.flat[0])[0] for x in onto]
+            numbers = [*start, *itertools.chain(*map(_lanes, tile.registers.flat))]
+            total = functools.reduce(_add, numbers)
+            layout = mgpu.WGStridedFragLayout((WARPGROUP,), 1)
+            registers = tile.registers[:1].copy()
+            registers[:] = vector.from_elements(_vector_of_one(), [total])
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+        return fold(*given)  # pyright: ignore[reportCallIssue]
+
+    def totals(self, sums: Sequence[Any], scratch, at: Any) -> list[Any]:
+        """The sums over a warpgroup, with one barrier for all of them (see `warp_totals`)."""
+        return [functools.reduce(jnp.add, four) for four in self.warp_totals(sums, scratch, at)]
+
+    def warp_totals(self, sums: Sequence[Any], scratch, at: Any, same=()) -> list[list[Any]]:
+        """The four warps' sums of some f32 `[128]`, with one barrier for all of them.
 
         Args:
-          tiles: f32.
-          scratch: f32 SMEM `[2, len(tiles) or more, 4]` of this warpgroup.
+          sums: of the threads, see `folded`.
+          scratch: f32 SMEM `[2, len(sums) + len(same) or more, 4]` of this warpgroup.
           at: which half of it: calls that follow one another must take turns.
+          same: f32 `[128]` that are the same throughout a warp: no sums, those numbers.
         """
         if self.interpret:
-            return [jnp.sum(tile) for tile in tiles]
+            warps = lambda x: x.reshape(4, 32)
+            found = [*(warps(x).sum(1) for x in sums), *(warps(x)[:, 0] for x in same)]
+            return [[four[w] for w in range(4)] for four in found]
         scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.float32), layout=SCALAR)
-        types = (plgpu.RefType(), SCALAR, *[self.layout] * len(tiles))
+        given = (*sums, *same)
+        types = (plgpu.RefType(), SCALAR, *[ONE_EACH] * len(given))
 
-        @plgpu.inline_mgpu(arg_types=types, return_type=(scalar,) * len(tiles))
-        def reduce(_, shared, half, *tiles):
-            return _summed(shared, half, tiles)
+        @plgpu.inline_mgpu(arg_types=types, return_type=(scalar,) * (4 * len(given)))
+        def reduce(_, shared, half, *given):
+            from jax.experimental.mosaic import gpu as mgpu
 
-        return list(reduce(scratch, jnp.asarray(at, jnp.int32), *tiles))  # pyright: ignore
+            parts = [_lanes(x.registers.flat[0])[0] for x in given]
+            parts = [_over_lanes(x) if k < len(sums) else x for k, x in enumerate(parts)]
+            numbers = itertools.chain(*_of_warps(shared, half, parts))
+            return tuple(mgpu.FragmentedArray.splat(x, ()) for x in numbers)
+
+        found = reduce(scratch, jnp.asarray(at, jnp.int32), *given)  # pyright: ignore
+        return [list(found[4 * k : 4 * k + 4]) for k in range(len(given))]
+
+    def warp_mean(self, sums, live: int):
+        """f32 `[128]` and a tile, both of the mean of a warp's part of a tile whose first `live`
+        elements count.
+
+        Args:
+          sums: the tile's, `folded`; what does not count is zero.
+          live: how many elements count.
+        """
+        share = [1 / max(n, 1) for n in self.by_warp(live)]
+        if self.interpret:
+            means = [jnp.sum(sums[32 * w :][:32]) * share[w] for w in range(4)]
+            spread = lambda size: jnp.concatenate([jnp.full(size // 4, mean) for mean in means])
+            return spread(WARPGROUP), spread(self.size)
+        f32 = jnp.dtype(jnp.float32)
+        kinds = (WARPGROUP, ONE_EACH), (self.size, self.layout)
+        kinds = tuple(plgpu.ShapeDtypeStruct((n,), f32, layout=how) for n, how in kinds)
+
+        @plgpu.inline_mgpu(arg_types=(ONE_EACH,), return_type=kinds)
+        def mean(_, sums):
+            from jax.experimental.mosaic import gpu as mgpu
+            from jaxlib.mlir import ir
+            from jaxlib.mlir.dialects import arith, vector
+
+            index, f32 = ir.IndexType.get(), ir.F32Type.get()
+            warp = _thread_and_warp()[1]
+            factor = mgpu.c(share[0], f32)
+            for w in range(1, 4):
+                if share[w] != share[w - 1]:
+                    later = arith.cmpi(arith.CmpIPredicate.uge, warp, mgpu.c(w, index))
+                    factor = arith.select(later, mgpu.c(share[w], f32), factor)
+            found = arith.mulf(_over_lanes(_lanes(sums.registers.flat[0])[0]), factor)
+
+            def filled(size, vec):
+                layout = mgpu.WGStridedFragLayout((size,), vec)
+                packed = sums.registers.repeat(size // (WARPGROUP * vec))
+                packed[:] = vector.broadcast(ir.VectorType.get((vec,), f32), found)
+                return mgpu.FragmentedArray(_registers=packed, _layout=layout, _is_signed=None)
+
+            return filled(WARPGROUP, 1), filled(self.size, self.vec)
+
+        return mean(sums)  # pyright: ignore[reportCallIssue]
+
+    def by_warp(self, live: int) -> list[int]:
+        """How many of the first `live` elements of a tile of one piece each warp holds.
+
+        >>> Vectors.piece(jnp.bfloat16, None).by_warp(300)
+        [256, 44, 0, 0]
+        """
+        own = self.size // 4
+        return [min(max(live - warp * own, 0), own) for warp in range(4)]
 
     def total(self, value, scratch, op: str = "add"):
         """The sum (op "max": the largest) of a tile; scratch: this warpgroup's SMEM of 4 f32."""
@@ -230,41 +320,70 @@ def _unravelled(place, shape, repeat: int):
     return found[::-1]
 
 
-def _summed(shared, half, tiles) -> tuple[Any, ...]:
-    """The sums of tiles: within a warp by shuffles, then of the four warps through SMEM."""
+def _add(a, b):
+    """`a + b`, which may become half of a fused multiply-add."""
+    from jaxlib.mlir.dialects import arith
+
+    return arith.addf(a, b, fastmath=arith.FastMathFlags.contract)
+
+
+def _vector_of_one():
+    from jaxlib.mlir import ir
+
+    return ir.VectorType.get((1,), ir.F32Type.get())
+
+
+def _lanes(vectors) -> list[Any]:
+    """The elements of a vector in registers."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector
+
+    return [vector.extract(vectors, [], [i]) for i in range(ir.VectorType(vectors.type).shape[0])]
+
+
+def _over_lanes(part):
+    """The sum over the lanes of a warp, in all of them."""
+    from jax.experimental.mosaic import gpu as mgpu
+
+    for distance in (16, 8, 4, 2, 1):
+        part = _add(part, mgpu.utils.shfl_bfly(part, distance))
+    return part
+
+
+def _thread_and_warp() -> tuple[Any, Any]:
+    """Places in the warpgroup."""
     from jax.experimental.mosaic import gpu as mgpu
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, gpu, memref, scf, vector
+    from jaxlib.mlir.dialects import arith, gpu
+
+    index = ir.IndexType.get()
+    thread = arith.remui(gpu.thread_id(gpu.Dimension.x), mgpu.c(WARPGROUP, index))
+    return thread, arith.divui(thread, mgpu.c(32, index))
+
+
+def _of_warps(shared, half, parts) -> list[list[Any]]:
+    """What each of the four warps has of every part, through SMEM and one barrier."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, memref, scf, vector
 
     index, f32 = ir.IndexType.get(), ir.F32Type.get()
-    thread = arith.remui(gpu.thread_id(gpu.Dimension.x), mgpu.c(WARPGROUP, index))
-    warp = arith.divui(thread, mgpu.c(32, index))
+    thread, warp = _thread_and_warp()
     first = arith.cmpi(
         arith.CmpIPredicate.eq, arith.remui(thread, mgpu.c(32, index)), mgpu.c(0, index)
     )
     half = arith.index_cast(index, half.registers.item())
     row = lambda k: [half, mgpu.c(k, index)]
-    parts = []
-    for tile in tiles:
-        vectors = functools.reduce(arith.addf, tile.registers.flat)
-        count = ir.VectorType(vectors.type).shape[0]
-        lanes = [vector.extract(vectors, [], [i]) for i in range(count)]
-        part = functools.reduce(arith.addf, lanes)
-        for distance in (16, 8, 4, 2, 1):
-            part = arith.addf(part, mgpu.utils.shfl_bfly(part, distance))
-        parts.append(part)
     branch = scf.IfOp(first)
     with ir.InsertionPoint(branch.then_block):
         for k, part in enumerate(parts):
             memref.store(part, shared, [*row(k), warp])
         scf.yield_([])
     mgpu.warpgroup_barrier()
-    found = []
-    for k in range(len(parts)):
-        four = vector.load(ir.VectorType.get((4,), f32), shared, [*row(k), mgpu.c(0, index)])
-        total = functools.reduce(arith.addf, [vector.extract(four, [], [i]) for i in range(4)])
-        found.append(mgpu.FragmentedArray.splat(total, ()))
-    return tuple(found)
+    kind = ir.VectorType.get((4,), f32)
+    return [
+        _lanes(vector.load(kind, shared, [*row(k), mgpu.c(0, index)])) for k in range(len(parts))
+    ]
 
 
 def store_scalar(ref, at, value, interpret: bool) -> None:

@@ -10,25 +10,24 @@ class NormConfig:
     Attributes:
       ctas: CTAs an SM, one warpgroup each, that share the rows of the forward; 0 makes one for
         every row.
-      backward_ctas: CTAs an SM of the backward.
-      backward_warpgroups: of each of them; 0: as many as the registers allow.
-      backward_prefetch: whether a warpgroup reads its next row before it works on this one.
+      backward_warpgroups: of the backward's one CTA an SM; 0: as many as the registers allow.
+      backward_stages: rows in shared memory or on their way there for each of them, at most; 0
+        reads rows straight from memory.
 
     Raises:
       ValueError: a count that is out of range.
 
-    >>> NormConfig().backward_ctas
-    1
+    >>> NormConfig().backward_stages
+    4
     """
 
     ctas: int = 0
-    backward_ctas: int = 1
     backward_warpgroups: int = 0
-    backward_prefetch: bool = False
+    backward_stages: int = 4
 
     def __post_init__(self):
-        if self.ctas < 0 or self.backward_ctas < 1:
-            raise ValueError(f"{self.ctas=} and {self.backward_ctas=} must be positive")
+        if self.ctas < 0 or not 0 <= self.backward_stages <= 8:
+            raise ValueError(f"{self.ctas=} must be positive, {self.backward_stages=} 0 to 8")
         if not 0 <= self.backward_warpgroups <= 8:
             raise ValueError(f"{self.backward_warpgroups=} must be 0 to 8")
 

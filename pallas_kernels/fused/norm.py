@@ -1,10 +1,11 @@
 """RMSNorm and LayerNorm in one read and one write of the rows, forward and backward.
 
-A warpgroup holds a row in registers: it is read once, its statistics are two sums over the
-warpgroup, and what is made of it is written.  With a residual the sum is made, stored and
-normalised in the same pass.  The backward makes the statistics anew, which costs no memory traffic;
-the gradients of scale and bias are sums over rows that every warpgroup keeps in registers, every
-CTA adds up in SMEM and writes as one row, and the caller adds up.
+A warpgroup holds a row in registers: it is read once, its statistics are sums over the warpgroup
+that meet in one barrier, and what is made of it is written.  With a residual the sum is made,
+stored and normalised in the same pass.  The backward makes the statistics anew, which costs no
+memory traffic; its warpgroups fetch their next rows into shared memory while they work.  The
+gradients of scale and bias are sums over rows that every warpgroup keeps in registers, every CTA
+adds up in SMEM and writes as one row, and the caller adds up.
 """
 
 import dataclasses
@@ -17,14 +18,22 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES, WARPGROUP, cdiv, interpret_params
+from pallas_kernels import _mgpu
+from pallas_kernels._mgpu import (
+    HOPPER_SMS,
+    REGISTERS,
+    SMEM_BYTES,
+    WARPGROUP,
+    cdiv,
+    interpret_params,
+    rem,
+)
 
 from ._vectors import Vectors, checked_rows
 from .config import NORM, NormConfig
 
 LONGEST = 16_384  # bytes of a row, which waits in registers for its statistics
-BUDGET = 128  # registers a thread for the rows and the sums of a backward, of 255 (in SMEM the sums
-# of longer rows); of 64 where four warpgroups share an SM's
+WORKING = 56  # registers a thread of the backward beside those of its sums
 
 
 def norm(
@@ -83,7 +92,7 @@ def norm(
                 other = row_of.read(given["residual"].at[row])
                 added = (h[j] + other[j] for j in range(row_of.count))
                 h = row_of.written(given["h"].at[row], added)
-            mean, (squares,) = _moments(row_of, h, centred, scratch, i)
+            mean, squares = _moments(row_of, h.__getitem__, None, centred, scratch, i & 1)
             r = lax.rsqrt(squares / width + eps)
             h = h.waiting()
             for j in range(row_of.count):
@@ -96,7 +105,7 @@ def norm(
         out = plgpu.kernel(
             body,
             out_type=(like,) if residual is None else (like, like),
-            scratch_types=[plgpu.SMEM((2, 1, 4), jnp.float32)],
+            scratch_types=[plgpu.SMEM((2, 3, 4), jnp.float32)],
             grid=(ctas,),
             grid_names=("cta",),
             interpret=interpret_params(interpret),
@@ -142,86 +151,87 @@ def norm_backward(
     """
     _check(h, scale, None, dy=dy, dh=dh)
     rows, width = h.shape
-    ctas = min(rows, HOPPER_SMS * config.backward_ctas)
+    ctas, sums = min(rows, HOPPER_SMS), 2 if biased else 1
     row_of = Row(width, Vectors.piece(h.dtype, interpret))
-    sums = 2 if biased else 1
-    # The most that compile without spills (`configs.py`), by the pieces of a row.
-    most = {1: 8, 2: 6, 3: 5, 4: 5}.get(row_of.count, 4 - sums)
-    team = config.backward_warpgroups or most
-    size = row_of.count * row_of.tile.size
-    if 4 * size * sums * team > SMEM_BYTES - 4096:
-        raise NotImplementedError(f"no room for the sums of {team} warpgroups of {width}")
-    registers = (sums * 4 + 2 * h.dtype.itemsize) * size // (4 * WARPGROUP)
-    at_hand = registers <= BUDGET and registers * team < 2 * BUDGET
+    size, inputs = row_of.count * row_of.tile.size, 2 if dh is None else 3
+    registers = sums * size // WARPGROUP + WORKING
+    row_bytes = inputs * width * h.dtype.itemsize
+    room = SMEM_BYTES - 4096 - 4 * size
+    fit = min(REGISTERS // WARPGROUP // registers, room // (2 * row_bytes), 8)
+    team = config.backward_warpgroups or max(fit, 1)
+    stages = min(config.backward_stages, room // (team * row_bytes))
+    opaque = _mgpu.Ops(row_of.tile.interpret).opaque
 
-    def body(h_ref, scale_ref, dy_ref, *refs):
-        dh_ref, refs = (refs[0], refs[1:]) if dh is not None else (None, refs)
-        dx_ref, partial_ref, scratch_ref, sums_ref, barrier = refs
-        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-        worker, scratch = cta * team + wg, scratch_ref.at[wg]
-        mine = [sums_ref.at[wg, k] for k in range(sums)]
-
-        stride, pieces = ctas * team, range(row_of.count)
-        ahead = config.backward_prefetch
-        refs = [h_ref, dy_ref, *([dh_ref] if ahead and dh_ref is not None else [])]
-        read = lambda row: tuple(tuple(row_of.read(ref.at[row]).tiles) for ref in refs)
-
-        def one(i, carry):
-            found, tiles = carry
-            row = worker + i * stride
-            tiles = tiles if ahead else read(row)
-            coming = read(lax.min(row + stride, jnp.int32(rows - 1))) if ahead else ()
-            h, dy, *more = (Pieces(list(x)) for x in tiles)
-            g = lambda j: dy[j] * row_of.load(scale_ref, j)
-            mean, (squares, gh, *rest) = _moments(row_of, h, centred, scratch, i, g)
-            r = lax.rsqrt(squares / width + eps)
-            slope, offset = r * r * r * gh / width, (r * rest[0] / width if rest else None)
-            # Rows wait for their sums in their own dtype: f32 would take twice the registers.
-            h, dy, *more = (x.waiting() for x in (h, dy, *more))
-            new = []
-            for j in pieces:
-                n = h[j] if mean is None else h[j] - mean
-                dx = g(j) * r - n * slope
-                dx = dx if offset is None else dx - offset
-                if dh_ref is not None:
-                    dx = dx + (more[0][j] if more else row_of.load(dh_ref.at[row], j))
-                row_of.store(dx_ref.at[row], dx, j)
-                own = (dy[j] * (n * r), dy[j])[:sums]
-                if at_hand:
-                    new.append(tuple(a + b for a, b in zip(found[j], own, strict=True)))
-                else:
-                    for ref, part in zip(mine, own, strict=True):
-                        row_of.store(ref, row_of.load(ref, j) + part, j)
-            return tuple(new), coming
-
-        zero = ((row_of.tile.zeros(),) * sums,) * row_of.count
-        if not at_hand:
-            _keep(row_of, mine, zero)
-        start = zero if at_hand else ()
-        first = read(lax.min(worker, jnp.int32(rows - 1))) if ahead else ()
+    def body(*refs):
+        rows_of, (scale_ref, dx_ref, partial_ref, *refs) = refs[:inputs], refs[inputs:]
+        wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
+        scratch, ring, landed, sums_ref, turns = refs[0].at[wg], *refs[1:]
+        worker, stride = wg * ctas + cta, ctas * team
         count = _share(rows, stride, worker)
-        found, _ = lax.fori_loop(0, count, one, (start, first))
-        if at_hand:
-            _keep(row_of, mine, found)
-        _add_up(row_of, partial_ref.at[cta], sums_ref, barrier, wg)
+
+        def fetch(i):
+            """Row i of this warpgroup on its way to shared memory."""
+            slot, mode = rem(i, stages), plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            for k, ref in enumerate(rows_of):
+                source, target = ref.at[worker + i * stride], ring.at[wg, slot, k]
+                _mgpu.load_tile(source, target, landed.at[wg, slot], False, oob_mode=mode)
+
+        def one(i, found):
+            row = worker + i * stride
+            if stages:
+                plgpu.barrier_wait(landed.at[wg, rem(i, stages)])
+                h_ref, dy_ref, *dh_ref = (ring.at[wg, rem(i, stages), k] for k in range(inputs))
+            else:
+                h_ref, dy_ref, *dh_ref = (ref.at[row] for ref in rows_of)
+            h = lambda j: row_of.load(h_ref, j)
+            dy = lambda j: row_of.load(dy_ref, j)
+            # Opaque: the scale would be kept in the registers of the sums.
+            weighed = lambda j, dy: dy * row_of.load(scale_ref, opaque(j))
+            apart = functools.partial(_apart, opaque(row) >= 0)
+            mean, squares, crossed, *rest = _moments(
+                row_of, h, lambda j: weighed(j, dy(j)), centred, scratch, i & 1, apart
+            )
+            r = lax.rsqrt(squares / width + eps)
+            slope = r * crossed / width
+
+            def piece(j, sums):  # read again: there are not the registers to keep it
+                n, d = h(j), dy(j)
+                n = (n if mean is None else n - mean) * r
+                dx = weighed(j, d) - n * slope
+                dx = (dx - rest[0] / width if rest else dx) * r
+                dx = dx + row_of.load(dh_ref[0], j) if dh_ref else dx
+                row_of.store(dx_ref.at[row], dx, j)
+                return tuple(map(jnp.add, sums, (d * n, d)))
+
+            new = [apart(functools.partial(piece, j), sums) for j, sums in enumerate(found)]
+            if stages:
+                plgpu.commit_smem()  # all have read it before it is written anew
+                pl.when(i + stages < count)(lambda: fetch(i + stages))
+            return tuple(new)
+
+        for i in range(stages):
+            pl.when(i < count)(lambda i=i: fetch(jnp.int32(i)))
+        zero = ((row_of.tile.zeros(),) * sums,) * row_of.count
+        found = lax.fori_loop(0, count, one, zero)
+        _add_up(row_of, partial_ref.at[cta], found, sums_ref, turns, wg, team)
 
     like = jax.ShapeDtypeStruct(h.shape, h.dtype)
     with jax.named_scope("norm_backward"):
-        dx, partial = plgpu.kernel(
+        dx, partial = _mgpu.kernel(
             body,
             out_type=(like, jax.ShapeDtypeStruct((ctas, sums, width), jnp.float32)),
             scratch_types=[
-                plgpu.SMEM((team, 2, 3, 4), jnp.float32),
-                plgpu.SMEM((team, sums, size), jnp.float32),
-                plgpu.Barrier(num_arrivals=team),
+                plgpu.SMEM((team, 2, 5, 4), jnp.float32),
+                plgpu.SMEM((team, max(stages, 1), inputs, width if stages else 8), h.dtype),
+                plgpu.Barrier(num_arrivals=inputs, num_barriers=(team, max(stages, 1))),
+                plgpu.SMEM((size,), jnp.float32),
+                plgpu.Barrier(num_barriers=team),
             ],
             grid=(ctas,),
             grid_names=("cta",),
-            num_threads=team,
-            thread_name="wg",
-            interpret=interpret_params(interpret),
-            compiler_params=plgpu.CompilerParams(approx_math=True),
-        )(h, scale, dy, *(() if dh is None else (dh,)))
+            num_warpgroups=team,
+            interpret=interpret,
+        )(h, dy, *(() if dh is None else (dh,)), scale)
         total = jnp.sum(partial, axis=0)
     return dx, total[0], total[1] if biased else None
 
@@ -257,25 +267,20 @@ class Row:
             self.store(ref, kept[-1], j)
         return Pieces(kept)
 
-    def load(self, ref, j: int):
-        """Piece j in f32."""
-        return self.tile.load(ref, j * self.tile.size)
+    def load(self, ref, j):
+        """Piece j (an int, or an i32 scalar) in f32, zero behind the end."""
+        return self.tile.load(ref, j * self.tile.size, inside=self.width % self.tile.size == 0)
+
+    def masked(self, part, j):
+        """Piece j with zeros behind the end."""
+        if self.width % self.tile.size == 0:
+            return part
+        inside = self.tile.indices() < self.width - j * self.tile.size
+        return jnp.where(inside, part, jnp.zeros_like(part))
 
     def store(self, ref, value, j: int) -> None:
         """Piece j."""
         self.tile.store(ref, value, j * self.tile.size)
-
-    def totals(self, *rows, scratch, at: Any) -> list[Any]:
-        """Of some lists of pieces; what lies behind the end of a row must be zero."""
-        tiles = [functools.reduce(jnp.add, parts) for parts in rows]
-        return self.tile.totals(tiles, scratch, at)
-
-    def masked(self, part, j: int):
-        """Piece j with zeros behind the end of the row."""
-        inside = self.width - j * self.tile.size
-        if inside >= self.tile.size:
-            return part
-        return jnp.where(self.tile.indices() < inside, part, jnp.zeros_like(part))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,40 +298,87 @@ class Pieces:
         return Pieces(list(lax.optimization_barrier(tuple(self.tiles))))
 
 
-def _moments(row_of: Row, h: Pieces, centred: bool, scratch, i, g=None):
-    """`(mean or None, [sum (h - mean)^2])`, and of a backward `sum g (h - mean)`, `sum g`."""
-    pieces, mean, at = range(row_of.count), None, i & 1
+def _apart(always, f, carry):
+    """`f(carry)` behind a branch: unrolled, all that memory holds would be read ahead of it, into
+    registers that there are not.
+    """
+    return lax.cond(always, f, lambda carry: carry, carry)
+
+
+def _moments(row_of: Row, h, g, centred: bool, scratch, half, apart=None):
+    """`(mean or None, sum (h - mean)^2)`, and of a backward `sum g (h - mean)` and `sum g`.
+
+    h(j) and g(j) are pieces in f32, zero behind the end.  All sums meet in one barrier: a warp sums
+    about a mean of its own, that of its first piece, and the four warps' sums are moved to the
+    mean of the row (Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances, 1979).  Little more cancels than in a pass for the mean before another.
+    """
+    tile, width, count = row_of.tile, row_of.width, row_of.count
+    pivot = pivots = None
     if centred:
-        (total,) = row_of.totals([h[j] for j in pieces], scratch=scratch, at=0)
-        mean, at = total / row_of.width, 1
-    n = [h[j] if mean is None else row_of.masked(h[j] - mean, j) for j in pieces]
-    rows = [[part * part for part in n]]
+        pivots, pivot = tile.warp_mean(tile.folded(h(0)), min(width, tile.size))
+
+    def piece(j, sums):
+        d = h(j) if pivot is None else row_of.masked(h(j) - pivot, j)
+        parts = [d * d] if pivot is None else [d * d, d]
+        if g is not None:
+            slope = g(j)
+            parts += [slope * d] if pivot is None else [slope * d, slope]
+        return [tile.folded(part, onto) for part, onto in zip(parts, sums, strict=True)]
+
+    sums = [tile.folded(tile.zeros())] * ((1 if pivot is None else 2) * (1 if g is None else 2))
+    for j in range(count):
+        sums = apart(functools.partial(piece, j), sums) if apart else piece(j, sums)
+    if pivots is None:
+        return None, *tile.totals(sums, scratch, half)
+    squares, firsts, *others, pivots = tile.warp_totals(sums, scratch, half, same=[pivots])
+    held = [tile.by_warp(width - j * tile.size) for j in range(count)]
+    held = [float(sum(warp)) for warp in zip(*held, strict=True)]
+    total = lambda four: functools.reduce(jnp.add, four)
+    mean = total([s + n * p for s, n, p in zip(firsts, held, pivots, strict=True)]) / width
+    shifts = [p - mean for p in pivots]
+    # sum (d + shift)^2 = sum d^2 + shift (2 sum d + count shift)
+    moved = zip(squares, shifts, firsts, held, strict=True)
+    found = [mean, total([q + shift * (2 * s + n * shift) for q, shift, s, n in moved])]
     if g is not None:
-        slopes = [g(j) for j in pieces]
-        rows.append([a * b for a, b in zip(slopes, n, strict=True)])
-        rows += [slopes] if centred else []
-    return mean, row_of.totals(*rows, scratch=scratch, at=at)
+        crossed, slopes = others
+        moved = zip(crossed, shifts, slopes, strict=True)
+        found += [total([c + shift * s for c, shift, s in moved]), total(slopes)]
+    return found
 
 
-def _keep(row_of: Row, refs, parts) -> None:
-    """The sums `parts[piece][k]` into refs[k]."""
-    for j, own in enumerate(parts):
-        for ref, part in zip(refs, own, strict=True):
-            row_of.store(ref, part, j)
+def _add_up(row_of: Row, out_ref, found, shared, turns, wg, team: int) -> None:
+    """The sums of a CTA's warpgroups, in their order: each adds its own to those before it."""
+    load = lambda j: row_of.load(shared, j)
+    last, pieces = team - 1, range(row_of.count)
+    for k in range(len(found[0])):
+        own = [parts[k] for parts in found]
 
+        @pl.when(wg < last)
+        def _(k=k, own=own):
+            @pl.when(wg == 0)
+            def _():
+                if k:
+                    plgpu.barrier_wait(turns.at[last])
+                for j in pieces:
+                    row_of.store(shared, own[j], j)
 
-def _add_up(row_of: Row, out_ref, sums_ref, barrier, wg) -> None:
-    """The sums of a CTA's warpgroups, in their order, by the first of them."""
-    team, sums, _ = sums_ref.shape
-    plgpu.barrier_arrive(barrier)
-    plgpu.barrier_wait(barrier)
+            @pl.when(wg > 0)
+            def _():
+                plgpu.barrier_wait(turns.at[wg - 1])
+                for j in pieces:
+                    row_of.store(shared, load(j) + own[j], j)
 
-    @pl.when(wg == 0)
-    def _():
-        for k in range(sums):
-            for j in range(row_of.count):
-                parts = [row_of.load(sums_ref.at[other, k], j) for other in range(team)]
-                row_of.store(out_ref.at[k], functools.reduce(jnp.add, parts), j)
+            plgpu.barrier_arrive(turns.at[wg])
+
+        @pl.when(wg == last)
+        def _(k=k, own=own):
+            if last:
+                plgpu.barrier_wait(turns.at[last - 1])
+            for j in pieces:
+                row_of.store(out_ref.at[k], load(j) + own[j] if last else own[j], j)
+            if last and k + 1 < len(found[0]):
+                plgpu.barrier_arrive(turns.at[last])
 
 
 def _check(x, scale, bias, **others) -> None:
