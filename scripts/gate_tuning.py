@@ -1,16 +1,19 @@
 """Record which configurations of the GPU kernels may be timed inside a user's process.
 
-    python scripts/gate_tuning.py [--op OP ...] [--check]
+    python scripts/gate_tuning.py [--op OP ...] [--jobs COUNT] [--check]
 
 Compiles every candidate of every tunable for sm_90a, at the shapes that the tunable names, without
 a GPU (see `compile_sm90a.py` for what that needs).  A configuration passes with 0 bytes of spills
 and no serialised wgmma.  The record, aidx/data/tuning/gate-sm90a.json, holds the hash of the
 kernels' code: what was recorded for other code counts for nothing, so run this after the last
-change of a kernel.  `--check` compiles nothing and fails where the record is not of this code.
+change of a kernel; what is recorded of this code is not compiled again.  `--check` compiles
+nothing and fails where the record is not of this code.
 """
 
 import argparse
+import concurrent.futures
 import functools
+import multiprocessing
 import pathlib
 import sys
 
@@ -22,33 +25,52 @@ import compile_sm90a  # noqa: E402 - sets what has to be set before jax is impor
 from aidx.cli.tune import MODULES  # noqa: E402
 from aidx.ops import autotune  # noqa: E402
 from aidx.ops.autotune import store  # noqa: E402
-from aidx.ops.autotune.tunable import case_of, code_hash, config_text, load  # noqa: E402
+from aidx.ops.autotune.tunable import case_of, code_hash, config_text, get, load  # noqa: E402
 
 RECORD = store.SHIPPED / store.GATE
 
 
-def passed(tunable, problems_of, report=print):
+def passed(tunable, problems_of, report=print, known=frozenset(), run=map):
     """Rows of the record: (op, code, family, config) of every candidate without problems.
 
-    `problems_of(f, operands)` compiles; shapes of one family are compiled once.
+    `problems_of(f, operands)` compiles; shapes of one family are compiled once, and what is `known`
+    not at all.  `run` is a map: the one of a pool of processes does several at once.
     """
     rows, seen, code = set(), set(), code_hash(tunable.sources)
+    jobs = []
     for text in tunable.shapes:
         operands, static = case_of(tunable, text)
         family = tunable.family_text(operands, static)
-        for config in tunable.candidates(*operands, **static):
-            name = config_text(config)
-            if (family, name) in seen:
-                continue
-            seen.add((family, name))
-            try:
-                problems = problems_of(functools.partial(tunable.run, config, **static), operands)
-            except (NotImplementedError, ValueError, TypeError) as refusal:
-                problems = [f"{type(refusal).__name__}: {refusal}"]
-            if not problems:
-                rows.add((tunable.name, code, family, name))
-            report(f"{tunable.name}  {text}  {name}: {'; '.join(problems) or 'ok'}"[:300])
+        for config in map(config_text, tunable.candidates(*operands, **static)):
+            row = (tunable.name, code, family, config)
+            if row in known:
+                rows.add(row)
+            elif row not in seen:
+                jobs.append((row, text))
+            seen.add(row)
+    ask = functools.partial(problems, tunable.name, problems_of)
+    answers = run(ask, [text for _, text in jobs], [row[-1] for row, _ in jobs])
+    for (row, text), found in zip(jobs, answers, strict=True):
+        if not found:
+            rows.add(row)
+        report(f"{tunable.name}  {text}  {row[-1]}: {'; '.join(found) or 'ok'}"[:300])
     return rows
+
+
+def problems(name, problems_of, text, config):
+    """Why this candidate does not pass at the shapes that text means; nothing where it does."""
+    tunable = get(name)
+    operands, static = case_of(tunable, text)
+    found = {config_text(c): c for c in tunable.candidates(*operands, **static)}[config]
+    try:
+        return problems_of(functools.partial(tunable.run, found, **static), operands)
+    except (NotImplementedError, ValueError, TypeError) as refusal:
+        return [f"{type(refusal).__name__}: {refusal}"]
+
+
+def spills(f, operands):
+    """What ptxas has against f."""
+    return compile_sm90a.compiled(f, operands)[0]
 
 
 def stale(tunables, record):
@@ -60,6 +82,7 @@ def stale(tunables, record):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", nargs="+", default=[None])
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     load(MODULES)
@@ -69,13 +92,17 @@ def main():
         old = stale(gated, record)
         print(f"not of this code: {', '.join(old)}" if old else "the record is of this code")
         return len(old)
-    problems_of = lambda f, operands: compile_sm90a.compiled(f, operands)[0]
     report = functools.partial(print, flush=True)
-    for tunable in gated:
-        kept = {row for row in record if row[0] != tunable.name}
-        record = frozenset(kept | passed(tunable, problems_of, report))
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(store.gate_json(record))  # after each: what is cut short is not lost
+    start = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        options.jobs, mp_context=start, initializer=load, initargs=(MODULES,)
+    ) as pool:
+        run = pool.map if options.jobs > 1 else map
+        for tunable in gated:
+            rows = passed(tunable, spills, report, record, run)
+            record = frozenset({row for row in record if row[0] != tunable.name} | rows)
+            RECORD.parent.mkdir(parents=True, exist_ok=True)
+            RECORD.write_text(store.gate_json(record))  # after each: a run may be cut short
     return 0
 
 

@@ -13,7 +13,7 @@ import aidx.ops.flash_attention
 import aidx.ops.paged_attention
 import aidx.ops.sparse_kernels
 from aidx.ops import _flash_peers, _kernel_store, autotune
-from aidx.ops.autotune import store
+from aidx.ops.autotune import store, tunable
 from aidx.ops.autotune.tunable import case_of, code_hash, config_text, get
 from tests.ops.toy_tunables import TOY
 
@@ -39,18 +39,22 @@ def script():
         sys.path.remove(str(SCRIPTS))
 
 
-def test_the_record_holds_what_compiled_without_problems(script):
+def test_the_record_holds_what_compiled_without_problems(script, monkeypatch):
     said = []
 
     def problems_of(f, operands):
         jax.eval_shape(f, *operands)
         return ["8 B spilled"] if f.args == (2,) else []
 
+    monkeypatch.setitem(tunable._TUNABLES, TOY.name, TOY)
     rows = script.passed(TOY, problems_of, said.append)
     code, (operands, static) = code_hash(TOY.sources), case_of(TOY, "n=8")
     family = TOY.family_text(operands, static)
     assert rows == {("toy/scale", code, family, text) for text in ("1", "4", "5")}
     assert any("3: NotImplementedError" in line for line in said)
+    said.clear()
+    assert script.passed(TOY, problems_of, said.append, known=rows) == rows
+    assert len(said) == 2  # what has not passed
     assert script.stale([TOY], rows) == []
     assert script.stale([TOY], {("toy/scale", "other code", family, "1")}) == ["toy/scale"]
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 
 import pytest
 
@@ -48,6 +50,18 @@ def test_what_hangs_is_killed_and_what_dies_is_recorded(worker, tmp_path):
     assert found[1].seconds > 0
     assert found[2].seconds > 0  # timed after both, in another process
     assert Tuning.from_json(table([outcome]).to_json()) == table([outcome])
+
+
+def test_a_run_ends_at_its_deadline_with_what_it_knows(worker):
+    """Nothing is begun after it, and a failure for want of time is none."""
+    (late,) = tune([("toy/scale", "n=8")], worker, cache=None, deadline=time.monotonic())
+    assert late.problem == "not begun: the time was up"
+    ends, device = time.monotonic() + 8, threading.Lock()
+    how = dict(cache=None, timeout=60, deadline=ends, device=device)
+    (cut,) = tune([("toy/deadly", "n=8")], worker, **how)
+    found = {json.loads(m.config): m for m in cut.entry.measurements} if cut.entry else {}
+    assert 7 not in found and time.monotonic() < ends + 5  # 7 hangs
+    assert not device.locked()
 
 
 def test_a_case_that_means_nothing_is_a_problem_of_its_own(worker):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +15,7 @@ from .table import Entry, Measurement, Tuning
 from .worker import Worker, WorkerFailure
 
 START_SECONDS = 180.0  # to import everything, make operands and run the reference
+AHEAD = 6  # configurations that are compiled before the first of them is timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +79,24 @@ def tune(
     timeout: float = 120.0,
     again: bool = False,
     report: Callable[[Progress], Any] = lambda progress: None,
+    deadline: float = math.inf,
+    device: contextlib.AbstractContextManager[Any] | None = None,
 ) -> list[Outcome]:
     """Time what the disk cache does not know of each (tunable's name, case) and keep it there.
 
     Every configuration has an answer: a time, or the reason of its failure (it does not compile, it
     is wrong, its process died or was killed after `timeout` seconds).  With `again` everything is
-    timed anew.
+    timed anew.  At `deadline` (of `time.monotonic`) it ends: what has no answer by then has none.
+
+    Several runs with a worker each may share a device through the lock `device`, which is held
+    while something is timed: they compile at the same time.
     """
+    asked = _Asked(worker, timeout, deadline, device or contextlib.nullcontext())
     outcomes = []
     for op, case in cases:
         try:
-            outcomes.append(_tune_case(op, case, worker, cache, timeout, again, report))
-        except (ValueError, WorkerFailure) as error:
+            outcomes.append(_tune_case(op, case, asked, cache, again, report))
+        except (ValueError, WorkerFailure, _TimeUp) as error:
             outcomes.append(Outcome(op, case, problem=str(error)))
     return outcomes
 
@@ -104,66 +114,106 @@ def table(outcomes: Sequence[Outcome]) -> Tuning:
     return found
 
 
-def _measure(
-    worker: Worker, timeout: float, op: str, case: str, config: str, ahead: Sequence[str]
-) -> Measurement:
-    """One configuration's measurement, while those `ahead` are compiled.
+class _TimeUp(Exception):
+    """The deadline has come."""
 
-    Raises:
-      WorkerFailure: alone, the case itself cannot be prepared; else, who is to blame is not known.
-    """
-    worker.ask(max(timeout, START_SECONDS), do="prepare", op=op, case=case, ahead=ahead)
-    try:
-        return Measurement(**worker.ask(timeout, do="time", op=op, case=case, config=config))
-    except WorkerFailure as failure:
-        if ahead:
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A worker, with the time that it has."""
+
+    worker: Worker
+    timeout: float
+    deadline: float
+    device: contextlib.AbstractContextManager[Any]
+
+    def __call__(self, least: float = 0.0, **message: Any) -> Any:
+        """The answer within the timeout, or `least` seconds if that is longer.
+
+        Raises:
+          _TimeUp: the deadline came first; where the worker was at work it is killed.
+          WorkerFailure, ValueError: of `Worker.ask`.
+        """
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise _TimeUp("not begun: the time was up")
+        try:
+            return self.worker.ask(min(max(self.timeout, least), left), **message)
+        except WorkerFailure:
+            if time.monotonic() >= self.deadline:
+                raise _TimeUp("not ended: the time was up") from None
             raise
-        return Measurement(config, failure=str(failure))
+
+    def ready(self, ahead: Sequence[str], **case: str) -> None:
+        """Operands and the reference's result are there, and what is `ahead` is compiled."""
+        with self.device:
+            self(START_SECONDS, do="prepare", **case)
+        if ahead:
+            self(START_SECONDS, do="prepare", ahead=ahead, **case)
+
+    def measured(self, config: str, ahead: Sequence[str], **case: str) -> Measurement:
+        """One configuration's measurement, once those `ahead` are compiled.
+
+        Raises:
+          WorkerFailure: alone, the case itself cannot be prepared; else, who is to blame is not
+            known.
+        """
+        self.ready(ahead, **case)
+        try:
+            with self.device:
+                return Measurement(**self(do="time", config=config, **case))
+        except WorkerFailure as failure:
+            if ahead:
+                raise
+            return Measurement(config, failure=str(failure))
 
 
 def _tune_case(
     op: str,
     case: str,
-    worker: Worker,
+    asked: _Asked,
     cache: str | None,
-    timeout: float,
     again: bool,
     report: Callable[[Progress], Any],
 ) -> Outcome:
-    about = worker.ask(max(timeout, START_SECONDS), do="describe", op=op, case=case)
+    about = asked(START_SECONDS, do="describe", op=op, case=case)
     configs = about["configs"]
     place = (op, *(about[name] for name in ("device", "jax", "code", "key")))
     entry = (None if again else store.read(cache, place)) or Entry(*place)
     missing = [config for config in configs if entry.find(config) is None]
     report(Progress(op, case, len(configs) - len(missing), len(configs)))
-    ahead = True
-    for index, config in enumerate(missing):
-        ask = functools.partial(_measure, worker, timeout, op, case, config)
-        try:
-            measured = ask(missing[index:] if ahead else [])
-        except WorkerFailure:
-            # Others were being compiled at the same time: alone, it answers for itself.
-            measured, ahead = ask([]), False
-        entry = entry.updated([measured])
-        store.write(cache, entry)
-        known = len(configs) - len(missing) + index + 1
-        report(Progress(op, case, known, len(configs), measured))
-    if missing:
-        entry = _confirmed(worker, timeout, op, case, entry, configs)
-        store.write(cache, entry)
+    together = True
+    try:
+        for index, config in enumerate(missing):
+            ask = functools.partial(asked.measured, config, op=op, case=case)
+            first = index // AHEAD * AHEAD
+            try:
+                measured = ask(missing[first : first + AHEAD] if together else [])
+            except WorkerFailure:
+                # Others were being compiled at the same time: alone, it answers for itself.
+                measured, together = ask([]), False
+            entry = entry.updated([measured])
+            store.write(cache, entry)
+            known = len(configs) - len(missing) + index + 1
+            report(Progress(op, case, known, len(configs), measured))
+        if missing:
+            entry = _confirmed(asked, op, case, entry, configs)
+            store.write(cache, entry)
+    except _TimeUp:
+        if not entry.measurements:
+            raise
     return Outcome(op, case, entry, tuple(configs))
 
 
-def _confirmed(
-    worker: Worker, timeout: float, op: str, case: str, entry: Entry, configs: Sequence[str]
-) -> Entry:
+def _confirmed(asked: _Asked, op: str, case: str, entry: Entry, configs: Sequence[str]) -> Entry:
     """The best two and the default, timed again in turns; what does not survive that has failed."""
     finalists = entry.finalists(configs)
     if len(finalists) < 2:
         return entry
     try:
-        worker.ask(max(timeout, START_SECONDS), do="prepare", op=op, case=case, ahead=finalists)
-        return entry.confirmed(worker.ask(timeout, do="turns", op=op, case=case, configs=finalists))
+        asked.ready(finalists, op=op, case=case)
+        with asked.device:
+            return entry.confirmed(asked(do="turns", op=op, case=case, configs=finalists))
     except WorkerFailure as failure:
         others = [config for config in finalists if config != configs[0]]
         reason = f"{failure} (when it was timed again)"
