@@ -7,6 +7,7 @@ Calls that move between JAX releases, or that the interpreter lacks, are made in
 * `kernel` - `plgpu.kernel` with the compiler parameters of a warp-specialised kernel.
 * `load_tile` - a TMA copy by a warpgroup or by one warp of it; `load_live` - of a tile whose last
   rows may hold anything.
+* `in_place`, `taken` - the memory of an array that a kernel writes into.
 * `swizzled` - the SMEM transforms that TMA and wgmma agree on.
 * `registers` - how warpgroups that compute and one that loads share the registers of a CTA.
 """
@@ -254,6 +255,22 @@ def load_live(sources, tile, barrier, landed, live, interpret: bool) -> None:
         plgpu.commit_smem()
         for _ in sources:
             plgpu.barrier_arrive(barrier)
+
+
+def in_place(x: jax.Array) -> Any:
+    """A ref to x's memory, for a kernel that writes into it (a donated x is not copied).
+
+    In a loop XLA (jaxlib 0.11 and 0.12) fuses a custom call with the slice that its operand comes
+    from and with the one that its result goes to, and forgets that these were one buffer: the call
+    writes into the loop's input, and the result keeps what it held.  A barrier on either side keeps
+    the slices apart from the call; `taken` is the other one.
+    """
+    return jax.new_ref(lax.optimization_barrier(x))
+
+
+def taken(ref: Any) -> jax.Array:
+    """What a ref of `in_place` holds after the kernel."""
+    return lax.optimization_barrier(ref[...])
 
 
 def div(a, b: int):

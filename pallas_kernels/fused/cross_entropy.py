@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mgpu import HOPPER_SMS, MASKED, interpret_params
+from pallas_kernels._mgpu import HOPPER_SMS, MASKED, in_place, interpret_params, taken
 
 from ._vectors import Vectors, checked_rows, store_scalar
 from .config import CROSS_ENTROPY, CrossEntropyConfig
@@ -187,7 +187,7 @@ def cross_entropy_backward(
 
     given = [lse, power, hit] + ([] if every is None else [every])
     with jax.named_scope("cross_entropy_backward"):
-        state = jax.new_ref(logits)
+        state = in_place(logits)
         plgpu.kernel(
             body,
             out_type=(),
@@ -196,7 +196,7 @@ def cross_entropy_backward(
             interpret=interpret_params(interpret),
             compiler_params=plgpu.CompilerParams(approx_math=True),
         )(targets.astype(jnp.int32), *(x.astype(jnp.float32) for x in given), state)
-        return state[...]
+        return taken(state)
 
 
 def _check(logits, targets) -> None:

@@ -16,7 +16,16 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mgpu import Ops, cdiv, div, interpret_params, rem, swizzled
+from pallas_kernels._mgpu import (
+    Ops,
+    cdiv,
+    div,
+    in_place,
+    interpret_params,
+    rem,
+    swizzled,
+    taken,
+)
 
 from . import quantised
 
@@ -103,7 +112,7 @@ def write_kv(
         targets["q_out"] = jnp.empty_like(inputs["q"])
     call = _Write(tuple(parts), k.shape[0], block_size, scaled, k.dtype, bool(interpret))
     with jax.named_scope("write_kv"):
-        state = {name: jax.new_ref(x) for name, x in targets.items()}
+        state = {name: in_place(x) for name, x in targets.items()}
         names = (*inputs, *targets)
 
         def body(*refs):
@@ -118,7 +127,7 @@ def write_kv(
             interpret=interpret_params(interpret),
             compiler_params=plgpu.CompilerParams(),
         )(*inputs.values(), *state.values())
-        out = {name: ref[...] for name, ref in state.items()}
+        out = {name: taken(ref) for name, ref in state.items()}
     if q is not None:
         out["q"] = out.pop("q_out")[: q.shape[0] * q.shape[1]].reshape(q.shape)
     return Written(**out)
