@@ -354,6 +354,10 @@ def measure_overhead(args: argparse.Namespace) -> None:
 
 def run_one(name: str, args: argparse.Namespace) -> None:
     case, _, who = name.partition(":")
+    if args.plain:
+        from aidx.kernels import fused
+
+        fused.SMALL = 1 << 62  # bytes: nothing is large
     if case == "cross-entropy":
         measure_cross_entropy(args)
     elif case == "tensorboard":
@@ -378,6 +382,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=names, choices=names)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--remat", default="none", help="of the aidx step")
+    parser.add_argument("--plain", action="store_true", help="norms and gates by XLA")
     parser.add_argument("--chunk", type=int, help="tokens of a chunk of the loss")
     parser.add_argument("--profile", type=pathlib.Path, help="folder for profiles of the steps")
     parser.add_argument("--no-peers", action="store_true", help="aidx alone")

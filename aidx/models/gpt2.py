@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..ops.norm import layer_norm
+from ..kernels.layers import layer_norm, residual_layer_norm
 from ..typing import Array, Attend, Cache, Params
 from .llama import ACTIVATIONS, linear, run_layers, select, unembed
 
@@ -165,9 +165,11 @@ def decoder_layer(config, p, x, attend, cache, i):
             q = q / jnp.asarray(i + 1, q.dtype)  # as scale / (i + 1), also where i is traced
         scale = None if config.scale_attn_weights else 1.0
         out, cache = attend(cache, i, q, k, v, scale=scale)
-        x = x + linear(out.reshape(*x.shape[:-1], -1), p["o"], p["o_bias"])
+        y = linear(out.reshape(*x.shape[:-1], -1), p["o"], p["o_bias"])
     with jax.named_scope("mlp"):
-        y = linear(norm(x, p["mlp_norm"], config), p["up"], p["up_bias"])
+        scale, bias = p["mlp_norm"]["scale"], p["mlp_norm"]["bias"]
+        y, x = residual_layer_norm(y, x, scale, bias, eps=config.norm_eps)
+        y = linear(y, p["up"], p["up_bias"])
         x = x + linear(ACTIVATIONS[config.activation](y), p["down"], p["down_bias"])
     return x, cache
 

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..ops.norm import rms_norm
+from ..kernels.layers import gated, residual_rms_norm, rms_norm
 from ..ops.rope import Rope, apply_rope, rope_angles, rope_frequencies
 from ..typing import Array, Attend, Cache, Params
 
@@ -35,6 +35,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+}
+GATES = {  # those that `gated` knows, by its names
+    **{"silu": "silu", "swish": "silu", "gelu": "gelu"},
+    **{"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
 }
 
 
@@ -204,15 +208,24 @@ def decoder_layer(config, p, x, cos, sin, attend, cache, i, window):
         q, k, v = project_qkv(config, p, y)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         out, cache = attend(cache, i, q, k, v, window=window)
-        x = x + linear(out.reshape(*x.shape[:-1], -1), p["o"], p.get("o_bias"))
+        y = linear(out.reshape(*x.shape[:-1], -1), p["o"], p.get("o_bias"))
     with jax.named_scope("mlp"):
-        y = rms_norm(x, p["mlp_norm"], eps=config.norm_eps)
-        y = linear(y, p["gate_up"], p.get("gate_up_bias"))
-        # Split: its transpose is one concatenation; that of two slices pads twice and adds.
-        gate, up = (half[..., 0, :] for half in jnp.split(y, 2, axis=-2))
-        y = ACTIVATIONS[config.activation](gate) * up
+        y, x = residual_rms_norm(y, x, p["mlp_norm"], eps=config.norm_eps)
+        y = gate(config.activation, linear(y, p["gate_up"], p.get("gate_up_bias")))
         x = x + linear(y, p["down"], p.get("down_bias"))
     return x, cache
+
+
+def gate(activation: str, gate_up: Array) -> Array:
+    """`act(gate) * up` of `[..., 2, F]`, by the name that config.json has.
+
+    >>> gate("relu", jnp.array([[1.0, -1.0], [2.0, 3.0]])).tolist()
+    [2.0, 0.0]
+    """
+    if activation in GATES:
+        return gated(gate_up, activation=GATES[activation])
+    gate, up = (half[..., 0, :] for half in jnp.split(gate_up, 2, axis=-2))
+    return ACTIVATIONS[activation](gate) * up
 
 
 def project_qkv(config, p, x):

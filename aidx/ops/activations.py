@@ -36,5 +36,7 @@ def gated(gate_up: jax.Array, *, activation: str = "silu") -> jax.Array:
     if gate_up.ndim < 2 or gate_up.shape[-2] != 2:
         raise ValueError(f"{gate_up.shape=} must be [..., 2, F]")
     with jax.named_scope("gated"):
-        gate, up = (gate_up[..., i, :].astype(jnp.float32) for i in range(2))
+        # Split: its transpose is one concatenation; that of two slices pads twice and adds.
+        halves = jnp.split(gate_up, 2, axis=-2)
+        gate, up = (half[..., 0, :].astype(jnp.float32) for half in halves)
         return (ACTIVATIONS[activation](gate) * up).astype(gate_up.dtype)
