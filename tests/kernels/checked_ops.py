@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from aidx.arrays import sparse
+from aidx.arrays.formats import CSR
+from aidx.arrays.two_four import TwoFour, two_four_matmul, unpack_places
 from aidx.kernels import Case, Fold, KernelBuilder, Tolerance, op_check
 from aidx.ops import rope, sampling
 from aidx.ops.flash_attention import FlashAttentionConfig, flash_attention
@@ -240,6 +243,67 @@ def check_sample():
     op_check(drawn, [case], reference=plain_drawn)
 
 
+# --- sparse products ------------------------------------------------------------------------------
+
+
+def patterns(side=8, width=8):
+    """A CSR with an empty row and a full one, and a 2:4 matrix; their values are the operands."""
+    keep = np.random.default_rng(5).random((side, side)) < 0.3
+    keep[1], keep[2] = False, True
+    weights = np.random.default_rng(6).normal(size=(side, width))
+    return CSR.from_dense(jnp.asarray(keep, jnp.float32)), TwoFour.from_dense(jnp.asarray(weights))
+
+
+def products(side=8, width=8):
+    """(name, function, reference, shapes of its operands) of each product with a pattern."""
+    csr, weights = patterns(side, width)
+    rows, columns = map(np.asarray, csr.coordinates())
+    places = np.asarray(unpack_places(weights.places, side // 4))
+    places = places + 4 * np.arange(side // 4, dtype=np.int32)[:, None, None]
+    spread = (places[:, :, None] == np.arange(side)[None, None, :, None]).astype(np.float32)
+
+    def spmm(data, x, *, implementation):
+        return sparse.matmul(csr.with_data(data), x, implementation=implementation)
+
+    def plain_spmm(data, x):
+        return jnp.zeros((side, side), data.dtype).at[rows, columns].add(data) @ x
+
+    def sddmm(x, y, *, implementation):
+        return sparse.sampled_matmul(csr, x, y, implementation=implementation).data
+
+    def plain_sddmm(x, y):
+        return (x @ y)[rows, columns]
+
+    def two_four(x, values, *, implementation):
+        return two_four_matmul(x, weights.with_values(values), implementation=implementation)
+
+    def plain_two_four(x, values):
+        return x @ jnp.sum(values[:, :, None] * spread.astype(values.dtype), (0, 1))
+
+    wide = (side, width)
+    yield "spmm", spmm, plain_spmm, ((csr.nse,), wide)
+    yield "sddmm", sddmm, plain_sddmm, (wide, (width, side))
+    yield "two_four", two_four, plain_two_four, ((16, side), (side // 4, 2, width))
+
+
+CPU_CALLS = ("cpu_csr_sparse_dense_ffi",)  # of Eigen
+
+
+def check_products(implementations=None, dtypes=BOTH, sizes=(8, 8), **options):
+    """NaN where a pattern has no entry counts in the dense reference: no case of theirs."""
+    options = {"custom_calls": CPU_CALLS, **options}
+    for name, call, plain, shapes in products(*sizes):
+        own = (implementations or {"spmm": ["eigen", "xla"]}).get(name, ["xla"])
+        op_check(
+            call,
+            [Case(name, shapes, dtypes=dtypes, poison=())],
+            reference=plain,
+            implementations=own,
+            tolerance=Tolerance(float32=3e-5, bfloat16=3e-2),
+            **options,
+        )
+
+
 # --- custom kernels over devices ------------------------------------------------------------------
 
 
@@ -283,6 +347,9 @@ def check_custom():
 
 if __name__ == "__main__":
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    for check in (check_norms, check_flash, check_paged, check_write, check_sample, check_custom):
+    for check in (
+        *(check_norms, check_flash, check_paged, check_write, check_sample),
+        *(check_products, check_custom),
+    ):
         check()
         print(f"-- {check.__name__} --", flush=True)

@@ -18,6 +18,7 @@ from aidx.kernels import (
     load_library,
     op_check,
 )
+from aidx.kernels._laws import TRANSFORMATIONS, VALUES
 from aidx.ops.flash_attention import flash_attention
 from aidx.ops.write_kv import write_kv
 from tests.kernels import checked_ops
@@ -144,3 +145,10 @@ def test_aidxs_own_kernels_keep_every_law_on_the_device(check):
 def test_aidxs_other_ops_keep_every_law_on_the_device():
     checked_ops.check_norms()
     checked_ops.check_sample()
+
+
+def test_sparse_products_keep_every_law_on_the_device():
+    """All but one: a transposed product adds up atomically, so its last bits may differ."""
+    laws = [law for law in (*VALUES, *TRANSFORMATIONS) if law != "determinism"]
+    ours = {name: list(OURS) for name in ("spmm", "sddmm", "two_four")}
+    checked_ops.check_products(ours, BF16, (512, 64), custom_calls=TARGETS, laws=laws)

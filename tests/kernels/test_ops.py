@@ -10,6 +10,7 @@ def test_the_ops_of_aidx_keep_every_law():
     checked = re.findall(r"^op_check (\w+): (\d+) ok$", output, re.MULTILINE)
     counts = {name: int(count) for name, count in checked}
     ops = ("rms_norm", "layer_norm", "turned", "flash", "paged", "write_kv", "drawn")
+    ops = (*ops, "spmm", "sddmm", "two_four")
     assert all(counts[name] >= 7 for name in ops), counts
     assert output.count("devices  ") >= 7 and output.count("there is one device") == 0
     assert output.splitlines()[-1] == "-- check_custom --"
