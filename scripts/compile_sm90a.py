@@ -61,14 +61,19 @@ def verdict(log):
     return problems, max(map(int, re.findall(r"Used (\d+) registers", log)), default=0)
 
 
-def compiled(f, args):
-    """(problems, registers) of f compiled for an H200 at these abstract arguments."""
+def program(f, args):
+    """(the program, what ptxas printed) of f compiled for an H200 at these abstract arguments."""
     target = (ROOT / "scripts" / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     on_gpu = NamedSharding(Mesh(np.array([topology.devices[0]]), ("x",)), PartitionSpec())
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_gpu)
     lowered = jax.jit(f).lower(*jax.tree.map(place, args))
-    return verdict(captured(lowered.compile)[1])
+    return captured(lowered.compile)
+
+
+def compiled(f, args):
+    """(problems, registers) of f compiled for an H200 at these abstract arguments."""
+    return verdict(program(f, args)[1])
 
 
 def main():

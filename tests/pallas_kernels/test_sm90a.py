@@ -10,7 +10,11 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
+
+from pallas_kernels.fused.cross_entropy import cross_entropy_backward
+from pallas_kernels.paged_attention import write_kv
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "compile_sm90a.py"
 KNOWN_SPILLS = {
@@ -88,6 +92,36 @@ def test_compiles_without_spills(name, no_compile_cache):
     assert spilled <= KNOWN_SPILLS.get(name, 0)
     if name in KNOWN_SPILLS:
         assert spilled > 0, f"{name} spills no more: take it out of KNOWN_SPILLS"
+
+
+def written_one_by_one(pools, tokens, slots):
+    one = lambda rows: write_kv(*rows[0], *rows[1], slots)[:2]
+    return jax.lax.map(one, (pools, tokens))
+
+
+def graded_one_by_one(logits, targets, lse):
+    one = lambda row: cross_entropy_backward(row[0], row[1], row[2], row[2], row[2])
+    return jax.lax.map(one, (logits, targets, lse))
+
+
+@pytest.mark.sm90a
+@pytest.mark.parametrize("f", [written_one_by_one, graded_one_by_one], ids=lambda f: f.__name__)
+def test_a_kernel_that_writes_in_place_is_not_fused_with_slices(f, no_compile_cache):
+    """XLA would forget that its operand and its result are one buffer."""
+    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
+    pools, tokens = (shape(3, 2, 8, 16, 64),) * 2, (shape(3, 3, 8, 64),) * 2
+    args = {
+        written_one_by_one: (pools, tokens, shape(3, dtype=jnp.int32)),
+        graded_one_by_one: (
+            shape(3, 64, 1024),
+            shape(3, 64, dtype=jnp.int32),
+            shape(3, 64, dtype=jnp.float32),
+        ),
+    }
+    program, _ = GATE.program(f, args[f])
+    holders = [c for c in program.as_text().split("\n\n") if "mosaic_gpu_v2" in c]
+    assert holders and not any(" dynamic-update-slice(" in c for c in holders)
+    assert all("output_to_operand_aliasing" in c for c in holders)
 
 
 def test_a_spill_and_a_serialised_wgmma_are_seen():
