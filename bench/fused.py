@@ -45,8 +45,8 @@ def microseconds(compiled, args, skip=None):
     _, calls = profiler.measure(compiled, aggregate=False, iterations=CALLS)(*args)
     kept = lambda name: skip is None or not re.search(skip, name)
     total = lambda kernels: sum(ms for name, ms in kernels if kept(name)) * 1e3
-    names = sorted({re.sub(r"_\d+$", "", name) for name, _ in calls[0]})
-    return statistics.median(map(total, calls)), names
+    parts = [f"{re.sub(r'_[0-9]+$', '', name)[:24]} {ms * 1e3:.1f}" for name, ms in calls[-1]]
+    return statistics.median(map(total, calls)), ", ".join(parts)
 
 
 @functools.cache
@@ -121,11 +121,17 @@ def norms(rows, width, biased):
         peers = {"forward": toka, "backward": pulled(toka, 2 + biased)}
     fwd = {f"ctas={n}": norm.NormConfig(ctas=n) for n in (16,)}
     tried = {
-        1024: [(8, 2), (6, 4)],
-        4096: [(3, 2), (4, 1), (4, 2), (5, 2), (6, 1)],
-        8192: [(2, 2), (4, 1)],
+        1024: [(8, 1, "warpgroup"), (8, 2, "warp"), (6, 2, "warpgroup")],
+        4096: [
+            *((3, 2, "warpgroup"), (3, 3, "warpgroup"), (4, 1, "warpgroup"), (4, 2, "warp")),
+            *((4, 3, "warpgroup"), (4, 0, "warpgroup"), (3, 2, "warp")),
+        ],
+        8192: [(2, 1, "warpgroup"), (3, 1, "warpgroup")],
     }
-    bwd = {f"wg={w} stages={n}": norm.NormConfig(0, w, n) for w, n in tried.get(width, [])}
+    bwd = {
+        f"wg={w} stages={n} {issue}": norm.NormConfig(0, w, n, issue)
+        for w, n, issue in tried.get(width, [])
+    }
     size, case = x.nbytes, f"{name} [{rows}, {width}]"
     p = functools.partial(plain, eps=EPS)
     yield (
@@ -286,11 +292,11 @@ def measured(job, variants, say):
         try:
             compiled = jax.jit(f).lower(*args).compile()
             far = error(compiled(*args), want)
-            us, names = microseconds(compiled, args, skip)
+            us, parts = microseconds(compiled, args, skip)
         except Exception as problem:  # a peer that fails is a row too
             print(f"{case} {label}: {type(problem).__name__} {str(problem)[:150]}", flush=True)
             continue
-        say(case, label, us, "us", f"{rate(us):.2f} TB/s {copy / us:4.0%} err {far:.1e} {names}")
+        say(case, label, us, "us", f"{rate(us):.2f} TB/s {copy / us:4.0%} err {far:.1e} {parts}")
 
 
 def main():
@@ -308,7 +314,7 @@ def main():
     def say(case, label, value, unit, text):
         metric = {"us": "device_time", "TB/s": "bandwidth"}[unit]
         rows.append((case, label, metric, round(value, 3), unit))
-        print(f"{case:42s} {label:22s} {value:8.2f} {unit:4s} {text[:110]}", flush=True)
+        print(f"{case:42s} {label:22s} {value:8.2f} {unit:4s} {text[:130]}", flush=True)
 
     sizes = (256, 1024, 1024, 8192) if options.tiny else (ROWS, 4096, 14336, 128256)
     for job in jobs(sizes):

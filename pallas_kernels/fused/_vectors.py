@@ -195,88 +195,57 @@ class Vectors:
         return fold(*given)  # pyright: ignore[reportCallIssue]
 
     def totals(self, sums: Sequence[Any], scratch, at: Any) -> list[Any]:
-        """The sums over a warpgroup, with one barrier for all of them (see `warp_totals`)."""
-        return [functools.reduce(jnp.add, four) for four in self.warp_totals(sums, scratch, at)]
-
-    def warp_totals(self, sums: Sequence[Any], scratch, at: Any, same=()) -> list[list[Any]]:
-        """The four warps' sums of some f32 `[128]`, with one barrier for all of them.
+        """The sums over a warpgroup of what its threads hold, with one barrier for all of them.
 
         Args:
-          sums: of the threads, see `folded`.
-          scratch: f32 SMEM `[2, len(sums) + len(same) or more, 4]` of this warpgroup.
+          sums: f32 `[128]`, see `folded`.
+          scratch: f32 SMEM `[2, len(sums) or more, 4]` of this warpgroup.
           at: which half of it: calls that follow one another must take turns.
-          same: f32 `[128]` that are the same throughout a warp: no sums, those numbers.
         """
         if self.interpret:
-            warps = lambda x: x.reshape(4, 32)
-            found = [*(warps(x).sum(1) for x in sums), *(warps(x)[:, 0] for x in same)]
-            return [[four[w] for w in range(4)] for four in found]
+            return [jnp.sum(x) for x in sums]
         scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.float32), layout=SCALAR)
-        given = (*sums, *same)
-        types = (plgpu.RefType(), SCALAR, *[ONE_EACH] * len(given))
+        types = (plgpu.RefType(), SCALAR, *[ONE_EACH] * len(sums))
 
-        @plgpu.inline_mgpu(arg_types=types, return_type=(scalar,) * (4 * len(given)))
-        def reduce(_, shared, half, *given):
-            from jax.experimental.mosaic import gpu as mgpu
+        @plgpu.inline_mgpu(arg_types=types, return_type=(scalar,) * len(sums))
+        def reduce(_, shared, half, *sums):
+            parts = [_over_lanes(_lanes(x.registers.flat[0])[0]) for x in sums]
+            return _of_warps(shared, half, parts)
 
-            parts = [_lanes(x.registers.flat[0])[0] for x in given]
-            parts = [_over_lanes(x) if k < len(sums) else x for k, x in enumerate(parts)]
-            numbers = itertools.chain(*_of_warps(shared, half, parts))
-            return tuple(mgpu.FragmentedArray.splat(x, ()) for x in numbers)
+        return list(reduce(scratch, jnp.asarray(at, jnp.int32), *sums))  # pyright: ignore
 
-        found = reduce(scratch, jnp.asarray(at, jnp.int32), *given)  # pyright: ignore
-        return [list(found[4 * k : 4 * k + 4]) for k in range(len(given))]
-
-    def warp_mean(self, sums, live: int):
-        """f32 `[128]` and a tile, both of the mean of a warp's part of a tile whose first `live`
-        elements count.
-
-        Args:
-          sums: the tile's, `folded`; what does not count is zero.
-          live: how many elements count.
-        """
-        share = [1 / max(n, 1) for n in self.by_warp(live)]
+    def beginning(self, ref):
+        """The mean of the first elements of ref, 32 vectors of them, f32: without a barrier."""
+        count = min(math.prod(ref.shape), 32 * self.vec)
         if self.interpret:
-            means = [jnp.sum(sums[32 * w :][:32]) * share[w] for w in range(4)]
-            spread = lambda size: jnp.concatenate([jnp.full(size // 4, mean) for mean in means])
-            return spread(WARPGROUP), spread(self.size)
-        f32 = jnp.dtype(jnp.float32)
-        kinds = (WARPGROUP, ONE_EACH), (self.size, self.layout)
-        kinds = tuple(plgpu.ShapeDtypeStruct((n,), f32, layout=how) for n, how in kinds)
+            return jnp.mean(ref[...].reshape(-1)[:count].astype(jnp.float32))
+        kind = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.float32), layout=SCALAR)
 
-        @plgpu.inline_mgpu(arg_types=(ONE_EACH,), return_type=kinds)
-        def mean(_, sums):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=kind)
+        def mean(_, source):
             from jax.experimental.mosaic import gpu as mgpu
             from jaxlib.mlir import ir
             from jaxlib.mlir.dialects import arith, vector
 
             index, f32 = ir.IndexType.get(), ir.F32Type.get()
-            warp = _thread_and_warp()[1]
-            factor = mgpu.c(share[0], f32)
-            for w in range(1, 4):
-                if share[w] != share[w - 1]:
-                    later = arith.cmpi(arith.CmpIPredicate.uge, warp, mgpu.c(w, index))
-                    factor = arith.select(later, mgpu.c(share[w], f32), factor)
-            found = arith.mulf(_over_lanes(_lanes(sums.registers.flat[0])[0]), factor)
+            place = arith.muli(
+                arith.remui(_thread_and_warp()[0], mgpu.c(32, index)), mgpu.c(self.vec, index)
+            )
+            past = None
+            if count < 32 * self.vec:
+                past = arith.cmpi(arith.CmpIPredicate.uge, place, mgpu.c(count, index))
+                place = arith.minui(place, mgpu.c(count - self.vec, index))
+            stored = ir.MemRefType(source.type).element_type
+            value = vector.load(ir.VectorType.get((self.vec,), stored), source, [place])
+            if stored != f32:
+                value = arith.extf(ir.VectorType.get((self.vec,), f32), value)
+            part = functools.reduce(_add, _lanes(value))
+            if past is not None:
+                part = arith.select(past, mgpu.c(0.0, f32), part)
+            total = arith.mulf(_over_lanes(part), mgpu.c(1 / count, f32))
+            return mgpu.FragmentedArray.splat(total, ())
 
-            def filled(size, vec):
-                layout = mgpu.WGStridedFragLayout((size,), vec)
-                packed = sums.registers.repeat(size // (WARPGROUP * vec))
-                packed[:] = vector.broadcast(ir.VectorType.get((vec,), f32), found)
-                return mgpu.FragmentedArray(_registers=packed, _layout=layout, _is_signed=None)
-
-            return filled(WARPGROUP, 1), filled(self.size, self.vec)
-
-        return mean(sums)  # pyright: ignore[reportCallIssue]
-
-    def by_warp(self, live: int) -> list[int]:
-        """How many of the first `live` elements of a tile of one piece each warp holds.
-
-        >>> Vectors.piece(jnp.bfloat16, None).by_warp(300)
-        [256, 44, 0, 0]
-        """
-        own = self.size // 4
-        return [min(max(live - warp * own, 0), own) for warp in range(4)]
+        return mean(ref)  # pyright: ignore[reportCallIssue]
 
     def total(self, value, scratch, op: str = "add"):
         """The sum (op "max": the largest) of a tile; scratch: this warpgroup's SMEM of 4 f32."""
@@ -361,8 +330,8 @@ def _thread_and_warp() -> tuple[Any, Any]:
     return thread, arith.divui(thread, mgpu.c(32, index))
 
 
-def _of_warps(shared, half, parts) -> list[list[Any]]:
-    """What each of the four warps has of every part, through SMEM and one barrier."""
+def _of_warps(shared, half, parts) -> tuple[Any, ...]:
+    """The sum of each of some parts over the four warps, through SMEM and one barrier."""
     from jax.experimental.mosaic import gpu as mgpu
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, memref, scf, vector
@@ -381,9 +350,8 @@ def _of_warps(shared, half, parts) -> list[list[Any]]:
         scf.yield_([])
     mgpu.warpgroup_barrier()
     kind = ir.VectorType.get((4,), f32)
-    return [
-        _lanes(vector.load(kind, shared, [*row(k), mgpu.c(0, index)])) for k in range(len(parts))
-    ]
+    four = [vector.load(kind, shared, [*row(k), mgpu.c(0, index)]) for k in range(len(parts))]
+    return tuple(mgpu.FragmentedArray.splat(functools.reduce(_add, _lanes(x)), ()) for x in four)
 
 
 def store_scalar(ref, at, value, interpret: bool) -> None:

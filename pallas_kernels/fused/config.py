@@ -13,23 +13,27 @@ class NormConfig:
       backward_warpgroups: of the backward's one CTA an SM; 0: as many as the registers allow.
       backward_stages: rows in shared memory or on their way there for each of them, at most; 0
         reads rows straight from memory.
+      backward_issue: who starts their copies, "warp" (one of a warpgroup) or "warpgroup".
 
     Raises:
       ValueError: a count that is out of range.
 
     >>> NormConfig().backward_stages
-    4
+    2
     """
 
     ctas: int = 0
     backward_warpgroups: int = 0
-    backward_stages: int = 4
+    backward_stages: int = 2
+    backward_issue: str = "warpgroup"
 
     def __post_init__(self):
         if self.ctas < 0 or not 0 <= self.backward_stages <= 8:
             raise ValueError(f"{self.ctas=} must be positive, {self.backward_stages=} 0 to 8")
         if not 0 <= self.backward_warpgroups <= 8:
             raise ValueError(f"{self.backward_warpgroups=} must be 0 to 8")
+        if self.backward_issue not in ("warp", "warpgroup"):
+            raise ValueError(f"{self.backward_issue=} is neither 'warp' nor 'warpgroup'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ._vectors import Vectors, checked_rows
 from .config import NORM, NormConfig
 
 LONGEST = 16_384  # bytes of a row, which waits in registers for its statistics
-WORKING = 56  # registers a thread of the backward beside those of its sums
+WORKING = 48  # registers a thread of the backward beside those of the scale and the sums
 
 
 def norm(
@@ -92,7 +92,12 @@ def norm(
                 other = row_of.read(given["residual"].at[row])
                 added = (h[j] + other[j] for j in range(row_of.count))
                 h = row_of.written(given["h"].at[row], added)
-            mean, squares = _moments(row_of, h.__getitem__, None, centred, scratch, i & 1)
+            pivot = None
+            if centred:
+                pivot = row_of.tile.beginning(x_ref.at[row])
+                if residual is not None:
+                    pivot = pivot + row_of.tile.beginning(given["residual"].at[row])
+            mean, squares = _moments(row_of, h.__getitem__, None, pivot, scratch, i & 1)
             r = lax.rsqrt(squares / width + eps)
             h = h.waiting()
             for j in range(row_of.count):
@@ -105,7 +110,7 @@ def norm(
         out = plgpu.kernel(
             body,
             out_type=(like,) if residual is None else (like, like),
-            scratch_types=[plgpu.SMEM((2, 3, 4), jnp.float32)],
+            scratch_types=[plgpu.SMEM((2, 2, 4), jnp.float32)],
             grid=(ctas,),
             grid_names=("cta",),
             interpret=interpret_params(interpret),
@@ -154,10 +159,10 @@ def norm_backward(
     ctas, sums = min(rows, HOPPER_SMS), 2 if biased else 1
     row_of = Row(width, Vectors.piece(h.dtype, interpret))
     size, inputs = row_of.count * row_of.tile.size, 2 if dh is None else 3
-    registers = sums * size // WARPGROUP + WORKING
+    registers = (1 + sums) * size // WARPGROUP + WORKING
     row_bytes = inputs * width * h.dtype.itemsize
     room = SMEM_BYTES - 4096 - 4 * size
-    fit = min(REGISTERS // WARPGROUP // registers, room // (2 * row_bytes), 8)
+    fit = min(REGISTERS // WARPGROUP // registers, room // row_bytes, 8)
     team = config.backward_warpgroups or max(fit, 1)
     stages = min(config.backward_stages, room // (team * row_bytes))
     opaque = _mgpu.Ops(row_of.tile.interpret).opaque
@@ -174,7 +179,8 @@ def norm_backward(
             slot, mode = rem(i, stages), plgpu.OOBFillMode.PROMISE_IN_BOUNDS
             for k, ref in enumerate(rows_of):
                 source, target = ref.at[worker + i * stride], ring.at[wg, slot, k]
-                _mgpu.load_tile(source, target, landed.at[wg, slot], False, oob_mode=mode)
+                by_warp = config.backward_issue == "warp"
+                _mgpu.load_tile(source, target, landed.at[wg, slot], by_warp, oob_mode=mode)
 
         def one(i, found):
             row = worker + i * stride
@@ -185,20 +191,19 @@ def norm_backward(
                 h_ref, dy_ref, *dh_ref = (ref.at[row] for ref in rows_of)
             h = lambda j: row_of.load(h_ref, j)
             dy = lambda j: row_of.load(dy_ref, j)
-            # Opaque: the scale would be kept in the registers of the sums.
-            weighed = lambda j, dy: dy * row_of.load(scale_ref, opaque(j))
             apart = functools.partial(_apart, opaque(row) >= 0)
-            mean, squares, crossed, *rest = _moments(
-                row_of, h, lambda j: weighed(j, dy(j)), centred, scratch, i & 1, apart
-            )
+            pivot = row_of.tile.beginning(h_ref) if centred else None
+            g = lambda j: dy(j) * scale[j]
+            mean, squares, crossed, *rest = _moments(row_of, h, g, pivot, scratch, i & 1, apart)
             r = lax.rsqrt(squares / width + eps)
             slope = r * crossed / width
+            offset, shift = (rest[0] / width, mean * r) if centred else (None, None)
 
             def piece(j, sums):  # read again: there are not the registers to keep it
-                n, d = h(j), dy(j)
-                n = (n if mean is None else n - mean) * r
-                dx = weighed(j, d) - n * slope
-                dx = (dx - rest[0] / width if rest else dx) * r
+                n, d = h(j) * r, dy(j)
+                n = n if shift is None else n - shift
+                dx = d * scale[j] if offset is None else d * scale[j] - offset
+                dx = (dx - n * slope) * r
                 dx = dx + row_of.load(dh_ref[0], j) if dh_ref else dx
                 row_of.store(dx_ref.at[row], dx, j)
                 return tuple(map(jnp.add, sums, (d * n, d)))
@@ -211,6 +216,7 @@ def norm_backward(
 
         for i in range(stages):
             pl.when(i < count)(lambda i=i: fetch(jnp.int32(i)))
+        scale = [row_of.load(scale_ref, j) for j in range(row_of.count)]
         zero = ((row_of.tile.zeros(),) * sums,) * row_of.count
         found = lax.fori_loop(0, count, one, zero)
         _add_up(row_of, partial_ref.at[cta], found, sums_ref, turns, wg, team)
@@ -221,7 +227,7 @@ def norm_backward(
             body,
             out_type=(like, jax.ShapeDtypeStruct((ctas, sums, width), jnp.float32)),
             scratch_types=[
-                plgpu.SMEM((team, 2, 5, 4), jnp.float32),
+                plgpu.SMEM((team, 2, 4, 4), jnp.float32),
                 plgpu.SMEM((team, max(stages, 1), inputs, width if stages else 8), h.dtype),
                 plgpu.Barrier(num_arrivals=inputs, num_barriers=(team, max(stages, 1))),
                 plgpu.SMEM((size,), jnp.float32),
@@ -305,18 +311,15 @@ def _apart(always, f, carry):
     return lax.cond(always, f, lambda carry: carry, carry)
 
 
-def _moments(row_of: Row, h, g, centred: bool, scratch, half, apart=None):
+def _moments(row_of: Row, h, g, pivot, scratch, half, apart=None):
     """`(mean or None, sum (h - mean)^2)`, and of a backward `sum g (h - mean)` and `sum g`.
 
-    h(j) and g(j) are pieces in f32, zero behind the end.  All sums meet in one barrier: a warp sums
-    about a mean of its own, that of its first piece, and the four warps' sums are moved to the
-    mean of the row (Chan, Golub & LeVeque, Updating Formulae and a Pairwise Algorithm for Computing
-    Sample Variances, 1979).  Little more cancels than in a pass for the mean before another.
+    h(j) and g(j) are pieces in f32, zero behind the end; pivot None leaves out the mean.  All sums
+    meet in one barrier: they are about the pivot, any number near the mean, and are moved to the
+    mean afterwards.  With the mean of k elements for a pivot no more cancels than a factor of
+    width / k of the variance, whatever the row holds, and next to nothing in most rows.
     """
     tile, width, count = row_of.tile, row_of.width, row_of.count
-    pivot = pivots = None
-    if centred:
-        pivots, pivot = tile.warp_mean(tile.folded(h(0)), min(width, tile.size))
 
     def piece(j, sums):
         d = h(j) if pivot is None else row_of.masked(h(j) - pivot, j)
@@ -329,22 +332,13 @@ def _moments(row_of: Row, h, g, centred: bool, scratch, half, apart=None):
     sums = [tile.folded(tile.zeros())] * ((1 if pivot is None else 2) * (1 if g is None else 2))
     for j in range(count):
         sums = apart(functools.partial(piece, j), sums) if apart else piece(j, sums)
-    if pivots is None:
-        return None, *tile.totals(sums, scratch, half)
-    squares, firsts, *others, pivots = tile.warp_totals(sums, scratch, half, same=[pivots])
-    held = [tile.by_warp(width - j * tile.size) for j in range(count)]
-    held = [float(sum(warp)) for warp in zip(*held, strict=True)]
-    total = lambda four: functools.reduce(jnp.add, four)
-    mean = total([s + n * p for s, n, p in zip(firsts, held, pivots, strict=True)]) / width
-    shifts = [p - mean for p in pivots]
-    # sum (d + shift)^2 = sum d^2 + shift (2 sum d + count shift)
-    moved = zip(squares, shifts, firsts, held, strict=True)
-    found = [mean, total([q + shift * (2 * s + n * shift) for q, shift, s, n in moved])]
-    if g is not None:
-        crossed, slopes = others
-        moved = zip(crossed, shifts, slopes, strict=True)
-        found += [total([c + shift * s for c, shift, s in moved]), total(slopes)]
-    return found
+    found = tile.totals(sums, scratch, half)
+    if pivot is None:
+        return None, *found
+    squares, firsts, *others = found
+    shift = firsts / width
+    squares = squares - firsts * shift
+    return pivot + shift, squares, *([others[0] - shift * others[1], others[1]] if others else [])
 
 
 def _add_up(row_of: Row, out_ref, found, shared, turns, wg, team: int) -> None:

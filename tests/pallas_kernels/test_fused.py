@@ -88,7 +88,8 @@ def test_gradients_of_rms_norm_whatever_is_in_flight(stages, monkeypatch, no_rac
     """Straight from memory; one row at a time; more in flight than a warpgroup has rows."""
     monkeypatch.setattr(norm, "HOPPER_SMS", 1)
     dtype = "float16" if stages else "float32"
-    config = NormConfig(1, backward_warpgroups=3, backward_stages=stages)
+    issue = "warp" if stages == 3 else "warpgroup"
+    config = NormConfig(1, 3, backward_stages=stages, backward_issue=issue)
     check_norm(7, 520, dtype, centred=False, biased=False, residual=True, config=config)
 
 
