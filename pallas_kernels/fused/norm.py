@@ -196,17 +196,18 @@ def norm_backward(
             g = lambda j: dy(j) * scale[j]
             mean, squares, crossed, *rest = _moments(row_of, h, g, pivot, scratch, i & 1, apart)
             r = lax.rsqrt(squares / width + eps)
-            slope = r * crossed / width
-            offset, shift = (rest[0] / width, mean * r) if centred else (None, None)
+            pull = -r * r * r * crossed / width
+            offset = -r * rest[0] / width if rest else None
 
             def piece(j, sums):  # read again: there are not the registers to keep it
-                n, d = h(j) * r, dy(j)
-                n = n if shift is None else n - shift
-                dx = d * scale[j] if offset is None else d * scale[j] - offset
-                dx = (dx - n * slope) * r
-                dx = dx + row_of.load(dh_ref[0], j) if dh_ref else dx
-                row_of.store(dx_ref.at[row], dx, j)
-                return tuple(map(jnp.add, sums, (d * n, d)))
+                e, d = h(j), dy(j)
+                e, scaled = e if mean is None else e - mean, d * r
+                rest = row_of.load(dh_ref[0], j) if dh_ref else None
+                parts = [part for part in (rest, offset) if part is not None]
+                dx = scaled * scale[j]
+                dx = dx + functools.reduce(jnp.add, parts) if parts else dx
+                row_of.store(dx_ref.at[row], dx + e * pull, j)
+                return tuple(map(jnp.add, sums, (scaled * e, d)))
 
             new = [apart(functools.partial(piece, j), sums) for j, sums in enumerate(found)]
             if stages:
