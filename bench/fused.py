@@ -190,7 +190,8 @@ def gates(rows, width):
     for name, act in acts.items():
 
         def plain(x, act=act):
-            gate, up = x[:, 0].astype(jnp.float32), x[:, 1].astype(jnp.float32)
+            # Split: its gradient is one concatenation, that of slices pads twice and adds.
+            gate, up = (half[:, 0].astype(jnp.float32) for half in jnp.split(x, 2, axis=1))
             return (act(gate) * up).astype(x.dtype)
 
         own = lambda c, name=name: functools.partial(gated.gated, activation=name, config=c)
