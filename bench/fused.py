@@ -120,18 +120,8 @@ def norms(rows, width, biased):
 
         peers = {"forward": toka, "backward": pulled(toka, 2 + biased)}
     fwd = {f"ctas={n}": norm.NormConfig(ctas=n) for n in (16,)}
-    tried = {
-        1024: [(8, 1, "warpgroup"), (8, 2, "warp"), (6, 2, "warpgroup")],
-        4096: [
-            *((3, 2, "warpgroup"), (3, 3, "warpgroup"), (4, 1, "warpgroup"), (4, 2, "warp")),
-            *((4, 3, "warpgroup"), (4, 0, "warpgroup"), (3, 2, "warp")),
-        ],
-        8192: [(2, 1, "warpgroup"), (3, 1, "warpgroup")],
-    }
-    bwd = {
-        f"wg={w} stages={n} {issue}": norm.NormConfig(0, w, n, issue)
-        for w, n, issue in tried.get(width, [])
-    }
+    tried = {1024: [(8, 2)], 4096: [(3, 3), (4, 1), (4, 2)], 8192: [(2, 2), (3, 1)]}
+    bwd = {f"wg={w} stages={n}": norm.NormConfig(0, w, n) for w, n in tried.get(width, [])}
     size, case = x.nbytes, f"{name} [{rows}, {width}]"
     p = functools.partial(plain, eps=EPS)
     yield (

@@ -10,30 +10,26 @@ class NormConfig:
     Attributes:
       ctas: CTAs an SM, one warpgroup each, that share the rows of the forward; 0 makes one for
         every row.
-      backward_warpgroups: of the backward's one CTA an SM; 0: as many as the registers allow.
-      backward_stages: rows in shared memory or on their way there for each of them, at most; 0
-        reads rows straight from memory.
-      backward_issue: who starts their copies, "warp" (one of a warpgroup) or "warpgroup".
+      backward_warpgroups: of the backward's one CTA an SM; 0: what is fastest for the width.
+      backward_stages: rows in shared memory, or on their way there, for each of them; 0: what is
+        fastest for the width.
 
     Raises:
       ValueError: a count that is out of range.
 
-    >>> NormConfig().backward_stages
-    2
+    >>> NormConfig().ctas
+    0
     """
 
     ctas: int = 0
     backward_warpgroups: int = 0
-    backward_stages: int = 2
-    backward_issue: str = "warpgroup"
+    backward_stages: int = 0
 
     def __post_init__(self):
-        if self.ctas < 0 or not 0 <= self.backward_stages <= 8:
-            raise ValueError(f"{self.ctas=} must be positive, {self.backward_stages=} 0 to 8")
-        if not 0 <= self.backward_warpgroups <= 8:
-            raise ValueError(f"{self.backward_warpgroups=} must be 0 to 8")
-        if self.backward_issue not in ("warp", "warpgroup"):
-            raise ValueError(f"{self.backward_issue=} is neither 'warp' nor 'warpgroup'")
+        if self.ctas < 0:
+            raise ValueError(f"{self.ctas=} must not be negative")
+        if not (0 <= self.backward_warpgroups <= 8 and 0 <= self.backward_stages <= 8):
+            raise ValueError(f"{self.backward_warpgroups=}, {self.backward_stages=} must be 0 to 8")
 
 
 @dataclasses.dataclass(frozen=True)

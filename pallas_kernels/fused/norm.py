@@ -21,9 +21,7 @@ from jax import lax
 from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import (
     HOPPER_SMS,
-    REGISTERS,
     SMEM_BYTES,
-    WARPGROUP,
     cdiv,
     interpret_params,
     rem,
@@ -33,7 +31,9 @@ from ._vectors import Vectors, checked_rows
 from .config import NORM, NormConfig
 
 LONGEST = 16_384  # bytes of a row, which waits in registers for its statistics
-WORKING = 48  # registers a thread of the backward beside those of the scale and the sums
+# (pieces of a row, warpgroups of a CTA, rows in flight for each) of the backward: the first entry
+# with as many pieces as a row has, the fastest on an H200.  No registers spill (`configs.py`).
+TEAMS = ((1, 6, 2), (2, 4, 2), (4, 3, 2), (16, 2, 1))
 
 
 def norm(
@@ -159,12 +159,10 @@ def norm_backward(
     ctas, sums = min(rows, HOPPER_SMS), 2 if biased else 1
     row_of = Row(width, Vectors.piece(h.dtype, interpret))
     size, inputs = row_of.count * row_of.tile.size, 2 if dh is None else 3
-    registers = (1 + sums) * size // WARPGROUP + WORKING
-    row_bytes = inputs * width * h.dtype.itemsize
-    room = SMEM_BYTES - 4096 - 4 * size
-    fit = min(REGISTERS // WARPGROUP // registers, room // row_bytes, 8)
-    team = config.backward_warpgroups or max(fit, 1)
-    stages = min(config.backward_stages, room // (team * row_bytes))
+    team, stages = next((t, n) for pieces, t, n in TEAMS if row_of.count <= pieces)
+    team, stages = config.backward_warpgroups or team, config.backward_stages or stages
+    if 4 * size + team * (stages * inputs * width * h.dtype.itemsize + 256) > SMEM_BYTES - 1024:
+        raise NotImplementedError(f"no room for {team} x {stages} x {inputs} rows of {width}")
     opaque = _mgpu.Ops(row_of.tile.interpret).opaque
 
     def body(*refs):
@@ -179,16 +177,12 @@ def norm_backward(
             slot, mode = rem(i, stages), plgpu.OOBFillMode.PROMISE_IN_BOUNDS
             for k, ref in enumerate(rows_of):
                 source, target = ref.at[worker + i * stride], ring.at[wg, slot, k]
-                by_warp = config.backward_issue == "warp"
-                _mgpu.load_tile(source, target, landed.at[wg, slot], by_warp, oob_mode=mode)
+                _mgpu.load_tile(source, target, landed.at[wg, slot], False, oob_mode=mode)
 
         def one(i, found):
             row = worker + i * stride
-            if stages:
-                plgpu.barrier_wait(landed.at[wg, rem(i, stages)])
-                h_ref, dy_ref, *dh_ref = (ring.at[wg, rem(i, stages), k] for k in range(inputs))
-            else:
-                h_ref, dy_ref, *dh_ref = (ref.at[row] for ref in rows_of)
+            plgpu.barrier_wait(landed.at[wg, rem(i, stages)])
+            h_ref, dy_ref, *dh_ref = (ring.at[wg, rem(i, stages), k] for k in range(inputs))
             h = lambda j: row_of.load(h_ref, j)
             dy = lambda j: row_of.load(dy_ref, j)
             apart = functools.partial(_apart, opaque(row) >= 0)
@@ -202,17 +196,16 @@ def norm_backward(
             def piece(j, sums):  # read again: there are not the registers to keep it
                 e, d = h(j), dy(j)
                 e, scaled = e if mean is None else e - mean, d * r
-                rest = row_of.load(dh_ref[0], j) if dh_ref else None
-                parts = [part for part in (rest, offset) if part is not None]
+                other = row_of.load(dh_ref[0], j) if dh_ref else None
+                parts = [part for part in (other, offset) if part is not None]
                 dx = scaled * scale[j]
                 dx = dx + functools.reduce(jnp.add, parts) if parts else dx
                 row_of.store(dx_ref.at[row], dx + e * pull, j)
                 return tuple(map(jnp.add, sums, (scaled * e, d)))
 
             new = [apart(functools.partial(piece, j), sums) for j, sums in enumerate(found)]
-            if stages:
-                plgpu.commit_smem()  # all have read it before it is written anew
-                pl.when(i + stages < count)(lambda: fetch(i + stages))
+            plgpu.commit_smem()  # all have read it before it is written anew
+            pl.when(i + stages < count)(lambda: fetch(i + stages))
             return tuple(new)
 
         for i in range(stages):
@@ -229,8 +222,8 @@ def norm_backward(
             out_type=(like, jax.ShapeDtypeStruct((ctas, sums, width), jnp.float32)),
             scratch_types=[
                 plgpu.SMEM((team, 2, 4, 4), jnp.float32),
-                plgpu.SMEM((team, max(stages, 1), inputs, width if stages else 8), h.dtype),
-                plgpu.Barrier(num_arrivals=inputs, num_barriers=(team, max(stages, 1))),
+                plgpu.SMEM((team, stages, inputs, width), h.dtype),
+                plgpu.Barrier(num_arrivals=inputs, num_barriers=(team, stages)),
                 plgpu.SMEM((size,), jnp.float32),
                 plgpu.Barrier(num_barriers=team),
             ],

@@ -144,14 +144,14 @@ class _Asked:
                 raise _TimeUp("not ended: the time was up") from None
             raise
 
-    def ready(self, ahead: Sequence[str], **case: str) -> None:
+    def ready(self, ahead: Sequence[str], **case: Any) -> None:
         """Operands and the reference's result are there, and what is `ahead` is compiled."""
         with self.device:
             self(START_SECONDS, do="prepare", **case)
         if ahead:
             self(START_SECONDS, do="prepare", ahead=ahead, **case)
 
-    def measured(self, config: str, ahead: Sequence[str], **case: str) -> Measurement:
+    def measured(self, config: str, ahead: Sequence[str], **case: Any) -> Measurement:
         """One configuration's measurement, once those `ahead` are compiled.
 
         Raises:
