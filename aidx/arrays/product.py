@@ -26,7 +26,6 @@ from aidx.ops import registry
 from .formats import BSC, BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
 
 PART = 2**24  # numbers that an `xla` product may hold between gathering and adding
-ONE_COLUMN = 2**19  # entries above which cuSPARSE multiplies a vector faster than our kernel
 LAYOUTS = {COO: "coo", CSR: "csr", CSC: "csc", BSR: "csr", BSC: "csc"}
 
 
@@ -251,8 +250,8 @@ def _spmm_mosaic(spec: Spec, operands: Any) -> Array:
 
     data, x, row, col, *offsets = operands
     if spec.block is None:
-        if x.shape[1] == 1 and data.shape[0] > ONE_COLUMN and data.dtype == jnp.float32 and offsets:
-            raise NotImplementedError("one column of many entries: cuSPARSE is faster")
+        if spec.layout == "csr" and x.shape[1] == 1:
+            return sparse_kernels.vector_matmul(data, x[:, 0], row, col, offsets[0])[:, None]
         if spec.layout == "csr":
             return sparse_kernels.row_matmul(data, x, row, col, offsets[0])
         return sparse_kernels.entry_matmul(data, x, row, col, rows=spec.shape[0])

@@ -23,6 +23,12 @@ def row_matmul(data: Any, x: Any, row: Any, column: Any, indptr: Any) -> jax.Arr
     return kernels.row_matmul(*operands, config=autotune.choose(ROWS, operands))
 
 
+def vector_matmul(data: Any, x: Any, row: Any, column: Any, indptr: Any) -> jax.Array:
+    """`pallas_kernels.sparse.vector_matmul` in the tuner's configuration."""
+    operands = (data, x, row, column, indptr)
+    return kernels.vector_matmul(*operands, config=autotune.choose(VECTORS, operands))
+
+
 def block_matmul(
     data: Any, x: Any, minor: Any, indptr: Any, *, order: Any = None, turned: bool = False
 ) -> jax.Array:
@@ -48,12 +54,18 @@ def _borders(rng: np.random.Generator, rows: int, count: int) -> jax.Array:
 
 def _row_candidates(data: Any, x: Any, row: Any, column: Any, indptr: Any) -> tuple[Any, ...]:
     nse, n = row.shape[0], x.shape[1]
-    default = kernels.RowConfig.of(nse, n)
+    default = kernels.RowConfig.of(nse, n, indptr.shape[0] - 1)
     found = {default: None}
     for chunk, vector in itertools.product((32, 64, 128, 256), (1, 2, 4)):
         if n % vector == 0:
-            found[kernels.RowConfig(chunk, vector)] = None
+            found[kernels.RowConfig(chunk, vector, default.zeroed)] = None
     return tuple(found)
+
+
+def _vector_candidates(data: Any, *_: Any) -> tuple[Any, ...]:
+    default = kernels.VectorConfig.of(data.shape[0])
+    others = (dataclasses.replace(default, chunk=c) for c in (128, 256, 512, 1024))
+    return tuple(dict.fromkeys((default, *others)))
 
 
 def _row_inputs(rng: np.random.Generator, data: Any, x: Any, *others: Any) -> tuple[Any, ...]:
@@ -73,6 +85,10 @@ def _row_reference(data: Any, x: Any, row: Any, column: Any, indptr: Any) -> jax
     return jax.lax.map(one, x.T).T
 
 
+def _vector_reference(data: Any, x: Any, row: Any, column: Any, indptr: Any) -> jax.Array:
+    return jax.ops.segment_sum(data * x[column], row, indptr.shape[0] - 1)
+
+
 def _row_case(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`"M=100000 N=100000 nse=1000000 n=32"`: also dtype."""
     given = autotune.sizes(text)
@@ -83,6 +99,12 @@ def _row_case(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     entries = shape((nse,), i32)
     operands = (shape((nse,), dtype), shape((N, n), dtype), entries, entries, shape((M + 1,), i32))
     return operands, {}
+
+
+def _vector_case(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`"M=100000 N=100000 nse=1000000"`: also dtype."""
+    (data, x, *entries), options = _row_case(f"{text} n=1")
+    return (data, jax.ShapeDtypeStruct(x.shape[:1], x.dtype), *entries), options
 
 
 def _nothing_left(text: str, given: dict[str, Any]) -> None:
@@ -100,7 +122,22 @@ ROWS = autotune.register(
         inputs=_row_inputs,
         family=lambda data, x, *_: {"dtype": data.dtype.name, "n": x.shape[1]},
         case=_row_case,
-        shapes=tuple(f"M=100000 N=100000 nse=1000000 n={n}" for n in (1, 32, 256)),
+        shapes=tuple(f"M=100000 N=100000 nse=1000000 n={n}" for n in (32, 256)),
+        platforms=("cuda",),
+    )
+)
+
+VECTORS = autotune.register(
+    autotune.Tunable(
+        "spmm/vector",
+        run=lambda config, *operands: kernels.vector_matmul(*operands, config=config),
+        candidates=_vector_candidates,
+        reference=_vector_reference,
+        sources=SOURCES,
+        inputs=_row_inputs,
+        family=lambda data, *_: {"dtype": data.dtype.name},
+        case=_vector_case,
+        shapes=("M=100000 N=100000 nse=1000000", "M=1000000 N=1000000 nse=10000000"),
         platforms=("cuda",),
     )
 )

@@ -11,3 +11,4 @@ from pallas_kernels.sparse import two_four_matmul as two_four_matmul
 
 from ._sparse_tuning import block_matmul as block_matmul
 from ._sparse_tuning import row_matmul as row_matmul
+from ._sparse_tuning import vector_matmul as vector_matmul

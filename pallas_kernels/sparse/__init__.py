@@ -9,3 +9,5 @@ from .rows import entry_matmul as entry_matmul
 from .rows import row_matmul as row_matmul
 from .rows import row_sample as row_sample
 from .two_four import two_four_matmul as two_four_matmul
+from .vector import VectorConfig as VectorConfig
+from .vector import vector_matmul as vector_matmul

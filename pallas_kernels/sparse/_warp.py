@@ -44,6 +44,16 @@ def smallest(a: Any, b: Any) -> Any:
     return arith.minsi(*_both(a, b))
 
 
+def greatest(a: Any, b: Any) -> Any:
+    """i32 maximum."""
+    return arith.maxsi(*_both(a, b))
+
+
+def minus(a: Any, b: Any) -> Any:
+    """i32 difference."""
+    return arith.subi(*_both(a, b))
+
+
 def less(a: Any, b: Any) -> Any:
     """a < b, signed."""
     return arith.cmpi(arith.CmpIPredicate.slt, *_both(a, b))
@@ -57,6 +67,11 @@ def equal(a: Any, b: Any) -> Any:
 def both(a: Any, b: Any) -> Any:
     """a and b, of i1."""
     return arith.andi(a, b)
+
+
+def neither(a: Any) -> Any:
+    """not a, of i1."""
+    return arith.xori(a, arith.constant(a.type, 1))
 
 
 def select(condition: Any, a: Any, b: Any) -> Any:
@@ -115,27 +130,36 @@ def load(pointer: Any, kind: Callable[[], Any] = i32) -> Any:
     return utils.inline_ptx(f"ld.global.nc.{suffix} $0, [$1];", pointer, result_types=kind())
 
 
-def load_floats(pointer: Any, count: int, dtype: str) -> list[Any]:
-    """`count` (1, 2, 4) neighbours as f32, in one instruction; the pointer is aligned to them."""
+def load_ints(pointer: Any, count: int, once: bool = False) -> list[Any]:
+    """`count` (1, 2, 4) neighbours as i32, as `load_floats` does."""
+    return _read(pointer, i32(), count, once)
+
+
+def load_floats(pointer: Any, count: int, dtype: str, once: bool = False) -> list[Any]:
+    """`count` (1, 2, 4) neighbours as f32, in one instruction; the pointer is aligned to them.
+
+    What is read `once` leaves L1 to the rest.
+    """
     if dtype == "float32":
-        names = ", ".join(f"${i}" for i in range(count))
-        vector = f".v{count}" if count > 1 else ""
-        asm = f"ld.global.nc{vector}.f32 {{{names}}}, [${count}];"
-        asm = asm if count > 1 else "ld.global.nc.f32 $0, [$1];"
-        out = utils.inline_ptx(asm, pointer, result_types=[f32()] * count)
-        return list(out)
-    bits: Sequence[Any]
+        return _read(pointer, f32(), count, once)
     if count == 1:
         asm = "{ .reg .b16 h, z; mov.b16 z, 0; ld.global.nc.b16 h, [$1]; mov.b32 $0, {z, h}; }"
         return [arith.bitcast(f32(), utils.inline_ptx(asm, pointer, result_types=i32()))]
-    if count == 2:
-        bits = [utils.inline_ptx("ld.global.nc.b32 $0, [$1];", pointer, result_types=i32())]
-    else:
-        asm = "ld.global.nc.v2.b32 {$0, $1}, [$2];"
-        bits = utils.inline_ptx(asm, pointer, result_types=[i32()] * 2)
+    bits = _read(pointer, i32(), count // 2, once)
     low = lambda x: arith.bitcast(f32(), arith.shli(x, const(16)))
     high = lambda x: arith.bitcast(f32(), arith.andi(x, const(-65536)))
     return [half(x) for x in bits for half in (low, high)]
+
+
+def _read(pointer: Any, kind: Any, count: int, once: bool) -> list[Any]:
+    way = ".L1::no_allocate" if once else ""
+    suffix = "f32" if kind == f32() else "b32"
+    if count == 1:
+        asm = f"ld.global.nc{way}.{suffix} $0, [$1];"
+        return [utils.inline_ptx(asm, pointer, result_types=kind)]
+    names = ", ".join(f"${i}" for i in range(count))
+    asm = f"ld.global.nc{way}.v{count}.{suffix} {{{names}}}, [${count}];"
+    return list(utils.inline_ptx(asm, pointer, result_types=[kind] * count))
 
 
 def store_floats(pointer: Any, values: Sequence[Any], where: Any) -> None:
@@ -156,6 +180,33 @@ def _put(op: str, pointer: Any, values: Sequence[Any], where: Any) -> None:
     kind = f".v{count}.f32"
     names = ", ".join(f"${i + 1}" for i in range(count))
     utils.inline_ptx(f"{op}{kind} [$0], {{{names}}};", pointer, *values, predicate=where)
+
+
+def shared_address(ref: Any) -> Any:
+    """Where an array in shared memory begins, i32."""
+    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
+
+
+def keep(address: Any, values: Sequence[Any]) -> None:
+    """Four neighbouring f32 to shared memory, in one instruction."""
+    asm = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
+    utils.inline_ptx(asm, address, *values)
+
+
+def kept(address: Any) -> Any:
+    """One f32 of shared memory."""
+    asm = "ld.shared.f32 $0, [$1];"
+    return utils.inline_ptx(asm, address, result_types=f32(), has_side_effects=True)
+
+
+def meet() -> None:
+    """All lanes are here, and see what each has kept."""
+    utils.inline_ptx("bar.warp.sync 0xffffffff;", has_side_effects=True, convergent=True)
+
+
+def ones(bits: Any) -> Any:
+    """How many bits of an i32 are set."""
+    return utils.inline_ptx("popc.b32 $0, $1;", bits, result_types=i32())
 
 
 def from_lane(x: Any, lane: Any) -> Any:

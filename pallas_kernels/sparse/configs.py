@@ -8,15 +8,16 @@ import jax.numpy as jnp
 
 from .block_matmul import block_matmul
 from .block_sample import block_sample
-from .rows import entry_matmul, row_matmul, row_sample
+from .rows import RowConfig, entry_matmul, row_matmul, row_sample
 from .two_four import two_four_matmul
+from .vector import VectorConfig, vector_matmul
 
 
 def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
     """(name, function, abstract arguments).
 
     >>> sorted({name.split()[0] for name, _, _ in compile_cases()})
-    ['sparse/block', 'sparse/entry', 'sparse/row', 'sparse/two']
+    ['sparse/block', 'sparse/entry', 'sparse/row', 'sparse/two', 'sparse/vector']
     """
     sds, i32 = jax.ShapeDtypeStruct, jnp.int32
     for bh, bw in ((128, 128), (64, 64), (32, 32), (128, 32)):
@@ -39,3 +40,15 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
         scatter = functools.partial(entry_matmul, rows=900)
         yield f"sparse/entry matmul {case}", scatter, (data, x, entries, entries)
         yield f"sparse/row sample {case}", row_sample, (g, x, entries, entries)
+    for n in (32, 256):  # results too large to begin as zeros
+        x, config = sds((1000, n), "float32"), RowConfig.of(10**7, n, 10**6)
+        f = functools.partial(row_matmul, config=config)
+        yield (
+            f"sparse/row matmul x{n} cut",
+            f,
+            (sds((10**5,), "float32"), x, entries, entries, indptr),
+        )
+    for chunk, dtype in ((128, "float32"), (512, "float32"), (512, "bfloat16")):
+        data, x = sds((10**5,), dtype), sds((1000,), dtype)
+        f = functools.partial(vector_matmul, config=VectorConfig(chunk))
+        yield f"sparse/vector {chunk} {dtype}", f, (data, x, entries, entries, indptr)

@@ -8,7 +8,8 @@ A warp takes `chunk` consecutive entries whatever rows they are of, so a row of 
 costs what a million rows of one entry do (Dalton, Olson & Bell, 2015, merge-based SpMV, cut by
 entries alone).  Its lanes hold neighbouring columns of x, and rows of x for `AHEAD` entries are on
 their way at once.  A row that goes on into a later chunk leaves partial sums there, at most one a
-chunk, which a second pass adds.
+chunk, which a second pass adds; or, where the result is small enough to begin as zeros, it is added
+atomically, which saves the pass.
 """
 
 import dataclasses
@@ -19,11 +20,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mgpu import HOPPER_SMS, cdiv, interpret_params
+from pallas_kernels._mgpu import HOPPER_SMS, cdiv
 
 from . import _warp as w
 
 WARPS = 4  # of a CTA
+SMALL = 2**21  # numbers of a result that are zeroed faster than a second pass is made
 AHEAD = 8  # entries whose rows of x are being loaded
 DTYPES = ("float32", "bfloat16")
 
@@ -35,6 +37,7 @@ class RowConfig:
     Attributes:
       chunk: entries of a warp, a multiple of 32.
       vector: neighbouring columns of a lane (1, 2 or 4); a warp covers 32 times as many.
+      zeroed: the result of `row_matmul` begins as zeros, and cut rows are added atomically.
 
     >>> RowConfig(chunk=100)
     Traceback (most recent call last):
@@ -44,6 +47,7 @@ class RowConfig:
 
     chunk: int = 128
     vector: int = 1
+    zeroed: bool = False
 
     def __post_init__(self):
         if self.chunk < 1 or self.chunk % w.LANES:
@@ -52,16 +56,18 @@ class RowConfig:
             raise ValueError(f"vector={self.vector} is not 1, 2 or 4")
 
     @classmethod
-    def of(cls, nse: int, columns: int) -> "RowConfig":
-        """Enough chunks for every SM, and vectors that `columns` fill.
+    def of(cls, nse: int, columns: int, rows: int | None = None) -> "RowConfig":
+        """Enough chunks for every SM, and vectors that `columns` fill; small results are zeroed.
 
-        >>> RowConfig.of(10**4, 32), RowConfig.of(10**7, 256)
-        (RowConfig(chunk=32, vector=1), RowConfig(chunk=256, vector=4))
+        >>> RowConfig.of(10**4, 32, 1000)
+        RowConfig(chunk=32, vector=1, zeroed=True)
+        >>> RowConfig.of(10**7, 256, 10**6)
+        RowConfig(chunk=256, vector=4, zeroed=False)
         """
         vector = max(v for v in (1, 2, 4) if columns % v == 0 and (v == 1 or columns > 16 * v))
         warps = nse / (HOPPER_SMS * 32)
         chunk = 32 if warps < 64 else 64 if warps < 128 else 128 if warps < 1024 else 256
-        return cls(chunk, vector)
+        return cls(chunk, vector, rows is not None and rows * columns <= SMALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,30 +149,39 @@ class Rows:
 
     def multiply(self, refs: tuple[Any, ...], cta: Any) -> None:
         """`row_matmul`."""
-        data, x, row_ids, minor, indptr, out, partial = (w.address(r) for r in refs)
+        zeroed = self.config.zeroed
+        if zeroed:
+            data, x, row_ids, minor, out = (w.address(r) for r in refs)
+            indptr = partial = None
+        else:
+            data, x, row_ids, minor, indptr, out, partial = (w.address(r) for r in refs)
         lane, chunk, column, mine = self.place(cta)
         first, vector, M = w.mul(chunk, self.config.chunk), self.config.vector, self.shape[0]
         zeros = [w.const(0.0)] * vector
         source = self.inside(column)
 
-        def flush(row: Any, shared: Any, total: list[Any]) -> None:
+        def flush(row: Any, shared: Any, total: list[Any], ends: bool = True) -> None:
             """A row's sum to its place; what began in an earlier chunk to the partial sums."""
-            pointer = w.select(
-                shared, self.target(partial, chunk, column), self.target(out, row, column)
-            )
-            w.store_floats(pointer, total, w.both(mine, w.less(row, M)))
+            target, there = self.target(out, row, column), w.both(mine, w.less(row, M))
+            if zeroed:
+                whole = w.both(there, w.neither(shared))
+                if ends:
+                    w.store_floats(target, total, whole)
+                w.add_floats(target, total, w.both(there, shared) if ends else there)
+            else:
+                target = w.select(shared, self.target(partial, chunk, column), target)
+                w.store_floats(target, total, there)
 
         def next_row(row: Any, state: list[Any]) -> list[Any]:
             """(row, whether it began in an earlier chunk, its sum) before an entry of `row`."""
             current, shared, *total = state
-            true, false = (w.arith.constant(shared.type, b) for b in (1, 0))
+            false = w.arith.constant(shared.type, 0)
 
             def begin() -> list[Any]:
                 flush(current, shared, total)
                 return [row, false, *zeros]
 
-            changed = w.arith.xori(w.equal(row, current), true)
-            return w.either(changed, begin, state)
+            return w.either(w.neither(w.equal(row, current)), begin, state)
 
         def batch(b: Any, *carry: Any) -> list[Any]:
             mine_of = self.entries(lane, w.add(first, b), row_ids, minor, data)
@@ -190,8 +205,9 @@ class Rows:
             same = w.equal(w.load(w.offset(row_ids, before, 4)), current)
             shared = w.both(same, w.less(0, first))
             carry = w.loop(0, self.config.chunk, w.LANES, batch, current, shared, *zeros)
-            flush(carry[0], carry[1], carry[2:])
-            self.clear(indptr, out, lane, chunk, column, mine)
+            flush(carry[0], carry[1], carry[2:], ends=False)
+            if not zeroed:
+                self.clear(indptr, out, lane, chunk, column, mine)
 
         w.when(w.less(chunk, self.chunks), run)
 
@@ -307,9 +323,9 @@ def folded(sums: list[Any], lane: Any) -> Any:
 # --- the calls -----------------------------------------------------------------------------------
 
 
-def _launch(emit: Any, ctas: int, out_type: Any, operands: tuple[Any, ...], interpret: Any) -> Any:
+def launch(emit: Any, ctas: int, out_type: Any, operands: tuple[Any, ...], *scratch: Any) -> Any:
     """`emit(refs, cta)` by `ctas` CTAs of four warps."""
-    count = len(operands) + (len(out_type) if isinstance(out_type, tuple) else 1)
+    count = len(operands) + (len(out_type) if isinstance(out_type, tuple) else 1) + len(scratch)
 
     def body(*refs):
         types = (*[plgpu.RefType()] * count, plgpu.Layout.WG_SPLAT)
@@ -325,7 +341,7 @@ def _launch(emit: Any, ctas: int, out_type: Any, operands: tuple[Any, ...], inte
         out_type=out_type,
         grid=(ctas,),
         grid_names=("cta",),
-        interpret=interpret_params(interpret),
+        scratch_types=list(scratch),
         compiler_params=plgpu.CompilerParams(),
     )(*operands)
 
@@ -377,14 +393,19 @@ def row_matmul(
     """
     M, n = indptr.shape[0] - 1, x.shape[1]
     check((M, x.shape[0]), row, column, data, x)
-    config = config or RowConfig.of(row.shape[0], n)
+    config = config or RowConfig.of(row.shape[0], n, M)
     call = Rows((M, x.shape[0]), row.shape[0], n, data.dtype.name, config)
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     with jax.named_scope("row_matmul"):
-        row = row.astype(jnp.int32)
-        operands = (data, x, row, column.astype(jnp.int32), indptr.astype(jnp.int32))
+        row, ctas = row.astype(jnp.int32), call.ctas * call.tiles
+        operands = (data, x, row, column.astype(jnp.int32))
+        if config.zeroed:
+            total = jax.new_ref(jnp.zeros((M, n), jnp.float32))
+            launch(call.multiply, ctas, (), (*operands, total))
+            return total[...].astype(data.dtype)
         shapes = f32(M, n), f32(call.chunks, n)
-        out, partial = _launch(call.multiply, call.ctas * call.tiles, shapes, operands, None)
+        operands = (*operands, indptr.astype(jnp.int32))
+        out, partial = launch(call.multiply, ctas, shapes, operands)
         out = out.at[continued(row, M, config.chunk)].add(partial, mode="drop")
         return out.astype(data.dtype)
 
@@ -440,7 +461,7 @@ def entry_matmul(
     with jax.named_scope("entry_matmul"):
         out = jax.new_ref(jnp.zeros((rows, n), jnp.float32))
         operands = (data, x, row.astype(jnp.int32), column.astype(jnp.int32), out)
-        _launch(call.scatter, call.ctas * call.tiles, (), operands, None)
+        launch(call.scatter, call.ctas * call.tiles, (), operands)
         return out[...].astype(data.dtype)
 
 
@@ -481,4 +502,4 @@ def row_sample(
     out = jax.ShapeDtypeStruct(row.shape, jnp.float32)
     with jax.named_scope("row_sample"):
         operands = (g, x, row.astype(jnp.int32), column.astype(jnp.int32))
-        return _launch(call.sample, call.ctas, out, operands, None).astype(g.dtype)
+        return launch(call.sample, call.ctas, out, operands).astype(g.dtype)

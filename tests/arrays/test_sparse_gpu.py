@@ -65,15 +65,12 @@ def test_what_the_kernels_lack_goes_elsewhere():
     assert kernels(sparse.matmul, b.to_bsr((64, 64)), x) == 0  # f32 blocks are not rounded
 
 
-def test_a_vector_times_many_entries_is_left_to_cusparse(monkeypatch):
-    """Which a machine without a GPU cannot lower, so XLA takes it here."""
-    monkeypatch.setattr("aidx.arrays.product.ONE_COLUMN", 1000)
-    a = matrix(CSR, nse=1500)
-    x = jax.random.normal(jax.random.key(1), (N, 2))
-    assert kernels(sparse.matmul, a, x[:, 0]) == 0
-    assert kernels(sparse.matmul, a, x) == 1
-    assert kernels(sparse.matmul, a.to_coo(), x[:, 0]) == 1  # cuSPARSE takes no COO here
-    assert kernels(sparse.matmul, matrix(CSR, nse=500), x[:, 0]) == 1
+def test_a_vector_has_a_kernel_of_its_own():
+    a, x, _ = operands(CSR, jnp.float32)
+    text = jax.jit(sparse.matmul).trace(a, x[:, 0]).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 1 and "vector_matmul" in jax.jit(sparse.matmul).trace(
+        a, x[:, 0]
+    ).lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
 
 
 def test_a_choice_for_a_product_leaves_its_gradient_others():

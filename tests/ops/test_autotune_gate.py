@@ -23,6 +23,7 @@ OWN = (
     "flash_attention/backward",
     "paged_attention/forward",
     "spmm/rows",
+    "spmm/vector",
     "spmm/blocks",
 )
 
@@ -183,3 +184,7 @@ def test_the_reference_of_rows_is_the_dense_product():
     dense = np.zeros((5, 7))
     np.add.at(dense, (row, column), data)
     np.testing.assert_allclose(tunable.reference(*made, **static), dense @ x, atol=1e-5)
+    vector = get("spmm/vector")
+    assert case_of(vector, "M=5 N=7 nse=11")[0][1].shape == (7,)
+    got = vector.reference(data, x[:, 0], row, column, indptr)
+    np.testing.assert_allclose(got, dense @ x[:, 0], atol=1e-5)

@@ -12,16 +12,23 @@ from pallas_kernels.sparse import (
     MatmulConfig,
     RowConfig,
     SampleConfig,
+    VectorConfig,
     block_matmul,
     block_sample,
     entry_matmul,
     reference,
     row_matmul,
     row_sample,
+    rows,
     two_four_matmul,
+    vector,
+    vector_matmul,
 )
 from pallas_kernels.sparse.block_matmul import BlockMatmul, rows_by_size
-from pallas_kernels.sparse.rows import continued
+from pallas_kernels.sparse.rows import Rows, continued
+from pallas_kernels.sparse.vector import Vector
+
+from .warp_emulator import run
 
 ROWS, COLUMNS = 3, 4  # blocks of a matrix
 PADDING = 2
@@ -174,6 +181,95 @@ def test_kernels_refuse():
         row_sample(jnp.zeros((2, 2)), jnp.zeros((2, 3)), i, i)
     with pytest.raises(ValueError, match="chunk"):
         RowConfig(0)
+    with pytest.raises(ValueError, match="no vector"):
+        vector_matmul(f, jnp.zeros((2, 1)), i, i, i)
+    with pytest.raises(ValueError, match="long"):
+        VectorConfig(long=0)
+
+
+# --- the warps' kernels in numpy ------------------------------------------------------------------
+
+PATTERNS = {  # lengths of rows
+    "even": lambda rng: np.full(60, 9),
+    "uneven": lambda rng: np.where(rng.random(80) < 0.4, 0, rng.geometric(0.1, 80)),
+    "long": lambda rng: np.array([1, 0, 700, 1, 2, 33, 32, 31, 0, 0, 400]),
+    "one": lambda rng: np.array([901]),
+    "empty ends": lambda rng: np.r_[np.zeros(40, int), rng.poisson(3, 99), np.zeros(70, int)],
+    "mostly empty": lambda rng: np.bincount(rng.integers(0, 9000, 600), minlength=9000),
+}
+
+
+def entries_of(pattern, columns=50, padding=7, seed=0):
+    """(row, column, indptr), padding at the end."""
+    rng = np.random.default_rng(seed)
+    lengths = PATTERNS[pattern](rng)
+    M, count = len(lengths), lengths.sum()
+    row = np.repeat(np.arange(M), lengths)
+    i32 = lambda v: v.astype(np.int32)
+    row, column = np.pad(row, (0, padding), constant_values=M), rng.integers(0, columns, count)
+    column = np.pad(column, (0, padding), constant_values=columns)
+    return i32(row), i32(column), i32(np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def numbers(row, column, M, N, n, seed=1):
+    """(data, x, the product in f64); padding holds garbage."""
+    rng = np.random.default_rng(seed)
+    data = rng.standard_normal(row.shape).astype(np.float32)
+    x = rng.standard_normal((N, n)).astype(np.float32)
+    want, used = np.zeros((M, n)), row < M
+    np.add.at(want, row[used], data[used, None].astype(np.float64) * x[column[used]])
+    return np.where(used, data, np.nan).astype(np.float32), x, want
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("chunk", "long"), [(128, 32), (512, 3)])
+def test_a_vector_by_warps(pattern, chunk, long, monkeypatch):
+    """Each result once: cut rows by additions, long ones together, none but from its entries."""
+    row, column, indptr = entries_of(pattern)
+    M, N = len(indptr) - 1, 50
+    data, x, want = numbers(row, column, M, N, 1)
+    call = Vector((M, N), len(row), "float32", VectorConfig(chunk, long))
+    out, shared = np.zeros(M, np.float32), np.full(rows.WARPS * chunk, np.nan, np.float32)
+    refs = (data, x[:, 0].copy(), row, column, indptr, out, shared)
+    run(call.multiply, (vector,), refs, call.ctas, rows.WARPS, monkeypatch)
+    np.testing.assert_allclose(out, want[:, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["uneven", "long", "empty ends"])
+@pytest.mark.parametrize("n", [1, 40, 200])
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_rows_by_warps(pattern, n, zeroed, monkeypatch):
+    row, column, indptr = entries_of(pattern)
+    M, N = len(indptr) - 1, 50
+    data, x, want = numbers(row, column, M, N, n)
+    config = dataclasses.replace(RowConfig.of(len(row), n), zeroed=zeroed)
+    call = Rows((M, N), len(row), n, "float32", config)
+    out = np.full((M, n), 0 if zeroed else np.nan, np.float32)
+    partial = np.full((call.chunks, n), np.nan, np.float32)
+    refs = (data, x, row, column, *((out,) if zeroed else (indptr, out, partial)))
+    run(call.multiply, (rows,), refs, call.ctas * call.tiles, rows.WARPS, monkeypatch)
+    if not zeroed:
+        to = np.asarray(continued(jnp.asarray(row), M, config.chunk))
+        np.add.at(out, to[to < M], partial[to < M])
+    np.testing.assert_allclose(out, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 40, 200])
+def test_scattered_and_sampled_entries_by_warps(n, monkeypatch):
+    row, column, indptr = entries_of("uneven")
+    M, N = len(indptr) - 1, 50
+    data, x, want = numbers(row, column, M, N, n)
+    order = np.argsort(column, kind="stable")
+    call = Rows((M, N), len(row), n, "float32", RowConfig.of(len(row), n))
+    out = np.zeros((M, n), np.float32)
+    refs = (data[order], x, row[order], column[order], out)
+    run(call.scatter, (rows,), refs, call.ctas * call.tiles, rows.WARPS, monkeypatch)
+    np.testing.assert_allclose(out, want, atol=1e-4)
+    g = np.random.default_rng(2).standard_normal((M, n)).astype(np.float32)
+    sampled = np.full(len(row), np.nan, np.float32)
+    run(call.sample, (rows,), (g, x, row, column, sampled), call.ctas, rows.WARPS, monkeypatch)
+    wanted = np.pad(np.einsum("en,en->e", g[row[:-7]], x[column[:-7]]), (0, 7))
+    np.testing.assert_allclose(sampled, wanted, atol=1e-4)
 
 
 @pytest.mark.smoke
@@ -187,6 +283,7 @@ def test_row_kernels_lower(n):
             (row_matmul, (data, x, i, i, s((31,), jnp.int32))),
             (functools.partial(entry_matmul, rows=30), (data, x, i, i)),
             (row_sample, (g, x, i, i)),
+            (vector_matmul, (data, s((40,), dtype), i, i, s((31,), jnp.int32))),
         ):
             lowered = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
             assert "mosaic_gpu" in lowered.as_text()
