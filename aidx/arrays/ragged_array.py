@@ -130,7 +130,7 @@ class Ragged:
         if padded.ndim < 2 or lengths.shape != padded.shape[:1]:
             raise ValueError(f"[R, L, *D] and [R] are needed, not {padded.shape=} {lengths.shape=}")
         L = padded.shape[1]
-        if not isinstance(lengths, Tracer) and ((lengths < 0) | (lengths > L)).any():
+        if not isinstance(lengths, Tracer) and _outside(lengths, L):
             raise ValueError(f"lengths must be in [0, {L}]: {np.asarray(lengths)}")
         capacity = _capacity(capacity, jnp.sum(lengths), "capacity")
         offsets = jnp.minimum(_offsets_of_lengths(lengths), capacity)
@@ -407,3 +407,9 @@ def _integers(name: str, x: Any) -> Array:
     if x.ndim != 1 or not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name} must be a vector of integers, not {x.dtype} of {x.shape}")
     return x.astype(jnp.int32)
+
+
+def _outside(lengths: Array, most: int) -> bool:
+    """Whether any is negative or more; by numpy, since jit traces what jnp does with constants."""
+    seen = np.asarray(lengths)
+    return bool(((seen < 0) | (seen > most)).any())
