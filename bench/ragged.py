@@ -5,13 +5,13 @@
 
 Row lengths are drawn so that a batch padded to its longest row would be a quarter full.  `padded`
 is the same operation on the whole padded batch; `padded, lengths` is attention told the lengths,
-which passes over blocks of padding.  The metric is milliseconds a call, best of several.
+which passes over blocks of padding, on a batch that is padded already; `pad, lengths, unpad` is
+that from packed rows and back to them.  Gradients are of the sum of squares.  On a GPU the metric
+is device time of calls chained in one program (torch: of queued calls), else the best call.
 """
 
 import argparse
-import datetime
-import functools
-import json
+import concurrent.futures
 import pathlib
 import sys
 
@@ -22,9 +22,11 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import aidx
 from aidx.arrays import Ragged, ragged
-from bench.device_time import milliseconds
+from aidx.ops.norm import layer_norm
+from bench.device_time import chained, milliseconds, seconds
+from bench.record import RESULTS, Record
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+CALLS = 4  # in one program
 
 
 def lengths_of(rows, longest, fill=0.25, seed=0):
@@ -37,13 +39,12 @@ def lengths_of(rows, longest, fill=0.25, seed=0):
 
 
 def attention_calls(lengths, heads, head_dim, dtype):
-    """name -> (forward, forward and gradient) over the same rows."""
-    longest = int(lengths.max())
-    capacity = int(lengths.sum())
+    """(implementation, op, function, arguments) over the same rows."""
+    longest, capacity = int(lengths.max()), int(lengths.sum())
     values = jax.random.normal(jax.random.key(0), (3, capacity, heads, head_dim), dtype)
-    packed = [Ragged.from_lengths(v, lengths) for v in values]
-    padded = [p.to_padded(longest) for p in packed]
-    kv_lens = jnp.asarray(lengths)
+    packed = tuple(Ragged.from_lengths(v, lengths) for v in values)
+    padded = tuple(p.to_padded(longest) for p in packed)
+    lens = dict(q_lens=jnp.asarray(lengths), kv_lens=jnp.asarray(lengths))
 
     def ours(q, k, v):
         return ragged.attention(q, k, v, causal=True).values
@@ -52,39 +53,47 @@ def attention_calls(lengths, heads, head_dim, dtype):
         return aidx.flash_attention(q, k, v, causal=True)
 
     def told(q, k, v):
-        return aidx.flash_attention(q, k, v, causal=True, q_lens=kv_lens, kv_lens=kv_lens)
+        return aidx.flash_attention(q, k, v, causal=True, **lens)
 
-    def gradient_of(f, floats):
-        def run(q, k, v):
-            loss = lambda parts: jnp.sum(
-                f(*[floats(x, p) for x, p in zip((q, k, v), parts, strict=True)]) ** 2
-            )
-            return jax.grad(loss)([x.values if isinstance(x, Ragged) else x for x in (q, k, v)])
+    def there_and_back(*rows):
+        out = told(*(r.to_padded(longest) for r in rows))
+        return Ragged.from_padded(out, lens["q_lens"], capacity=capacity).values
 
-        return run
+    for name, f, args in (
+        ("aidx", ours, packed),
+        ("padded", dense, padded),
+        ("padded, lengths", told, padded),
+        ("pad, lengths, unpad", there_and_back, packed),
+    ):
+        yield name, "attention", f, args
+        yield name, "attention grad", gradient(f), args
 
-    with_values = lambda x, p: x.replace(values=p) if isinstance(x, Ragged) else p
-    cases = ("aidx", ours, packed), ("padded", dense, padded), ("padded, lengths", told, padded)
-    for name, f, args in cases:
-        yield name, "attention", functools.partial(jax.jit(f), *args)
-        yield name, "attention grad", functools.partial(jax.jit(gradient_of(f, with_values)), *args)
+
+def gradient(f):
+    """Of the sum of squares with respect to the floating leaves."""
+
+    def run(*args):
+        loss = lambda *args: jnp.sum(f(*args).astype(jnp.float32) ** 2)
+        return jax.tree.leaves(aidx.grad(loss, tuple(range(len(args))))(*args))
+
+    return run
 
 
 def norm_calls(lengths, features, dtype):
     capacity, longest = int(lengths.sum()), int(lengths.max())
     values = jax.random.normal(jax.random.key(0), (capacity, features), dtype)
     packed = Ragged.from_lengths(values, lengths)
-    padded = packed.to_padded(longest)
     scale, bias = jnp.ones(features, dtype), jnp.zeros(features, dtype)
-    ours = jax.jit(lambda x: ragged.layer_norm(x, scale, bias).values)
-    from aidx.ops.norm import layer_norm
+    ours = lambda x, scale, bias: ragged.layer_norm(x, scale, bias).values
+    for name, f, x in (
+        ("aidx", ours, packed),
+        ("padded", layer_norm, packed.to_padded(longest)),
+    ):
+        yield name, "layer_norm", f, (x, scale, bias)
+        yield name, "layer_norm grad", gradient(f), (x, scale, bias)
 
-    dense = jax.jit(lambda x: layer_norm(x, scale, bias))
-    yield "aidx", "layer_norm", functools.partial(ours, packed)
-    yield "padded", "layer_norm", functools.partial(dense, padded)
 
-
-def torch_calls(lengths, heads, head_dim, features, half):
+def torch_calls(lengths, heads, head_dim, features):
     """torch.nested (jagged) on a GPU; nothing where there is none."""
     try:
         import torch
@@ -92,21 +101,64 @@ def torch_calls(lengths, heads, head_dim, features, half):
         return
     if not torch.cuda.is_available():
         return
-    dtype = torch.bfloat16 if half else torch.float32
-    wait = lambda _: torch.cuda.synchronize()
     make = lambda *tail: torch.nested.nested_tensor(
         [torch.randn(int(n), *tail, device="cuda") for n in lengths],
         layout=torch.jagged,
         device="cuda",
-        dtype=dtype,
+        dtype=torch.bfloat16,
+        requires_grad=True,
     )
-    q, k, v = (make(heads, head_dim).transpose(1, 2) for _ in range(3))
+
+    def both(op, f, *args):
+        def backward():
+            (f().values().float() ** 2).sum().backward()
+            for x in args:
+                x.grad = None
+
+        yield op, f
+        yield f"{op} grad", backward
+
+    q, k, v = (make(heads, head_dim) for _ in range(3))
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    yield "torch.nested", "attention", (lambda: sdpa(q, k, v, is_causal=True)), wait
+    turned = lambda: (x.transpose(1, 2) for x in (q, k, v))
+    yield from both("attention", lambda: sdpa(*turned(), is_causal=True).transpose(1, 2), q, k, v)
     x = make(features)
-    scale, bias = (torch.ones(features, device="cuda", dtype=dtype) for _ in range(2))
-    norm = torch.nn.functional.layer_norm
-    yield "torch.nested", "layer_norm", (lambda: norm(x, (features,), scale, bias)), wait
+    kinds = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    scale, bias = torch.ones(features, **kinds), torch.zeros(features, **kinds)
+    norm = lambda: torch.nn.functional.layer_norm(x, (features,), scale, bias)
+    yield from both("layer_norm", norm, x, scale, bias)
+
+
+def torch_milliseconds(f, calls=10):
+    """Best of several queues of calls."""
+    import torch
+
+    times = []
+    for _ in range(4):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            f()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return min(times[1:])
+
+
+def jax_times(calls, gpu):
+    """(call, milliseconds), compiled side by side."""
+
+    def compiled(call):
+        _, _, f, args = call
+        return jax.jit(chained(f, CALLS) if gpu else f).lower(*args).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for call, program in zip(calls, pool.map(compiled, calls), strict=True):
+            args = call[3]
+            if gpu:
+                yield call, seconds(program, args, CALLS) * 1e3
+            else:
+                yield call, milliseconds(lambda program=program, args=args: program(*args))
 
 
 def main():
@@ -124,36 +176,26 @@ def main():
     if args.tiny:
         rows, longest, heads, head_dim, features = 4, 64, 1, 16, 32
     lengths = lengths_of(rows, longest)
-    table = []
-
-    def record(op, name, value):
-        fill = lengths.mean() / longest
-        case = f"{op} {rows}x{longest} fill {fill:.0%} {jnp.dtype(dtype).name}"
-        table.append((case, name, "time", round(value, 4), "ms"))
-        print(*table[-1], flush=True)
-
-    for name, op, call in norm_calls(lengths, features, dtype):
-        record(op, name, milliseconds(call))
-    for name, op, call, wait in torch_calls(lengths, heads, head_dim, features, gpu):
-        try:
-            record(op, name, milliseconds(call, wait))
-        except (RuntimeError, NotImplementedError) as refusal:
-            print(name, op, refusal, flush=True)
-    for name, op, call in attention_calls(lengths, heads, head_dim, dtype):
-        record(op, name, milliseconds(call))
-    if args.tiny:
-        return
     out = args.out or RESULTS / ("h200" if gpu else "cpu") / "ragged.json"
-    meta = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jax": jax.__version__},
-    }
-    keys = ("case", "implementation", "metric", "value", "unit")
-    rows_out = [dict(zip(keys, row, strict=True)) for row in table]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"meta": meta, "rows": rows_out}, indent=1) + "\n")
+    record = Record(None if args.tiny else out)
+    shape = f"{rows}x{longest} fill {lengths.mean() / longest:.0%} {jnp.dtype(dtype).name}"
+
+    def add(op, name, value):
+        record.add(f"{op} {shape}", name, value)
+        print(f"{op:16s} {name:20s} {value:9.4f} ms", flush=True)
+
+    print(shape, flush=True)
+    for calls in (
+        list(norm_calls(lengths, features, dtype)),
+        list(attention_calls(lengths, heads, head_dim, dtype)),
+    ):
+        for (name, op, *_), value in jax_times(calls, gpu):
+            add(op, name, value)
+    for op, f in torch_calls(lengths, heads, head_dim, features) if gpu else ():
+        try:
+            add(op, "torch.nested", torch_milliseconds(f))
+        except (RuntimeError, NotImplementedError) as refusal:
+            print("torch.nested", op, str(refusal)[:100], flush=True)
 
 
 if __name__ == "__main__":
