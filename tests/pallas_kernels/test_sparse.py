@@ -364,7 +364,13 @@ def test_rows_on_a_gpu(n, dtype, chunk):
     np.add.at(want, r, wide(data)[used, None] * wide(x)[c])
     config = dataclasses.replace(RowConfig.of(row.shape[0], n), chunk=chunk)
     tolerance = 1e-5 if dtype == "float32" else 1e-2
-    close(row_matmul(data, x, row, column, indptr, config=config), want, tolerance)
+    for zeroed in (False, True):
+        config = dataclasses.replace(config, zeroed=zeroed)
+        close(row_matmul(data, x, row, column, indptr, config=config), want, tolerance)
+    if n == 1:
+        config_ = VectorConfig(4 * chunk, long=chunk)
+        got = vector_matmul(data, x[:, 0], row, column, indptr, config=config_)
+        close(got, want[:, 0], tolerance)
     order = jnp.argsort(column)
     got = entry_matmul(data[order], x, row[order], column[order], rows=M, config=config)
     close(got, want, tolerance)
