@@ -11,3 +11,4 @@ from .rows import row_sample as row_sample
 from .two_four import two_four_matmul as two_four_matmul
 from .vector import VectorConfig as VectorConfig
 from .vector import vector_matmul as vector_matmul
+from .vector import vector_scatter as vector_scatter

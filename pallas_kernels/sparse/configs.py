@@ -10,7 +10,7 @@ from .block_matmul import block_matmul
 from .block_sample import block_sample
 from .rows import RowConfig, entry_matmul, row_matmul, row_sample
 from .two_four import two_four_matmul
-from .vector import VectorConfig, vector_matmul
+from .vector import VectorConfig, vector_matmul, vector_scatter
 
 
 def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
@@ -52,3 +52,5 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
         data, x = sds((10**5,), dtype), sds((1000,), dtype)
         f = functools.partial(vector_matmul, config=VectorConfig(chunk))
         yield f"sparse/vector {chunk} {dtype}", f, (data, x, entries, entries, indptr)
+        f = functools.partial(vector_scatter, rows=900, config=VectorConfig(chunk))
+        yield f"sparse/vector scatter {chunk} {dtype}", f, (data, x, entries, entries)

@@ -1,8 +1,11 @@
-"""A sparse matrix times a vector: `row_matmul` for one column.
+"""A sparse matrix times a vector: `row_matmul` and `entry_matmul` for one column.
+
+    vector_matmul:  out_i = sum of data_e x[column_e] over the entries e of row i
+    vector_scatter: the same from entries in any order, by atomic additions
 
 A warp takes `chunk` consecutive entries whatever rows they are of, as in `rows.py`; but its lanes
-hold entries, since there is one column.  Values and places come sixteen bytes a lane, all numbers
-of x that they meet are on their way at once, and the products go to the warp's part of shared
+hold entries, since there is one column.  Values and places come sixteen bytes a lane, and all
+numbers of x that they meet are on their way at once.  The products go to the warp's part of shared
 memory, where each lane adds up a row of its own (Greathouse & Daga, 2014, CSR-stream, cut by
 entries).  Rows of more than `long` entries are added by all lanes.  The result begins as zeros: a
 row that lies in one chunk is stored, a cut one is added atomically.
@@ -80,6 +83,11 @@ class Vector:
         return cdiv(self.chunks, WARPS)
 
     @property
+    def size(self) -> int:
+        """Bytes of a value."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def scratch(self) -> Any:
         """Every warp's products."""
         return plgpu.SMEM((WARPS * self.config.chunk,), jnp.float32)
@@ -109,39 +117,72 @@ class Vector:
 
         w.when(w.less(first, last), run)
 
-    def products(
-        self, arrays: tuple[Any, ...], room: Any, lane: Any, entries: tuple[Any, Any]
+    def loaded(
+        self, arrays: tuple[Any, ...], lane: Any, entries: tuple[Any, Any], use: Any
     ) -> None:
-        """data_e x[column_e] of the chunk into shared memory; anything past the end."""
-        (data, x, minor), (first, last) = arrays, entries
-        step, size = w.LANES * EACH, 4 if self.dtype == "float32" else 2
+        """`use(offset in the chunk, entries' columns, values, ...)` of four entries at a time.
 
-        def vectors(at: Any) -> tuple[list[Any], list[Any]]:
+        The arrays are of values and i32; past the end stand copies of the last entry.
+        """
+        values, *integers = arrays
+        (first, last), step = entries, w.LANES * EACH
+
+        def together(at: Any) -> list[Any]:
             once = self.config.once
-            column = w.load_ints(w.offset(minor, at, 4), EACH, once)
-            return column, w.load_floats(w.offset(data, at, size), EACH, self.dtype, once)
+            ints = [w.load_ints(w.offset(v, at, 4), EACH, once) for v in integers]
+            data = w.load_floats(w.offset(values, at, self.size), EACH, self.dtype, once)
+            return [*ints, data]
 
-        def numbers(at: Any) -> tuple[list[Any], list[Any]]:
+        def apart(at: Any) -> list[Any]:
             places = [w.smallest(w.add(at, i), self.nse - 1) for i in range(EACH)]
-            column = [w.load(w.offset(minor, p, 4)) for p in places]
-            return column, [
-                w.load_floats(w.offset(data, p, size), 1, self.dtype)[0] for p in places
-            ]
+            ints = [[w.load(w.offset(v, p, 4)) for p in places] for v in integers]
+            data = [w.load_floats(w.offset(values, p, self.size), 1, self.dtype)[0] for p in places]
+            return [*ints, data]
 
         def all_of(load: Any) -> None:
             own = w.mul(lane, EACH)
             offsets = [w.add(own, i) for i in range(0, self.config.chunk, step)]
-            loaded = [load(w.add(first, o)) for o in offsets]
-            for o, (column, values) in zip(offsets, loaded, strict=True):
-                column = [w.smallest(c, self.shape[1] - 1) for c in column]
-                taken = [w.load_floats(w.offset(x, c, size), 1, self.dtype)[0] for c in column]
-                terms = [w.arith.mulf(v, t) for v, t in zip(values, taken, strict=True)]
-                w.keep(w.add(room, w.mul(o, 4)), terms)
+            for o, found in [(o, load(w.add(first, o))) for o in offsets]:
+                use(o, *found)
 
         whole = w.equal(w.minus(last, first), self.config.chunk)
-        w.when(whole, lambda: all_of(vectors))
-        w.when(w.neither(whole), lambda: all_of(numbers))
+        w.when(whole, lambda: all_of(together))
+        w.when(w.neither(whole), lambda: all_of(apart))
+
+    def terms(self, x: Any, column: list[Any], values: list[Any]) -> list[Any]:
+        """data_e x[column_e]."""
+        column = [w.smallest(c, self.shape[1] - 1) for c in column]
+        taken = [w.load_floats(w.offset(x, c, self.size), 1, self.dtype)[0] for c in column]
+        return [w.arith.mulf(v, t) for v, t in zip(values, taken, strict=True)]
+
+    def products(
+        self, arrays: tuple[Any, ...], room: Any, lane: Any, entries: tuple[Any, Any]
+    ) -> None:
+        """The chunk's products into shared memory; anything past the end."""
+        data, x, minor = arrays
+
+        def keep(at: Any, column: list[Any], values: list[Any]) -> None:
+            w.keep(w.add(room, w.mul(at, 4)), self.terms(x, column, values))
+
+        self.loaded((data, minor), lane, entries, keep)
         w.meet()
+
+    def scatter(self, refs: tuple[Any, ...], cta: Any) -> None:
+        """`vector_scatter`; refs are data, x, rows, columns and the result."""
+        data, x, row_ids, minor, out = (w.address(r) for r in refs)
+        lane, warp = w.lane_and_warp()
+        chunk, each = w.add(w.mul(cta, WARPS), warp), self.config.chunk
+        first = w.long_min(chunk, each, self.nse)
+        last = w.long_min(w.add(chunk, 1), each, self.nse)
+
+        def add(at: Any, row: list[Any], column: list[Any], values: list[Any]) -> None:
+            for i, (r, term) in enumerate(zip(row, self.terms(x, column, values), strict=True)):
+                there = w.less(w.add(w.add(first, at), i), last)
+                target = w.offset(out, w.smallest(r, self.shape[0] - 1), 4)
+                w.add_floats(target, [term], w.both(there, w.less(r, self.shape[0])))
+
+        run = lambda: self.loaded((data, row_ids, minor), lane, (first, last), add)
+        w.when(w.less(first, last), run)
 
     def sums(
         self,
@@ -267,13 +308,60 @@ def vector_matmul(
     (5,)
     """
     M = indptr.shape[0] - 1
-    if x.ndim != 1:
-        raise ValueError(f"{x.shape=} is no vector")
-    check((M, x.shape[0]), row, column, data, x)
-    config = config or VectorConfig.of(row.shape[0])
-    call = Vector((M, x.shape[0]), row.shape[0], data.dtype.name, config)
+    call = _call(data, x, row, column, M, config)
     with jax.named_scope("vector_matmul"):
         out = jax.new_ref(jnp.zeros(M, jnp.float32))
         whole = (v.astype(jnp.int32) for v in (row, column, indptr))
         launch(call.multiply, call.ctas, (), (data, x, *whole, out), call.scratch)
         return out[...].astype(data.dtype)
+
+
+def vector_scatter(
+    data: jax.Array,
+    x: jax.Array,
+    row: jax.Array,
+    column: jax.Array,
+    *,
+    rows: int,
+    config: VectorConfig | None = None,
+) -> jax.Array:
+    """`vector_matmul` from entries in any order; sums are not bitwise repeatable.
+
+    Args:
+      data: f32 or bf16 `[nse]`.
+      x: of data's dtype, `[N]`.
+      row: i32 `[nse]`; `rows` in padding.
+      column: i32 `[nse]`.
+      rows: M.
+      config: chunks.
+
+    Returns:
+      `[rows]`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other.
+      NotImplementedError: a dtype that this kernel lacks, or an empty side.
+
+    >>> import functools
+    >>> s, i = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((9,), jnp.int32)
+    >>> call = functools.partial(vector_scatter, rows=5)
+    >>> jax.eval_shape(call, s((9,), jnp.float32), s((7,), jnp.float32), i, i).shape
+    (5,)
+    """
+    call = _call(data, x, row, column, rows, config)
+    with jax.named_scope("vector_scatter"):
+        out = jax.new_ref(jnp.zeros(rows, jnp.float32))
+        operands = (data, x, row.astype(jnp.int32), column.astype(jnp.int32), out)
+        launch(call.scatter, call.ctas, (), operands)
+        return out[...].astype(data.dtype)
+
+
+def _call(
+    data: jax.Array, x: jax.Array, row: jax.Array, column: jax.Array, rows: int, config: Any
+) -> Vector:
+    if x.ndim != 1:
+        raise ValueError(f"{x.shape=} is no vector")
+    shape = rows, x.shape[0]
+    check(shape, row, column, data, x)
+    config = config or VectorConfig.of(row.shape[0])
+    return Vector(shape, row.shape[0], data.dtype.name, config)

@@ -65,12 +65,13 @@ def test_what_the_kernels_lack_goes_elsewhere():
     assert kernels(sparse.matmul, b.to_bsr((64, 64)), x) == 0  # f32 blocks are not rounded
 
 
-def test_a_vector_has_a_kernel_of_its_own():
+def test_a_vector_has_kernels_of_its_own():
     a, x, _ = operands(CSR, jnp.float32)
-    text = jax.jit(sparse.matmul).trace(a, x[:, 0]).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu_v2") == 1 and "vector_matmul" in jax.jit(sparse.matmul).trace(
-        a, x[:, 0]
-    ).lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    for matrix, kernel in ((a, "vector_matmul"), (a.T, "vector_scatter")):
+        f, v = jax.jit(sparse.matmul), x[:, 0] if matrix is a else jnp.ones(M)
+        lowered = f.trace(matrix, v).lower(lowering_platforms=("cuda",))
+        assert kernels(sparse.matmul, matrix, v) == 1
+        assert kernel in lowered.as_text(debug_info=True)
 
 
 def test_a_choice_for_a_product_leaves_its_gradient_others():

@@ -23,6 +23,7 @@ from pallas_kernels.sparse import (
     two_four_matmul,
     vector,
     vector_matmul,
+    vector_scatter,
 )
 from pallas_kernels.sparse.block_matmul import BlockMatmul, rows_by_size
 from pallas_kernels.sparse.rows import Rows, continued
@@ -233,6 +234,27 @@ def test_a_vector_by_warps(pattern, chunk, long, monkeypatch):
     refs = (data, x[:, 0].copy(), row, column, indptr, out, shared)
     run(call.multiply, (vector,), refs, call.ctas, rows.WARPS, monkeypatch)
     np.testing.assert_allclose(out, want[:, 0], atol=1e-4)
+    order = np.random.default_rng(3).permutation(len(row))
+    out = np.zeros(M, np.float32)
+    refs = (data[order], x[:, 0].copy(), row[order], column[order], out)
+    run(call.scatter, (vector,), refs, call.ctas, rows.WARPS, monkeypatch)
+    np.testing.assert_allclose(out, want[:, 0], atol=1e-4)
+
+
+def test_a_warp_that_does_not_meet_is_a_race(monkeypatch):
+    """The emulator sees it, and a read past the end of an array."""
+    row, column, indptr = entries_of("even")
+    M, N = len(indptr) - 1, 50
+    data, x, _ = numbers(row, column, M, N, 1)
+    call = Vector((M, N), len(row), "float32", VectorConfig(128))
+    refs = [data, x[:, 0].copy(), row, column, indptr, np.zeros(M, np.float32)]
+    refs.append(np.zeros(rows.WARPS * 128, np.float32))
+    with monkeypatch.context() as m, pytest.raises(AssertionError, match="race"):
+        m.setattr("tests.pallas_kernels.warp_emulator.Warp.meet", lambda self: None)
+        run(call.multiply, (vector,), refs, call.ctas, rows.WARPS, m)
+    refs[1] = refs[1][:-1]
+    with pytest.raises(AssertionError, match="of 49"):
+        run(call.multiply, (vector,), refs, call.ctas, rows.WARPS, monkeypatch)
 
 
 @pytest.mark.parametrize("pattern", ["uneven", "long", "empty ends"])
@@ -284,6 +306,7 @@ def test_row_kernels_lower(n):
             (functools.partial(entry_matmul, rows=30), (data, x, i, i)),
             (row_sample, (g, x, i, i)),
             (vector_matmul, (data, s((40,), dtype), i, i, s((31,), jnp.int32))),
+            (functools.partial(vector_scatter, rows=30), (data, s((40,), dtype), i, i)),
         ):
             lowered = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
             assert "mosaic_gpu" in lowered.as_text()
@@ -370,6 +393,8 @@ def test_rows_on_a_gpu(n, dtype, chunk):
     if n == 1:
         config_ = VectorConfig(4 * chunk, long=chunk)
         got = vector_matmul(data, x[:, 0], row, column, indptr, config=config_)
+        close(got, want[:, 0], tolerance)
+        got = vector_scatter(data[::-1], x[:, 0], row[::-1], column[::-1], rows=M, config=config_)
         close(got, want[:, 0], tolerance)
     order = jnp.argsort(column)
     got = entry_matmul(data[order], x, row[order], column[order], rows=M, config=config)
