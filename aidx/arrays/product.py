@@ -6,7 +6,8 @@
 Both are linear in each of their two operands, and the transposes are again one of the two on the
 same pattern or its transpose, so derivatives of any order, forward or reverse, keep the pattern and
 never form a dense matrix.  That is written once here, as two primitives; what computes them is
-chosen by the registry: `mosaic_gpu` and `cusparse` (CUDA), `eigen` (CPU), `xla` (everywhere).
+chosen by the registry: `mosaic_gpu` and `cusparse` (CUDA), `eigen` and `halves` (CPU), `xla`
+(everywhere).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from aidx.ops import registry
 from .formats import BSC, BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
 
 PART = 2**24  # numbers that an `xla` product may hold between gathering and adding
+HALVED = 2**16  # entries from which a vector's product on a CPU is worth two threads
 LAYOUTS = {COO: "coo", CSR: "csr", CSC: "csc", BSR: "csr", BSC: "csc"}
 
 
@@ -217,6 +219,24 @@ def _spmm_eigen(spec: Spec, operands: Any) -> Array:
     return sparse.bcsr_dot_general(matrix, x, dimension_numbers=numbers)[:, :n]
 
 
+def _spmm_halves(spec: Spec, operands: Any) -> Array:
+    """`xla`, two halves of the entries side by side: a scatter is one thread's on a CPU.
+
+    More parts, or more columns, were no faster.
+    """
+    data, x, row, col, *_ = operands
+    if spec.block is not None or x.shape[1] != 1 or data.shape[0] < HALVED:
+        raise NotImplementedError(f"{spec.block=}, {x.shape[1]} columns, nse={data.shape[0]}")
+    if accumulator(data.dtype) != data.dtype:
+        raise NotImplementedError(f"{data.dtype.name} would be rounded twice")
+    half = data.shape[0] // 2
+    first, second = (
+        _spmm_xla(spec, (data[part], x, row[part], col[part]))
+        for part in (slice(half), slice(half, None))
+    )
+    return first + second
+
+
 def _spmm_cusparse(spec: Spec, operands: Any) -> Array:
     """cuSPARSE, through the lowering that `jax.experimental.sparse` gives CSR and CSC always.
 
@@ -250,11 +270,14 @@ def _spmm_mosaic(spec: Spec, operands: Any) -> Array:
 
     data, x, row, col, *offsets = operands
     if spec.block is None:
-        if spec.layout == "csr" and x.shape[1] == 1:
+        ordered, rows = spec.layout == "csr", spec.shape[0]
+        if x.shape[1] == 1 and ordered:
             return sparse_kernels.vector_matmul(data, x[:, 0], row, col, offsets[0])[:, None]
-        if spec.layout == "csr":
+        if x.shape[1] == 1:
+            return sparse_kernels.vector_scatter(data, x[:, 0], row, col, rows=rows)[:, None]
+        if ordered:
             return sparse_kernels.row_matmul(data, x, row, col, offsets[0])
-        return sparse_kernels.entry_matmul(data, x, row, col, rows=spec.shape[0])
+        return sparse_kernels.entry_matmul(data, x, row, col, rows=rows)
     turned = spec.turned
     if spec.layout == "csr":
         return sparse_kernels.block_matmul(data, x, col, offsets[0], turned=turned)
@@ -268,6 +291,8 @@ def _sddmm_mosaic(spec: Spec, operands: Any) -> Array:
     from aidx.ops import sparse_kernels
 
     g, x, row, col, *_ = operands
+    if spec.block is None and x.shape[1] == 1:
+        raise NotImplementedError("one column: a lane would have one product of a warp")
     if spec.block is None:
         return sparse_kernels.row_sample(g, x, row, col)
     sides = (x, g, col, row) if spec.turned else (g, x, row, col)
@@ -277,6 +302,7 @@ def _sddmm_mosaic(spec: Spec, operands: Any) -> Array:
 registry.register("spmm", "mosaic_gpu", platforms=("cuda",))(_spmm_mosaic)
 registry.register("spmm", "cusparse", platforms=("cuda",))(_spmm_cusparse)
 registry.register("spmm", "eigen", platforms=("cpu",))(_spmm_eigen)
+registry.register("spmm", "halves", platforms=("cpu",))(_spmm_halves)
 registry.register("spmm", "xla")(_spmm_xla)
 registry.register("sddmm", "mosaic_gpu", platforms=("cuda",))(_sddmm_mosaic)
 registry.register("sddmm", "xla")(_sddmm_xla)

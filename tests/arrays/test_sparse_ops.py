@@ -250,8 +250,23 @@ def test_implementations_agree_and_refuse():
         "mosaic_gpu",
         "cusparse",
         "eigen",
+        "halves",
         "xla",
     ]
+
+
+def test_a_vector_on_a_cpu_takes_two_halves(monkeypatch):
+    monkeypatch.setattr("aidx.arrays.product.HALVED", 100)
+    a, x = sparse.random(jax.random.key(0), (40, 30), nse=201), jnp.arange(30.0)
+    text = jax.jit(sparse.matmul).lower(a, x).as_text()
+    assert text.count('"stablehlo.scatter"(') == 2
+    for m, v in ((a, x), (a.to_coo(), x), (a.T, jnp.arange(40.0)), (a, x.astype(jnp.int32))):
+        m = m.astype(v.dtype)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
+        close(m @ v, sparse.matmul(m, v, implementation="xla"))
+    with pytest.raises(ExceptionGroup, match="spmm"):
+        half = a.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
+        sparse.matmul(*half, implementation="halves")
 
 
 @pytest.mark.smoke
