@@ -301,6 +301,8 @@ def large():
         pytest.param("sampled", marks=pytest.mark.slow),
         "rows",
         "spgemm",
+        "solve",
+        "formats",
         pytest.param("elementwise", marks=pytest.mark.slow),
     ],
 )
@@ -317,6 +319,11 @@ def test_no_operation_and_no_gradient_forms_the_dense_matrix(large, name):
             out = [sparse.softmax(m).data, sparse.max(m, 1), sparse.mean(m, 0)]
         elif name == "spgemm":
             out = [sparse.matmul(m, m, nse=2**15, products=2**15).data]
+        elif name == "solve":
+            out = [sparse.triangular_solve(m + sparse.eye(SIZE), x)]
+        elif name == "formats":
+            parts = m.to_csc().coalesce(nse=m.nse), sparse.vstack([m, m]), sparse.tril(m)
+            out = [p.data for p in parts] + [sparse.diagonal(m)]
         else:
             out = [(m + m.T).data, (m * m).data, (m * x[:, :1]).data]
         return sum(jnp.sum(o**2) for o in out)
