@@ -84,6 +84,7 @@ def _check_same_rows(a: Ragged, b: Ragged) -> None:
         )
     seen = not any(isinstance(x, Tracer) for x in (a.offsets, b.offsets))
     if a.offsets is not b.offsets and seen and not np.array_equal(a.offsets, b.offsets):
-        raise ValueError(f"row lengths differ: {a.row_lengths} and {b.row_lengths}")
+        lengths = (np.diff(np.asarray(x.offsets)) for x in (a, b))
+        raise ValueError("row lengths differ: {} and {}".format(*lengths))
     if isinstance(a.values, Ragged):
         _check_same_rows(a.values, b.values)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from .convert import capacity as _capacity
@@ -35,11 +36,11 @@ def row(x: Ragged, r: int) -> Any:
         raise IndexError(f"row {r} of {x.num_rows}")
     if isinstance(x.offsets, Tracer):
         raise TypeError("the length of a row is not static under jit: map over rows instead")
-    start, end = (int(n) for n in x.offsets[r % x.num_rows :][:2])
+    start, end = (int(n) for n in np.asarray(x.offsets)[r % x.num_rows :][:2])
     if not isinstance(x.values, Ragged):
         return x.values[start:end]
     inner = x.values
-    lower, upper = int(inner.offsets[start]), int(inner.offsets[end])
+    lower, upper = (int(np.asarray(inner.offsets)[n]) for n in (start, end))
     values = inner.values
     if isinstance(values, Ragged):
         return gather(inner, jnp.arange(start, end))

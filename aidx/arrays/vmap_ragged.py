@@ -42,7 +42,7 @@ def buckets_of(arrays: Sequence[Ragged], max_length: int | None, traced: bool) -
     if traced:
         assert max_length is not None
         return [Bucket(None, arrays[0].num_rows, (max_length,) * len(arrays))]
-    lengths = np.stack([np.asarray(x.row_lengths) for x in arrays])
+    lengths = np.stack([np.diff(np.asarray(x.offsets)) for x in arrays])
     if max_length is not None:
         lengths = np.minimum(lengths, max_length)
     padded = np.vectorize(_power_of_two, otypes=[np.int64])(lengths) if lengths.size else lengths

@@ -120,6 +120,37 @@ def test_other_lengths_within_a_capacity_compile_nothing():
         assert mean.shape == (3, 1, 3) and both.row_lengths.tolist() == [2 * n for n in lengths]
 
 
+CONSTANTS = {
+    "from_padded": lambda r, x: Ragged.from_padded(x[None] * jnp.ones((2, 1)), FIXED, capacity=9),
+    "from_lengths": lambda r, x: Ragged.from_lengths(x, FIXED),
+    "from_segment_ids": lambda r, x: Ragged.from_segment_ids(x, jnp.array([0, 1, 1]), 2),
+    "to_padded": lambda r, x: r.to_padded(3) * x[None],
+    "to_csr": lambda r, x: r.to_csr(3) @ x,
+    "row": lambda r, x: r[1] * x[0],
+    "with_values": lambda r, x: r.with_values(x),
+    "r + r": lambda r, x: r.with_values(x) + r,
+    "r * dense": lambda r, x: r * x[:2, None],
+    "softmax": lambda r, x: ragged.softmax(r.with_values(x)),
+    "reduce_max": lambda r, x: ragged.reduce_max(r) * x[0],
+    "gather": lambda r, x: ragged.gather(r, jnp.array([1, 0, 1]), capacity=9),
+    "boolean_mask": lambda r, x: ragged.boolean_mask(r, r.with_values(x > 1)),
+    "concat": lambda r, x: ragged.concat([r, r.with_values(x)], axis=1),
+    "stack": lambda r, x: ragged.stack([r, r]),
+    "attention": lambda r, x: ragged.attention(*[r.with_values(x[:, None, None])] * 3),
+    "map": lambda r, x: aidx.arrays.vmap(lambda row: ragged.reduce_sum(row)[0])(r.with_values(x)),
+}
+FIXED = jnp.array([1, 2])
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_rows_that_a_jitted_function_closes_over(name):
+    """Its offsets are no tracers, but what is made of them under jit is."""
+    r, x = Ragged.from_lengths(jnp.array([3.0, 1.0, 2.0]), FIXED), jnp.arange(1.0, 4)
+    f = lambda x: jax.tree.leaves(CONSTANTS[name](r, x))
+    for got, want in zip(jax.jit(f)(x), f(x), strict=True):
+        np.testing.assert_allclose(got, want, 1e-6)
+
+
 # --- rearranging ---------------------------------------------------------------------------------
 
 

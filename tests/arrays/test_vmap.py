@@ -228,6 +228,9 @@ def test_buckets_bound_the_number_of_programs():
 # --- torch.func.vmap's options -------------------------------------------------------------------
 
 X = np.arange(6.0).reshape(2, 3)
+drawn = lambda mode: vmap(lambda x, key: jax.random.uniform(key), (0, None), randomness=mode)(
+    jnp.ones(3), jax.random.key(0)
+)
 TORCH_OPTIONS = {  # what it is called there -> (ours, what comes out)
     "in_dims=1": (lambda: vmap(jnp.sum, in_axes=1)(X), X.sum(0)),
     "in_dims=-1": (lambda: vmap(jnp.sum, in_axes=-1)(X), X.sum(0)),
@@ -237,6 +240,8 @@ TORCH_OPTIONS = {  # what it is called there -> (ours, what comes out)
     "out_dims=-1": (lambda: vmap(jnp.sin, out_axes=-1)(X), np.sin(X).T),
     "out_dims=None": (lambda: vmap(lambda x: 1.0, out_axes=None)(X), 1.0),
     "chunk_size=1": (lambda: vmap(jnp.sum, chunk_size=1)(X), X.sum(1)),
+    "randomness='same'": (lambda: jnp.ptp(drawn("same")), 0.0),
+    "randomness='different'": (lambda: len({*drawn("different").tolist()}), 3),
     "nested": (lambda: vmap(vmap(jnp.multiply, (0, None)), (None, 0))(X[0], X[1]),
                np.outer(X[1], X[0])),
     "with grad": (lambda: vmap(jax.grad(lambda x: jnp.sum(x**2)))(X), 2 * X),
@@ -248,6 +253,23 @@ TORCH_OPTIONS = {  # what it is called there -> (ours, what comes out)
 def test_torch_options(option):
     call, want = TORCH_OPTIONS[option]
     np.testing.assert_allclose(call(), want, 1e-6)
+
+
+def test_randomness_is_an_error_unless_it_is_asked_for():
+    with pytest.raises(ValueError, match="is a key"):
+        drawn("error")
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_an_spmd_axis_shards_the_mapped_axis(chunk):
+    """As jax.vmap's: a constraint inside gets the mesh's axis for the mapped one."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    inner = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None))
+    f = lambda row: jax.lax.with_sharding_constraint(row * 2, inner)
+    text = lambda g: jax.jit(g).lower(jnp.ones((4, 3))).as_text()
+    ours = vmap(f, spmd_axis_name="x", chunk_size=chunk)
+    assert '[{"x"}, {}]' in text(ours) and '[{"x"}, {}]' not in text(vmap(f, chunk_size=chunk))
+    np.testing.assert_array_equal(ours(jnp.ones((4, 3))), 2)
 
 
 def test_axis_names_and_a_batched_function():
