@@ -42,12 +42,14 @@ def attention_calls(lengths, heads, head_dim, dtype):
     """(implementation, op, function, arguments) over the same rows."""
     longest, capacity = int(lengths.max()), int(lengths.sum())
     values = jax.random.normal(jax.random.key(0), (3, capacity, heads, head_dim), dtype)
-    packed = tuple(Ragged.from_lengths(v, lengths) for v in values)
-    padded = tuple(p.to_padded(longest) for p in packed)
+    rows = Ragged.from_lengths(values[0], lengths)
+    packed = rows, values[1], values[2]  # one array of offsets, as projections of one x have it
+    padded = tuple(rows.with_values(v).to_padded(longest) for v in values)
+    alike = lambda q, k, v: (q, Ragged(k, q.offsets), Ragged(v, q.offsets))
     lens = dict(q_lens=jnp.asarray(lengths), kv_lens=jnp.asarray(lengths))
 
     def ours(q, k, v):
-        return ragged.attention(q, k, v, causal=True).values
+        return ragged.attention(*alike(q, k, v), causal=True).values
 
     def dense(q, k, v):
         return aidx.flash_attention(q, k, v, causal=True)
@@ -55,8 +57,8 @@ def attention_calls(lengths, heads, head_dim, dtype):
     def told(q, k, v):
         return aidx.flash_attention(q, k, v, causal=True, **lens)
 
-    def there_and_back(*rows):
-        out = told(*(r.to_padded(longest) for r in rows))
+    def there_and_back(q, k, v):
+        out = told(*(r.to_padded(longest) for r in alike(q, k, v)))
         return Ragged.from_padded(out, lens["q_lens"], capacity=capacity).values
 
     for name, f, args in (

@@ -146,7 +146,8 @@ def attention(q: Ragged, k: Ragged, v: Ragged, *, causal: bool = False, **option
       q: values `[capacity, N, H]`.
       k: values `[capacity of keys, K, H]`; rows may be longer or shorter than q's.
       v: as k.
-      causal: the last query of a row sees its last key.
+      causal: the last query of a row sees its last key.  Where q, k and v share their offsets
+        (`q.with_values(...)`), no position has to be looked up.
       **options: of `aidx.flash_attention`, those that take packed sequences: window, scale,
         logits_soft_cap, sinks, score_mod, mask_mod, dropout, implementation, config.
 
@@ -176,7 +177,7 @@ def attention(q: Ragged, k: Ragged, v: Ragged, *, causal: bool = False, **option
         )
         if isinstance(out, tuple):
             raise TypeError("return_lse and return_weights have no ragged form here")
-        return q.with_values(out)
+        return Ragged(out, q.offsets)  # a query of no row sees no key, which gives zeros
 
 
 def _softmax(x: Ragged, axis: int, segments: Any, dense: Any) -> Ragged:
