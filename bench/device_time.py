@@ -37,6 +37,17 @@ def alone():
         yield
 
 
+def side_by_side(f, args, calls):
+    """(one program of `calls` calls that returns all they give, its arguments).
+
+    Each call has a copy of the first argument, so that none is another's result; there is no loop,
+    whose state XLA may copy.
+    """
+    first, *rest = args
+    copies = [jax.tree.map(lambda x: x.copy(), first) for _ in range(calls)]
+    return lambda copies, *rest: [f(c, *rest) for c in copies], (copies, *rest)
+
+
 def milliseconds(f, wait=jax.block_until_ready, budget=1.0, most=200):
     """Best time of a call as the host sees it; `wait` makes its result arrive."""
     wait(f())

@@ -7,7 +7,8 @@ Row lengths are drawn so that a batch padded to its longest row would be a quart
 is the same operation on the whole padded batch; `padded, lengths` is attention told the lengths,
 which passes over blocks of padding, on a batch that is padded already; `pad, lengths, unpad` is
 that from packed rows and back to them.  Gradients are of the sum of squares.  On a GPU the metric
-is device time of calls chained in one program (torch: of queued calls), else the best call.
+is device time of calls on copies of the first argument in one program (torch: of queued calls),
+else the best call.
 """
 
 import argparse
@@ -23,10 +24,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import aidx
 from aidx.arrays import Ragged, ragged
 from aidx.ops.norm import layer_norm
-from bench.device_time import chained, milliseconds, seconds
+from bench.device_time import milliseconds, seconds, side_by_side
 from bench.record import RESULTS, Record
 
-CALLS = 4  # in one program
+CALLS = 2  # in one program
 
 
 def lengths_of(rows, longest, fill=0.25, seed=0):
@@ -68,7 +69,8 @@ def attention_calls(lengths, heads, head_dim, dtype):
         ("pad, lengths, unpad", there_and_back, packed),
     ):
         yield name, "attention", f, args
-        yield name, "attention grad", gradient(f), args
+        if name != "pad, lengths, unpad":
+            yield name, "attention grad", gradient(f), args
 
 
 def gradient(f):
@@ -148,19 +150,22 @@ def torch_milliseconds(f, calls=10):
 
 
 def jax_times(calls, gpu):
-    """(call, milliseconds), compiled side by side."""
+    """(call, milliseconds), all compiled before the first is timed."""
 
-    def compiled(call):
+    def prepared(call):
         _, _, f, args = call
-        return jax.jit(chained(f, CALLS) if gpu else f).lower(*args).compile()
+        if not gpu:
+            return jax.jit(f).lower(*args).compile(), args
+        program, args = side_by_side(f, args, CALLS)
+        return jax.jit(program).lower(*args).compile(), args
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for call, program in zip(calls, pool.map(compiled, calls), strict=True):
-            args = call[3]
-            if gpu:
-                yield call, seconds(program, args, CALLS) * 1e3
-            else:
-                yield call, milliseconds(lambda program=program, args=args: program(*args))
+        programs = list(pool.map(prepared, calls))
+    for call, (program, args) in zip(calls, programs, strict=True):
+        if gpu:
+            yield call, seconds(program, args, CALLS) * 1e3
+        else:
+            yield call, milliseconds(lambda program=program, args=args: program(*args))
 
 
 def main():
@@ -187,17 +192,21 @@ def main():
         print(f"{op:16s} {name:20s} {value:9.4f} ms", flush=True)
 
     print(shape, flush=True)
-    for calls in (
-        list(norm_calls(lengths, features, dtype)),
-        list(attention_calls(lengths, heads, head_dim, dtype)),
-    ):
-        for (name, op, *_), value in jax_times(calls, gpu):
+    ours = [
+        *norm_calls(lengths, features, dtype),
+        *attention_calls(lengths, heads, head_dim, dtype),
+    ]
+    for grad in (False, True):
+        chosen = [c for c in ours if c[1].endswith("grad") == grad]
+        for (name, op, *_), value in jax_times(chosen, gpu):
             add(op, name, value)
-    for op, f in torch_calls(lengths, heads, head_dim, features) if gpu else ():
-        try:
-            add(op, "torch.nested", torch_milliseconds(f))
-        except (RuntimeError, NotImplementedError) as refusal:
-            print("torch.nested", op, str(refusal)[:100], flush=True)
+        for op, f in torch_calls(lengths, heads, head_dim, features) if gpu else ():
+            if op.endswith("grad") != grad:
+                continue
+            try:
+                add(op, "torch.nested", torch_milliseconds(f))
+            except (RuntimeError, NotImplementedError) as refusal:
+                print("torch.nested", op, str(refusal)[:100], flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 A case is `op kind nonzeros xN`: square matrices with about ten entries a row, places uniform or
 rows of power-law length; peers see the same matrix.  On a CPU the implementations of a case take
 turns, and the metric is the best call of each.  On an NVIDIA GPU it is device time: products are
-applied to their own result, dozens of times in one program (of torch: in one CUDA graph), and one
+applied to their own result, up to 400 times in one program (of torch: in CUDA graphs), and one
 program is taken off several; other calls are chained by a loop.  BCOO also runs with JAX's cuSPARSE
 lowering (`jax_bcoo_cusparse_lowering`, off by default), `aidx xla` and `aidx cusparse` are ours
 without the Pallas kernels, and BSR with a tenth of its blocks stored stands beside the dense
@@ -130,18 +130,25 @@ def torch_calls(source, columns, gpu):
 # --- how it is timed ------------------------------------------------------------------------------
 
 
-def repeats_of(work, op="spmm"):
-    """Calls in one program, so that it takes a millisecond or so."""
-    return int(np.clip(4e8 / max(work, 1), 2, 50 if op == "spmm" else 100))
+def repeats_of(work):
+    """(calls in a row, times that such a row runs) in one program of a millisecond or so."""
+    calls = 4e8 / max(work, 1)
+    return (int(np.clip(calls, 2, 20)), int(np.clip(calls / 20, 1, 20)))
 
 
-def applied(f, count):
-    """One program that applies a square matrix again and again."""
+def applied(f, row, times):
+    """One program that applies a square matrix again and again.
+
+    Its loop makes a short graph of kernels run at the same addresses, without being made anew.
+    """
 
     def run(a, x):
-        for _ in range(count):
-            x = f(a, x)
-        return x
+        def once(_, x):
+            for _ in range(row):
+                x = f(a, x)
+            return x
+
+        return once(0, x) if times == 1 else jax.lax.fori_loop(0, times, once, x)
 
     return run
 
@@ -149,8 +156,10 @@ def applied(f, count):
 def program_of(call, work):
     """(the calls it makes, a function) of one entry of `our_calls`."""
     _, op, f, *_ = call
-    count = repeats_of(work, op)
-    return count, (applied if op in ("spmm", "spmm^T") else chained)(f, count)
+    row, times = repeats_of(work)
+    if op in ("spmm", "spmm^T"):
+        return row * times, applied(f, row, times)
+    return min(row * times, 100), chained(f, min(row * times, 100))
 
 
 def device_times(calls):
@@ -196,7 +205,7 @@ def torch_milliseconds(f, x, work):
     """Of `x = f(x)`, on a GPU in one CUDA graph."""
     import torch
 
-    count, stream = repeats_of(work), torch.cuda.Stream()
+    count, stream = repeats_of(work)[0], torch.cuda.Stream()
 
     def run():
         y = x
@@ -219,11 +228,12 @@ def torch_milliseconds(f, x, work):
     for _ in range(4):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        replay()
+        for _ in range(repeats_of(work)[1]):
+            replay()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
-    return min(times[1:]) / count
+    return min(times[1:]) / (count * repeats_of(work)[1])
 
 
 def operands(kind, nonzeros, columns):
@@ -249,7 +259,7 @@ def gpu_rows(record, kind, nonzeros, columns, rest):
     begun, calls = len(record.rows), []
     for n in columns:
         source, a, x = operands(kind, nonzeros, n)
-        label, full = f"{kind} {nonzeros:.0e} x{n}", rest and nonzeros == 10**6
+        label, full = f"{kind} {nonzeros:.0e} x{n}", rest and (nonzeros == 10**6 or n == 1)
         found = list(our_calls(a, x, True, full))
         if rest:
             found = [c for c in (*found, *peer_calls(source, x, True, full)) if c[:2] != FIRST]
@@ -348,10 +358,11 @@ def variants_of(a, x):
 
     nse, n = a.nse, x.shape[1] if x.ndim == 2 else 1
     if n == 1:
-        for chunk, once in itertools.product((128, 256, 512, 1024), (True, False)):
-            config = VectorConfig(chunk, once=once)
-            yield f"{chunk}{' once' * once}", vector_matmul, config
-        yield "512 long 64", vector_matmul, VectorConfig(512, 64)
+        for chunk, past in itertools.product((128, 256, 512), (False, True)):
+            yield f"{chunk}{' past' * past}", vector_matmul, VectorConfig(chunk, past=past)
+        yield "256 twice", vector_matmul, VectorConfig(256, once=False)
+        yield "256 long 16", vector_matmul, VectorConfig(256, 16)
+        yield "256 long 64", vector_matmul, VectorConfig(256, 64)
         return
     default = RowConfig.of(nse, n)
     chunks = [c for c in (32, 64, 128, 256, 512) if default.chunk / 2 <= c <= default.chunk * 2]
@@ -365,16 +376,21 @@ def variant_rows(record, kind, nonzeros, columns):
     """Every configuration of the product, checked, beside torch."""
     for n in columns:
         source, a, x = operands(kind, nonzeros, n)
-        calls, label = [], f"{kind} {nonzeros:.0e} x{n}"
-        for name, f, config in variants_of(a, x):
+        label = f"{kind} {nonzeros:.0e} x{n}"
 
-            def product(a, x, f=f, config=config):
+        def call(variant, source=source, a=a, x=x, work=nonzeros * n):
+            name, f, config = variant
+
+            def product(a, x):
                 row, column = a.coordinates()
                 return f(a.data, x, row, column, a.indptr, config=config)
 
             error = error_of(source, x, jax.jit(product)(a, x))
             name = name if error < 1e-5 else f"{name} WRONG {error:.1e}"
-            calls.append(((name, "spmm", product, (a, x)), nonzeros * n))
+            return (name, "spmm", product, (a, x)), work
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            calls = list(pool.map(call, variants_of(a, x)))
         begun = len(record.rows)
         for op, f, dense in torch_calls(source, n, True):
             if op == "spmm":

@@ -62,11 +62,11 @@ class RowConfig:
         >>> RowConfig.of(10**4, 32, 1000)
         RowConfig(chunk=32, vector=1, zeroed=True)
         >>> RowConfig.of(10**7, 256, 10**6)
-        RowConfig(chunk=256, vector=4, zeroed=False)
+        RowConfig(chunk=512, vector=4, zeroed=False)
         """
         vector = max(v for v in (1, 2, 4) if columns % v == 0 and (v == 1 or columns > 16 * v))
         warps = nse / (HOPPER_SMS * 32)
-        chunk = 32 if warps < 64 else 64 if warps < 128 else 128 if warps < 1024 else 256
+        chunk = 32 if warps < 64 else 64 if warps < 128 else 128 if warps < 1024 else 512
         return cls(chunk, vector, rows is not None and rows * columns <= SMALL)
 
 
