@@ -17,7 +17,7 @@ class Record:
     def __init__(self, out: pathlib.Path | None):
         self.out, self.rows = out, []
         self.meta = {
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join(["python", *_without_out(sys.argv)]),
             "date": datetime.date.today().isoformat(),
             "device": jax.devices()[0].device_kind,
             "versions": {},
@@ -36,3 +36,12 @@ class Record:
         part = self.out.with_suffix(".part")  # a reader sees the whole file, old or new
         part.write_text(json.dumps({"meta": self.meta, "rows": self.rows}, indent=1) + "\n")
         part.replace(self.out)
+
+
+def _without_out(words):
+    """A command, but for where it writes.
+
+    >>> _without_out(["bench/sparse.py", "--out", "there", "--tiny"])
+    ['bench/sparse.py', '--tiny']
+    """
+    return [w for before, w in zip(["", *words], words, strict=False) if "--out" not in (before, w)]
