@@ -56,7 +56,7 @@ def _row_candidates(data: Any, x: Any, row: Any, column: Any, indptr: Any) -> tu
     nse, n = row.shape[0], x.shape[1]
     default = kernels.RowConfig.of(nse, n, indptr.shape[0] - 1)
     found = {default: None}
-    for chunk, vector in itertools.product((32, 64, 128, 256), (1, 2, 4)):
+    for chunk, vector in itertools.product((32, 64, 128, 256, 512), (1, 2, 4)):
         if n % vector == 0:
             found[kernels.RowConfig(chunk, vector, default.zeroed)] = None
     return tuple(found)
