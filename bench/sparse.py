@@ -259,7 +259,10 @@ def gpu_rows(record, kind, nonzeros, columns, rest):
     begun, calls = len(record.rows), []
     for n in columns:
         source, a, x = operands(kind, nonzeros, n)
-        label, full = f"{kind} {nonzeros:.0e} x{n}", rest and (nonzeros == 10**6 or n == 1)
+        label, full = (
+            f"{kind} {nonzeros:.0e} x{n}",
+            rest and (nonzeros == 10**6 or nonzeros * n == 10**7),
+        )
         found = list(our_calls(a, x, True, full))
         if rest:
             found = [c for c in (*found, *peer_calls(source, x, True, full)) if c[:2] != FIRST]
@@ -428,18 +431,16 @@ def main():
     pool = concurrent.futures.ThreadPoolExecutor(len(pairs) or 1)
     made = [pool.submit(matrix, *pair) for pair in pairs]
     concurrent.futures.wait(made)
-    part, columns = functools.partial, args.columns
+    part, columns, shape = functools.partial, args.columns, (side, gpu, args.budget)
+    blocks = [part(block_rows, record, side, b, 0.1, *shape) for b in args.blocks]
     if args.variants:
         cases = [part(variant_rows, record, *pair, columns) for pair in pairs]
     elif gpu:
-        both = itertools.product((False, True), pairs)
-        cases = [part(gpu_rows, record, *pair, columns, rest) for rest, pair in both]
+        of = lambda rest: [part(gpu_rows, record, *pair, columns, rest) for pair in pairs]
+        cases = [*of(False), *blocks, *of(True)]
     else:
         more = columns, not args.no_torch, args.budget
-        cases = [part(cpu_rows, record, *pair, *more) for pair in pairs]
-    if not args.variants:
-        shape = side, gpu, args.budget
-        cases += [part(block_rows, record, side, b, 0.1, *shape) for b in args.blocks]
+        cases = [*[part(cpu_rows, record, *pair, *more) for pair in pairs], *blocks]
     for case in cases:
         if time.perf_counter() - begun > args.seconds:
             print("out of time", flush=True)
