@@ -133,9 +133,9 @@ def _spmm_xla(spec: Spec, operands: Any) -> Array:
             terms = jnp.einsum("ebc,ecn->ebn", data, taken, preferred_element_type=acc)
         else:
             terms = _column(data, taken.ndim).astype(acc) * taken.astype(acc)
-        # Padding has a row past the end, where nothing is added.  Saying that rows ascend makes XLA's
-        # scatter 2-8 times slower on a GPU (10^6 entries, one column: 67 us, else 16) and a CPU's
-        # no faster.
+        # Padding has a row past the end, where nothing is added.  To say that rows ascend makes
+        # XLA's scatter slower on a GPU (10^6 entries, one column: 67 us for 16) and a CPU's no
+        # faster.
         return out.at[row].add(terms, mode="drop"), None
 
     with jax.named_scope("spmm"):
