@@ -244,7 +244,7 @@ def reduce_min(x: Ragged, axis: int = 1) -> Any:
     [1.0, inf]
     """
     # ~x turns integers around without the overflow that -x has at the least one.
-    turn = jnp.negative if jnp.issubdtype(x.dtype, jnp.floating) else jnp.invert
+    turn = jnp.negative if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.invert
     segments = lambda values, ids, count: turn(segment_max(turn(values), ids, count))
     return _reduce(x, axis, segments, jnp.min)
 

@@ -36,6 +36,8 @@ def segment_max(x: Array, ids: Array, count: int) -> Array:
     >>> segment_max(jnp.array([1.0, 2.0, 4.0]), jnp.array([0, 0, 1]), 3).tolist()
     [2.0, 4.0, -inf]
     """
+    if jnp.iscomplexobj(x):
+        raise TypeError(f"{x.dtype} has no order")
     floats = jnp.issubdtype(x.dtype, jnp.floating)
     least = -jnp.inf if floats else False if x.dtype == jnp.bool_ else jnp.iinfo(x.dtype).min
     start = jnp.full((count, *x.shape[1:]), least, x.dtype)

@@ -193,6 +193,42 @@ def test_reductions_and_broadcasting_are_those_of_the_rows(rows):
     ]
 
 
+DTYPES = [jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint8, jnp.complex64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reductions_of_every_dtype(dtype):
+    """Narrow floats are summed in f32; results keep the dtype, means of integers are f32."""
+    inexact = jnp.issubdtype(dtype, jnp.inexact)
+    values = jnp.full(600, 1.0078125 if inexact else 1, dtype)  # 1 + 2^-7 is lost above 2 in bf16
+    r = Ragged.from_lengths(values, jnp.array([512 if inexact else 200, 0, 88]))
+    want = np.asarray(r.row_lengths) * (1.0078125 if inexact else 1)
+    eps = float(jnp.finfo(dtype).eps) if inexact else 0
+    for got, expected in ((r + r, 2 * want), (r * 1, want), (r - r, 0 * want)):
+        total = ragged.reduce_sum(got)
+        assert total.dtype == dtype
+        if dtype != jnp.uint8:  # which wraps around
+            np.testing.assert_allclose(np.asarray(total).astype(complex), expected, 2 * eps)
+    mean = ragged.reduce_mean(r)
+    assert mean.dtype == (dtype if inexact else jnp.float32)
+    np.testing.assert_allclose(np.asarray(mean).astype(complex)[[0, 2]], np.real(values[0]), eps)
+    if dtype == jnp.complex64:
+        for f in (ragged.reduce_max, ragged.reduce_min):
+            with pytest.raises(TypeError, match="order"):
+                f(r)
+        with pytest.raises(TypeError, match="cast"):
+            ragged.softmax(r)
+        return
+    assert ragged.reduce_max(r)[0] == ragged.reduce_min(r)[2] == values[0]
+    if inexact:
+        ones = ragged.reduce_sum(ragged.softmax(r))
+        assert ones.dtype == dtype
+        np.testing.assert_allclose(np.asarray(ones).astype(float), [1, 0, 1], atol=2 * eps)
+    if jnp.issubdtype(dtype, jnp.floating):
+        g = jax.grad(lambda v: ragged.reduce_max(r.with_values(v)).astype(jnp.float32)[0])(values)
+        assert g.dtype == dtype and abs(float(g.astype(jnp.float32).sum()) - 1) < 1e-2
+
+
 def test_feature_axes():
     r = Ragged.from_list([[[1.0, 2.0], [3.0, 5.0]], [[0.0, 4.0]]])
     assert ragged.reduce_max(r, -1).to_list() == [[2.0, 5.0], [4.0]]

@@ -220,7 +220,7 @@ CONSTANTS = {
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
-@pytest.mark.parametrize("cls", [CSR, COO, CSC])
+@pytest.mark.parametrize("cls", [CSR, CSC, pytest.param(COO, marks=pytest.mark.slow)])
 def test_a_matrix_that_a_jitted_function_closes_over(cls, name):
     """Its leaves are no tracers, but what is made of them under jit is."""
     f = functools.partial(CONSTANTS[name], cls.from_dense(jnp.tril(jnp.ones((3, 3)))))
