@@ -95,15 +95,19 @@ class Vector:
 
     # ------------------------------------------------------------------ emitted: one lane's view
 
+    def place(self, cta: Any) -> tuple[Any, Any, Any, Any]:
+        """(lane, warp, first entry of the chunk, the entry past its last)."""
+        lane, warp = w.lane_and_warp()
+        chunk, each = w.add(w.mul(cta, WARPS), warp), self.config.chunk
+        first, last = (w.long_min(w.add(chunk, i), each, self.nse) for i in (0, 1))
+        return lane, warp, first, last
+
     def multiply(self, refs: tuple[Any, ...], cta: Any) -> None:
         """The kernel; refs are data, x, rows, columns, offsets, the result and shared memory."""
         *arrays, room = refs
         data, x, row_ids, minor, indptr, out = (w.address(r) for r in arrays)
-        lane, warp = w.lane_and_warp()
-        chunk, each = w.add(w.mul(cta, WARPS), warp), self.config.chunk
-        room = w.add(w.shared_address(room), w.mul(warp, 4 * each))
-        first = w.long_min(chunk, each, self.nse)
-        last = w.long_min(w.add(chunk, 1), each, self.nse)
+        lane, warp, first, last = self.place(cta)
+        room = w.add(w.shared_address(room), w.mul(warp, 4 * self.config.chunk))
 
         def run() -> None:
             start = w.load(w.offset(row_ids, first, 4))
@@ -172,10 +176,7 @@ class Vector:
     def scatter(self, refs: tuple[Any, ...], cta: Any) -> None:
         """`vector_scatter`; refs are data, x, rows, columns and the result."""
         data, x, row_ids, minor, out = (w.address(r) for r in refs)
-        lane, warp = w.lane_and_warp()
-        chunk, each = w.add(w.mul(cta, WARPS), warp), self.config.chunk
-        first = w.long_min(chunk, each, self.nse)
-        last = w.long_min(w.add(chunk, 1), each, self.nse)
+        lane, _, first, last = self.place(cta)
 
         def add(at: Any, row: list[Any], column: list[Any], values: list[Any]) -> None:
             for i, (r, term) in enumerate(zip(row, self.terms(x, column, values), strict=True)):
