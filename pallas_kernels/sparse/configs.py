@@ -48,7 +48,7 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
             f,
             (sds((10**5,), "float32"), x, entries, entries, indptr),
         )
-    for chunk, dtype in ((128, "float32"), (512, "float32"), (512, "bfloat16")):
+    for chunk, dtype in ((128, "float32"), (256, "float32"), (256, "bfloat16")):
         data, x = sds((10**5,), dtype), sds((1000,), dtype)
         f = functools.partial(vector_matmul, config=VectorConfig(chunk))
         yield f"sparse/vector {chunk} {dtype}", f, (data, x, entries, entries, indptr)
