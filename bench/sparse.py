@@ -361,8 +361,8 @@ def variants_of(a, x):
 
     nse, n = a.nse, x.shape[1] if x.ndim == 2 else 1
     if n == 1:
-        for chunk, past in itertools.product((128, 256, 512), (False, True)):
-            yield f"{chunk}{' past' * past}", vector_matmul, VectorConfig(chunk, past=past)
+        for chunk in (128, 256, 512):
+            yield str(chunk), vector_matmul, VectorConfig(chunk)
         yield "256 twice", vector_matmul, VectorConfig(256, once=False)
         yield "256 long 16", vector_matmul, VectorConfig(256, 16)
         yield "256 long 64", vector_matmul, VectorConfig(256, 64)

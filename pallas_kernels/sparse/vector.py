@@ -34,7 +34,6 @@ class VectorConfig:
       chunk: entries of a warp, a multiple of 128.
       long: entries of a row from which all lanes add it together.
       once: values and places pass L1 by, which is left to x.
-      past: x passes L1 by as well, where it is too large for it.
 
     >>> VectorConfig(chunk=64)
     Traceback (most recent call last):
@@ -45,7 +44,6 @@ class VectorConfig:
     chunk: int = 256
     long: int = 32
     once: bool = True
-    past: bool = False
 
     def __post_init__(self):
         step = w.LANES * EACH
@@ -157,8 +155,7 @@ class Vector:
     def terms(self, x: Any, column: list[Any], values: list[Any]) -> list[Any]:
         """data_e x[column_e]."""
         column = [w.smallest(c, self.shape[1] - 1) for c in column]
-        read = lambda at: w.load_floats(at, 1, self.dtype, self.config.past)[0]
-        taken = [read(w.offset(x, c, self.size)) for c in column]
+        taken = [w.load_floats(w.offset(x, c, self.size), 1, self.dtype)[0] for c in column]
         return [w.arith.mulf(v, t) for v, t in zip(values, taken, strict=True)]
 
     def products(
