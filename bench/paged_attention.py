@@ -5,6 +5,7 @@
     python bench/paged_attention.py --sections check [--rows REGEX]
     python bench/paged_attention.py --sections write [--rows REGEX]
     python bench/paged_attention.py --sections swap
+    python bench/paged_attention.py --sections duel [--rows REGEX]
 
 check   outputs of ragged mixes against a dense f32 reference; every slot that no sequence owns
         holds NaN, tables are padded with ids outside the pool, five runs have to be bitwise equal
@@ -19,6 +20,7 @@ fixed   rows of `large` in the deterministic mode, and its bits: rows alone, amo
 swap    (alone) blocks to pinned host memory and back, beside a plain copy over the same bus
 write   (alone) new keys and values into their slots by one kernel and by XLA, the latter's queries
         and keys rotated by a fusion of their own
+duel    (alone) variants in turns, each checked before its time counts: `paged_duel.py`
 peer    the rows of `large` by JAX's own op (deprecated)
 `--variants` times other configurations too; `--dry` compiles everything for sm_90a without a GPU.
 Writes bench/results/<device>/paged_attention.json, or into $OUT where that is set.
@@ -788,6 +790,12 @@ def main():
     elif sections == ["swap"]:
         swaps(rows)
         write(rows, "swap")
+    elif sections == ["duel"]:
+        sys.modules["paged_attention"] = sys.modules["__main__"]  # one module, one clock
+        import paged_duel
+
+        sds = dry_shapes() if args.dry else jax.ShapeDtypeStruct
+        paged_duel.run(args.rows, args.limit, sds, args.dry, rows)
     else:
         sds = dry_shapes() if args.dry else jax.ShapeDtypeStruct
         timed(sections, args.variants, args.rows, args.limit, sds, args.dry, rows)

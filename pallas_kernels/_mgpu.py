@@ -13,6 +13,7 @@ Calls that move between JAX releases, or that the interpreter lacks, are made in
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -195,7 +196,7 @@ NEXT:
     @done bra LAST;
     div.u32 row, at, {group};
     shl.b32 row, row, 3;
-    bfe.u32 low, at, 7, 3;
+    bfe.u32 low, at, {shift}, 3;
     add.u32 row, row, low;
     rem.u32 row, row, {rows};
     setp.ge.s32 dead, row, $1;
@@ -209,20 +210,23 @@ LAST:
 
 
 def clear_rows(tile, live, interpret: bool) -> None:
-    """A warpgroup zeroes the rows from `live` on of `[parts, rows, columns]` in shared memory.
+    """A warpgroup zeroes the rows from `live` on of `[..., rows, columns]` in shared memory.
 
-    The tiles are `swizzled`, of 16-bit numbers.
+    The tiles are `swizzled` by 128 bytes, or by 64 where those do not divide a row.
     """
-    parts, rows, columns = tile.shape
+    *parts, rows, columns = tile.shape
     if interpret:
-        row = lax.broadcasted_iota(jnp.int32, tile.shape, 1)
+        row = lax.broadcasted_iota(jnp.int32, tile.shape, len(parts))
         tile[...] = jnp.where(row < live, tile[...], jnp.zeros((), tile.dtype))
         return
     from jax.experimental.mosaic import gpu as mgpu
 
-    group = 8 * 2 * columns  # bytes of 8 rows
-    ptx = _CLEAR_ROWS.format(group=group, rows=rows, total=parts * rows // 8 * group)
-    types = (plgpu.RefType(swizzled(tile.dtype)), plgpu.Layout.WG_SPLAT)
+    row_bytes = columns * jnp.dtype(tile.dtype).itemsize
+    swizzle, group = 128 if row_bytes % 128 == 0 else 64, 8 * row_bytes
+    total = math.prod(parts) * rows // 8 * group
+    shift = swizzle.bit_length() - 1
+    ptx = _CLEAR_ROWS.format(group=group, rows=rows, total=total, shift=shift)
+    types = (plgpu.RefType(swizzled(tile.dtype, swizzle)), plgpu.Layout.WG_SPLAT)
 
     @plgpu.inline_mgpu(arg_types=types)
     def emit(_, ref, live):

@@ -19,9 +19,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import MASKED, Ops
 
-from . import quantised
+from . import onebyte, quantised
 from .geometry import LOG2E, Geometry, Scoring
 
 ROWS = plgpu.Layout.WGMMA
@@ -114,6 +115,7 @@ class Columns:
     dtype: Any  # of P and V in their matmul
     out_dtype: Any = None  # of q and the output where that differs
     terms: int = 1  # that queries are split into, one after another in the columns of q
+    direct: bool = False  # V of one byte goes to its matmul as it is (`onebyte`)
 
     @property
     def stored(self) -> Any:
@@ -223,26 +225,25 @@ class Columns:
             return ref[...]
         return plgpu.load(ref, layout=PER_ROW, optimized=False)
 
-    def scores(self, q, k, meanwhile: Callable[[], None] | None = None):
-        """`K Q^T [tile, cols]`, issued and awaited; `meanwhile` runs in between."""
+    def scores(self, q, k, meanwhile: Callable[[], Any] = lambda: None):
+        """`K Q^T [tile, cols]`, issued and awaited, and what `meanwhile` gives in between."""
         ops, cols = self.ops, self.geom.cols
         dtype = jnp.int32 if k.dtype == quantised.INT8 else jnp.float32
 
         def product(acc):
             acc = ops.wgmma(acc, k, q.T)
-            if meanwhile is not None:
-                meanwhile()
-            return ops.load(acc)
+            other = meanwhile()
+            return ops.load(acc), other
 
-        s = ops.with_acc(product, (self.tile, self.terms * cols), dtype=dtype)
+        s, other = ops.with_acc(product, (self.tile, self.terms * cols), dtype=dtype)
         s = s.astype(jnp.float32)
         if self.terms == 1:
-            return s
+            return s, other
         parts = [s[:, j * cols : (j + 1) * cols] for j in range(self.terms)]
         total = parts.pop()
         while parts:
             total = parts.pop() + total * (1.0 / quantised.base(k.dtype))
-        return total
+        return total, other
 
     def widen(self, v, wide):
         """V at 16 bits."""
@@ -263,17 +264,81 @@ class Columns:
         v = jnp.where(v > quantised.SMALLEST, v, jnp.full_like(v, quantised.SMALLEST))
         return k, jnp.log2(v), 1.0 / v
 
+    def with_output(self, f):
+        """`f(O [Hv, cols])`, zeroed: an accumulator, or for `direct` a value that loops carry."""
+        shape = (self.geom.value_dim, self.geom.cols)
+        if self.direct:
+            return f(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), ROWS))
+        return self.ops.with_acc(f, shape)
+
+    def carry(self, acc):
+        """As `Ops.carry`."""
+        return acc if self.direct else self.ops.carry(acc)
+
+    def uncarry(self, acc, carried):
+        """As `Ops.uncarry`."""
+        return carried if self.direct else self.ops.uncarry(acc, carried)
+
+    def output(self, acc):
+        """The value of O once no wgmma is in flight."""
+        return acc if self.direct else self.ops.load(acc)
+
+    def step_direct(self, o, m, sums, refs: TileRefs, first_key, seg: Segment, head, release):
+        """As `step`, with P in terms of V's type; `release` when the tile may be overwritten.
+
+        P is relative to the maximum of its tile, so that few bits are enough: what matters for the
+        tile is not small in it.
+        """
+        ops, dtype, cols = self.ops, refs.v.dtype, self.geom.cols
+        live = seg.context - first_key
+
+        if dtype != quantised.INT8:
+
+            @pl.when(live < self.tile)
+            def _():
+                _mgpu.clear_rows(refs.v, live, ops.interpret)
+                plgpu.commit_smem()
+
+        def meanwhile():
+            return refs.v[...].T if ops.interpret else onebyte.load_transposed(refs.v)
+
+        s, words = self.scores(refs.q, refs.k, meanwhile)
+        k_scale, shift, inverse = self.scales(refs, head)
+        s = self.logits(s, first_key, seg, k_scale, shift)
+        top = self.max(s, refs.scratch)
+        m_new = jnp.maximum(m, top)
+        alpha, beta = jnp.exp2(m - m_new), jnp.exp2(top - m_new)
+        p = jnp.exp2(s - spread(top, s.shape))
+        weight = p if inverse is None else p * spread_rows(inverse, p.shape)
+        sums = sums * spread(alpha, s.shape) + weight * spread(beta, s.shape)
+        if ops.interpret:
+            parts = onebyte.split_weights(p, dtype, self.terms)
+            refs.p[...] = jnp.concatenate(parts, axis=1).T
+        else:
+            onebyte.store_weights(p * onebyte.unit(dtype), refs.p, dtype, self.terms)
+        plgpu.commit_smem()
+        release()
+        if ops.interpret:
+            wide = jnp.int32 if dtype == quantised.INT8 else jnp.float32
+            of = jnp.dot(words.astype(wide), refs.p[...].T.astype(wide))
+        else:
+            of = onebyte.products(words, refs.p, dtype, self.terms * cols)
+        of = onebyte.join_weights(of, cols, dtype, self.terms)
+        beta = beta * (1.0 / onebyte.unit(dtype))
+        o = o * spread(alpha, o.shape) + of * spread(beta, o.shape)
+        return o, m_new, sums
+
     def step(self, acc, m, sums, refs: TileRefs, first_key, seg: Segment, head=None):
         """One tile of keys: `(acc, m, sums)` after it.
 
         With scales the running maximum is that of s + log2(v_scale), so that
         P * v_scale = 2^(s + log2(v_scale) - m) stays within 0..1; the sums take 1 / v_scale back.
         """
-        ops, v, meanwhile = self.ops, refs.v, None
+        ops, v, meanwhile = self.ops, refs.v, lambda: None
         if refs.wide_v is not None:
             v = refs.wide_v
             meanwhile = lambda: self.widen(refs.v, v)
-        s = self.scores(refs.q, refs.k, meanwhile)
+        s, _ = self.scores(refs.q, refs.k, meanwhile)
         k_scale, shift, inverse = self.scales(refs, head)
         s = self.logits(s, first_key, seg, k_scale, shift)
         live = seg.context - first_key

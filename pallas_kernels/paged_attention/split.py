@@ -28,7 +28,7 @@ from pallas_kernels._mgpu import (
     swizzled,
 )
 
-from . import quantised
+from . import onebyte, quantised
 from . import worklist as wl
 from .columns import Columns, Segment, TileRefs, reduce_scratch, spread
 from .explicit import Explicit
@@ -58,6 +58,7 @@ class SplitConfig:
     ctas: int = 2 * HOPPER_SMS
     fixed_chunk: int | None = None
     alone: bool = False
+    direct: bool = False
 
     def __post_init__(self):
         if self.key_tile % 64 or self.key_tile <= 0:
@@ -75,7 +76,8 @@ def smem_bytes(config: SplitConfig, geom: Geometry, pool_bytes: int = 2) -> int:
     h, hv, cols, tile = geom.head_dim, geom.value_dim, geom.cols, config.key_tile
     ring = config.stages * tile * (h + hv) * pool_bytes
     if pool_bytes == 1:
-        ring += tile * hv * 2 + config.stages * 2 * scale_words(geom, tile) * 4
+        ring += config.stages * 2 * scale_words(geom, tile) * 4
+        ring += 0 if config.direct else tile * hv * 2
     terms = 1 if pool_bytes == 2 else 1.5  # of queries, at one byte each
     small = int(query_slots(config) * cols * h * terms + cols * tile + cols * hv) * 2
     return ring + small + 4 * reduce_scratch(cols) + 1024
@@ -132,6 +134,7 @@ def split_attention(
     pages = PageTiles(geom, tile)
     out_dtype = q.dtype if out_dtype is None else out_dtype
     narrow = quantised.is_quantised(k_pool.dtype)
+    direct = narrow and config.direct
     dtype = quantised.compute_dtype(out_dtype, k_pool.dtype)
     sds, smem, swz = jax.ShapeDtypeStruct, plgpu.SMEM, swizzled(dtype)
     as_stored = lambda dim: swizzled(k_pool.dtype, _swizzle(k_pool, dim))
@@ -152,7 +155,9 @@ def split_attention(
         ),
         k=ring(geom.head_dim),
         v=ring(hv),
-        p=smem((cols, tile), dtype, transforms=swz),
+        p=smem((terms * cols, tile), v_pool.dtype)
+        if direct
+        else smem((cols, tile), dtype, transforms=swz),
         o=smem((cols, hv), out_dtype),
         red=smem((reduce_scratch(cols),), jnp.float32),
         q_full=plgpu.Barrier(num_barriers=2),
@@ -160,7 +165,7 @@ def split_attention(
         kv_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         kv_free=plgpu.Barrier(num_barriers=stages),
     )
-    if narrow:
+    if narrow and not direct:
         scratch["wide_v"] = smem((tile, hv), dtype, transforms=swz)
     if scales is not None:
         words = scale_words(geom, tile)
@@ -183,7 +188,7 @@ def split_attention(
     )
     inputs = {name: x for name, x in inputs.items() if x is not None}
     call = _Split(
-        math=Columns(Ops(bool(interpret)), geom, scoring, tile, dtype, out_dtype, terms),
+        math=Columns(Ops(bool(interpret)), geom, scoring, tile, dtype, out_dtype, terms, direct),
         pages=pages,
         config=config,
     )
@@ -318,22 +323,30 @@ class _Split:
                     slot = lax.rem(done + j, jnp.int32(stages))
                     plgpu.barrier_wait(smem.kv_full.at[slot])
                     key = (first_tile + offset + j) * tile
-                    a, m, sums = math.step(
-                        ops.uncarry(acc, a), m, sums, _tile(smem, q_slot, slot), key, seg, head
-                    )
-                    ops.load(a)
-                    if feeder is None:
-                        plgpu.barrier_arrive(smem.kv_free.at[slot])
+
+                    def release():
+                        nonlocal feeder
+                        if feeder is None:
+                            plgpu.barrier_arrive(smem.kv_free.at[slot])
+                        else:
+                            feeder = self.feed(length, feeder, refs, smem)
+
+                    given = (math.uncarry(acc, a), m, sums, _tile(smem, q_slot, slot), key, seg)
+                    if math.direct:
+                        a, m, sums = math.step_direct(*given, head, release)
                     else:
-                        plgpu.commit_smem()  # all four warps are through with the slot
-                        feeder = self.feed(length, feeder, refs, smem)
-                    return m, sums, ops.carry(a), feeder
+                        a, m, sums = math.step(*given, head)
+                        ops.load(a)
+                        if feeder is not None:
+                            plgpu.commit_smem()  # all four warps are through with the slot
+                        release()
+                    return m, sums, math.carry(a), feeder
 
-                carry = (*math.start(), ops.carry(acc), feeder)
+                carry = (*math.start(), math.carry(acc), feeder)
                 m, sums, a, fed = lax.fori_loop(0, n, step, carry)
-                return m, sums, ops.load(ops.uncarry(acc, a)), fed
+                return m, sums, math.output(math.uncarry(acc, a)), fed
 
-            m, sums, o, feeder = ops.with_acc(attend, (geom.value_dim, geom.cols))
+            m, sums, o, feeder = math.with_output(attend)
 
             if feeder is None:
                 plgpu.barrier_arrive(smem.q_free.at[q_slot])
@@ -399,7 +412,11 @@ class _Split:
         """The live columns of `o [Hv, cols]` as rows of the output."""
         geom, group = self.math.geom, self.math.geom.group
         token, tokens = fact[wl.FIRST_TOKEN], fact[wl.NUM_TOKENS]
-        self.math.ops.store_plain(o_s, o.astype(self.math.stored), transpose=True)
+        o = o.astype(self.math.stored)
+        if self.math.direct and not self.math.ops.interpret:
+            onebyte.store_rows(o, o_s)
+        else:
+            self.math.ops.store_plain(o_s, o, transpose=True)
         plgpu.commit_smem()
         for i in range(geom.q_tokens):
             rows = pl.ds(geom.first_column(head) + i * group, group)

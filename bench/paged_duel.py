@@ -1,0 +1,187 @@
+"""Variants of the paged kernels in turns, each held against dense f32 before its time counts.
+
+    python bench/paged_attention.py --sections duel [--rows REGEX] [--limit S] [--dry]
+
+Every variant of a case is compiled, gives its first output, which has to agree with the reference,
+and is then timed in turns with the others, so that clock and neighbours are the same for all: the
+time is the median of the rounds, `cupti` the sum of the kernels of a call.  A variant that fails
+says so and the rest go on.  Names of cases begin with the group: `narrow`, `row`, `chunk`.
+"""
+
+import concurrent.futures
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import paged_attention as bench
+
+from pallas_kernels import paged_attention as pa
+
+ROUNDS = 3
+S = pa.SplitConfig
+NARROW = {
+    "default": None,
+    "a396s4 direct": S(ctas=396, stages=4, alone=True, direct=True),
+    "a528s3 direct": S(ctas=528, stages=3, alone=True, direct=True),
+    "a264s3t128 direct": S(ctas=264, stages=3, key_tile=128, alone=True, direct=True),
+    "c264s6 direct": S(ctas=264, stages=6, direct=True),
+}
+
+
+def decode(name):
+    return [(n, 1) for n in bench.LARGE[name]]
+
+
+def cases():
+    """(case, rows of (context, new), kind of pools, block size, {label: call})."""
+    for name in ("64x4k", "16x32k"):
+        yield f"narrow {name} bf16", decode(name), "bf16", 64, {"default": bench.aidx_call(None)}
+    for kind in bench.NARROW:
+        for name in ("64x4k", "16x32k"):
+            calls = {x: bench.narrow_call(config) for x, config in NARROW.items()}
+            yield f"narrow {name} {kind}", decode(name), kind, 64, calls
+
+
+def program(call):
+    """(q after CALLS more calls, output of the first)."""
+    one = jax.jit(call)
+
+    def run(q, k, v, tabs, lens, indptr):
+        first = one(q, k, v, tabs[0], lens, indptr)
+
+        def rounds(_, q):
+            for t in tabs:
+                q = one(q, k, v, t, lens, indptr)
+            return q
+
+        return jax.lax.fori_loop(0, bench.CALLS // bench.SETS, rounds, first), first
+
+    return jax.jit(run)
+
+
+def error(first, args):
+    """Largest difference from f32, in parts of the largest value, on the outer rows."""
+    q, k, v, tabs, lens, indptr = args
+    scales = {}
+    if isinstance(k, tuple):
+        scales = dict(k_scale=k[1], v_scale=v[1])
+        k, v = k[0], v[0]
+    rows = sorted({0, 1, lens.shape[0] // 2, lens.shape[0] - 1} & set(range(lens.shape[0])))
+    begin, end = np.asarray(indptr[:-1]), np.asarray(indptr[1:])
+    worst = 0.0
+    for r in rows:
+        tokens = np.unique(np.clip([begin[r], begin[r] + 77, end[r] - 1], begin[r], end[r] - 1))
+        for t in tokens:
+            seen = lens[r] - (int(end[r]) - 1 - int(t))
+            ref = reference(q[t : t + 1], k, v, tabs[0][r : r + 1], seen[None], **scales)
+            ref = np.asarray(ref)
+            worst = max(worst, np.abs(np.asarray(first[t], np.float32) - ref).max() / ref.std())
+    return worst
+
+
+@jax.jit
+def reference(q, k, v, table, lens, **scales):
+    return pa.paged_attention_reference(q, k, v, table, lens, jnp.array([0, 1]), **scales)[0][0]
+
+
+def lower(call, rows, size, sds, kind):
+    r, m = len(rows), -(-max(n for n, _ in rows) // size)
+    shape = bench.pool_shape(size, kind)
+    pool = sds(shape, jnp.bfloat16)
+    if kind in bench.NARROW:
+        pool = sds(shape, jnp.dtype(kind)), sds(shape[:3], jnp.float32)
+    i32 = lambda *s: sds(s, jnp.int32)
+    q = sds((sum(n for _, n in rows), bench.N, bench.H), jnp.bfloat16)
+    return program(call).lower(q, pool, pool, [i32(r, m)] * bench.SETS, i32(r), i32(r + 1))
+
+
+def run(pattern, limit, sds, dry, rows_out):
+    """All cases; results are written after each."""
+    threads = concurrent.futures.ThreadPoolExecutor(8)
+    chosen, jobs = [c for c in cases() if re.search(pattern, c[0])], {}
+
+    def start(case):
+        name, rows, kind, size, calls = case
+        for label, call in calls.items():
+            try:
+                lowered = lower(call, rows, size, sds, kind)
+                jobs[name, label] = threads.submit(lowered.compile)
+            except Exception as e:
+                bench.say(name, label, "LOWER FAIL", type(e).__name__, str(e)[:300])
+
+    def lower_ahead():
+        for case in chosen:
+            start(case)
+
+    ahead = threads.submit(lower_ahead)
+    if dry:
+        ahead.result()
+        for (name, label), job in jobs.items():
+            job.result()
+            bench.say(name, label, "compiled")
+        return
+    layout = pools = None
+    for name, rows, kind, size, calls in chosen:
+        if time.time() - bench.T0 > limit:
+            bench.say("out of time before", name)
+            return
+        if layout != (size, kind):
+            layout, pools = (size, kind), None
+            pools = bench.fresh_pools(size, kind)
+            if kind == "bf16":
+                rate = bench.copy_rate(pools[0])
+                bench.say(f"copy {rate:.2f} TB/s")
+                rows_out.append(bench.row("copy", "device", "bandwidth", rate, "TB/s"))
+        args = bench.arguments(rows, size, pools)
+        while len([1 for x in jobs if x[0] == name]) < len(calls) and not ahead.done():
+            time.sleep(0.05)
+        ready = {}
+        for label in calls:
+            if (name, label) not in jobs:
+                continue
+            try:
+                compiled = jobs[name, label].result()
+                _, first = compiled(*args)
+                err = error(first, args)
+                good = bool(err < 0.05)
+                if not good:
+                    bench.say(f"{name:26s} {label:18s} WRONG {err:.4f}")
+                else:
+                    ready[label] = compiled, err
+            except Exception as e:
+                bench.say(name, label, "FAIL", type(e).__name__, str(e)[:300])
+        times = {label: [] for label in ready}
+        for _ in range(ROUNDS):
+            for label, (compiled, _) in ready.items():
+                us = bench.seconds(compiled, args) / (bench.CALLS + 1) * 1e6
+                times[label].append(us)
+        for label, (compiled, err) in ready.items():
+            report(name, rows, kind, label, compiled, args, err, times[label], rows_out)
+        bench.write(rows_out, "paged_duel")
+
+
+def report(name, rows, kind, label, compiled, args, err, times, rows_out):
+    """One line, and rows of the results."""
+    us = sorted(times)[len(times) // 2]
+    text = ""
+    try:
+        scale = bench.CALLS / (bench.CALLS + 1)  # calls of this program against those of the others
+        kernels, parts = bench.cupti(compiled, args)
+        kernels *= scale
+        text = f"cupti {kernels:7.2f} " + " ".join(f"{a}={b * scale:.2f}" for a, b in parts.items())
+        rows_out.append(bench.row(name, label, "kernel time", kernels, "us"))
+    except Exception as e:
+        text = f"cupti FAIL {type(e).__name__}"
+    if name.startswith("chunk"):
+        rate, unit = bench.operations(rows) / us / 1e6, "TFLOP/s"
+    else:
+        bytes_ = (bench.H + 4) * 2 if kind in bench.NARROW else bench.H * 4
+        rate, unit = sum(n for n, _ in rows) * bench.K * bytes_ / us / 1e6, "TB/s"
+    spread = " ".join(f"{t:.1f}" for t in times)
+    bench.say(
+        f"{name:26s} {label:18s} {us:8.2f} us [{spread}] {rate:7.2f} {unit} err {err:.4f} {text}"
+    )
+    rows_out.append(bench.row(name, label, "time", us, "us"))
+    rows_out.append(bench.row(name, label, "rate", rate, unit))
