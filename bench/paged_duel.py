@@ -20,14 +20,17 @@ import paged_attention as bench
 from pallas_kernels import paged_attention as pa
 
 ROUNDS = 3
-S = pa.SplitConfig
+S, P = pa.SplitConfig, pa.PrefillConfig
 NARROW = {
     "default": None,
     "a396s4 direct": S(ctas=396, stages=4, alone=True, direct=True),
     "a528s3 direct": S(ctas=528, stages=3, alone=True, direct=True),
     "a264s3t128 direct": S(ctas=264, stages=3, key_tile=128, alone=True, direct=True),
+    "a396s4 direct fused": S(ctas=396, stages=4, alone=True, direct=True, fused=True),
     "c264s6 direct": S(ctas=264, stages=6, direct=True),
 }
+ROWS = {"default": None, "fused": S(fused=True)}
+CHUNKS = {"default": None, "prefill only": P()}
 
 
 def decode(name):
@@ -42,6 +45,12 @@ def cases():
         for name in ("64x4k", "16x32k"):
             calls = {x: bench.narrow_call(config) for x, config in NARROW.items()}
             yield f"narrow {name} {kind}", decode(name), kind, 64, calls
+    calls = {x: bench.aidx_call(config) for x, config in ROWS.items()}
+    for name in ("64x1k", "64x4k", "32k+255x512"):
+        yield f"row {name}", decode(name), "bf16", 64, calls
+    calls = {x: bench.aidx_call(config, 512) for x, config in CHUNKS.items()}
+    for name in list(bench.CHUNKS)[:2]:
+        yield f"chunk {name}", bench.CHUNKS[name], "bf16", 64, calls
 
 
 def program(call):
@@ -159,6 +168,9 @@ def run(pattern, limit, sds, dry, rows_out):
                 times[label].append(us)
         for label, (compiled, err) in ready.items():
             report(name, rows, kind, label, compiled, args, err, times[label], rows_out)
+        bench.write(rows_out, "paged_duel")
+    if any(name.startswith("chunk") for name, *_ in chosen):
+        bench.dense(rows_out)
         bench.write(rows_out, "paged_duel")
 
 
