@@ -17,9 +17,9 @@ from .geometry import Geometry
 # columns of WorkList.tiles
 FIRST_TOKEN, NUM_TOKENS, POSITION, KEY_TILE, COUNT, CONTEXT, ROW, NEXT = range(8)
 # columns of WorkList.shares; from FACTS on, the row of `tiles` that TILE names
-# MERGE_FROM: first share of the segment that this one ends; TAIL_FROM, TAIL_TO: first and last share
-# of the segment that its last key tile belongs to; ARRIVED: how many parts of the segment that it
-# ends are there, 0 before and after a kernel
+# MERGE_FROM: first share of the segment that this one ends; TAIL_FROM, TAIL_TO: first and last
+# share of the segment that its last key tile belongs to; ARRIVED: how many parts of the segment
+# that it ends are there, 0 before and after a kernel
 LENGTH, TILE, HEAD, OFFSET, MERGE_FROM, TAIL_FROM, TAIL_TO, ARRIVED = range(8)
 FACTS = 8
 
