@@ -23,10 +23,9 @@ ROUNDS = 3
 S, P = pa.SplitConfig, pa.PrefillConfig
 NARROW = {
     "default": None,
-    "a396s4 direct": S(ctas=396, stages=4, alone=True, direct=True),
-    "a264s3t128 direct": S(ctas=264, stages=3, key_tile=128, alone=True, direct=True),
-    "a396s4 direct fused": S(ctas=396, stages=4, alone=True, direct=True, fused=True),
-    "c264s6 direct": S(ctas=264, stages=6, direct=True),
+    "a396s4 fused": S(ctas=396, stages=4, alone=True, fused=True),
+    "a264s3t128": S(ctas=264, stages=3, key_tile=128, alone=True),
+    "c264s6": S(ctas=264, stages=6),
 }
 ROWS = {"default": None, "fused": S(fused=True)}
 CHUNKS = {"default": None, "prefill only": P()}
@@ -38,12 +37,14 @@ def decode(name):
 
 def cases():
     """(case, rows of (context, new), kind of pools, block size, {label: call})."""
-    for name in ("64x4k", "16x32k"):
-        yield f"narrow {name} bf16", decode(name), "bf16", 64, {"default": bench.aidx_call(None)}
-    for kind in bench.NARROW:
+    for size in (64, 16):
         for name in ("64x4k", "16x32k"):
-            calls = {x: bench.narrow_call(config) for x, config in NARROW.items()}
-            yield f"narrow {name} {kind}", decode(name), kind, 64, calls
+            calls = {x: bench.aidx_call(config) for x, config in ROWS.items()}
+            yield f"narrow{size} {name} bf16", decode(name), "bf16", size, calls
+        for kind in bench.NARROW:
+            for name in ("64x4k", "16x32k"):
+                calls = {x: bench.narrow_call(config) for x, config in NARROW.items()}
+                yield f"narrow{size} {name} {kind}", decode(name), kind, size, calls
     calls = {x: bench.aidx_call(config) for x, config in ROWS.items()}
     for name in ("64x1k", "64x4k", "32k+255x512"):
         yield f"row {name}", decode(name), "bf16", 64, calls

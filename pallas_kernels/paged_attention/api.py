@@ -292,11 +292,10 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
     )
     first = work.tiles[:, wl.FIRST_TOKEN]
     out, lse = split.split_attention(
-        *_scaled_queries(call, geom, first),
+        pack_queries(call.q, geom, first),
         *call.pools,
         work,
         config=config,
-        out_dtype=call.q.dtype,
         explicit=_explicit(call, geom, work.tiles, config.key_tile),
         **_scales(call, geom, config.key_tile),
         **call.options(geom, pack_columns),
@@ -305,25 +304,12 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
     return out, lambda: unpack_lse(lse, first, count, geom)
 
 
-def _scaled_queries(call: _Call, geom: Geometry, first: jax.Array):
-    """(packed q, or all its terms, in the dtype of K; packed factor of the scores or None)."""
-    if not quantised.is_quantised(call.k_pool.dtype):
-        return pack_queries(call.q, geom, first), None
-    with jax.named_scope("paged_attention.queries"):
-        terms, factor = quantised.split_terms(call.q, call.k_pool.dtype)
-        factor = factor * call.scoring.scale
-        if call.scales is not None and call.scales[0].ndim == 1:
-            factor = factor * jnp.repeat(call.scales[0].astype(jnp.float32), geom.group)[None]
-        packed = pack_queries(factor[..., None], geom, first)[..., 0]
-        return jnp.concatenate([pack_queries(x, geom, first) for x in terms], axis=2), packed
-
-
 def _scales(call: _Call, geom: Geometry, key_tile: int) -> dict[str, Any]:
-    """The scales as the kernel takes them: `scales` of tokens or `gain` of heads."""
+    """The scales as the kernel takes them: `scales` of tokens or `gains` of heads."""
     if call.scales is None:
         return {}
     if call.scales[0].ndim == 1:
-        return dict(gain=pack_columns(jnp.repeat(call.scales[1], geom.group), geom))
+        return dict(gains=tuple(pack_columns(jnp.repeat(x, geom.group), geom) for x in call.scales))
     pages = PageTiles(geom, key_tile)
     return dict(scales=tuple(pages.pack_scales(x.astype(jnp.float32)) for x in call.scales))
 
@@ -591,7 +577,8 @@ def _candidates(geom: Geometry, pool_dtype: Any) -> list[SplitConfig]:
     if values > 1024 or geom.head_dim > 128:
         return one
     # 168 registers a thread for three CTAs of one warpgroup
-    return [SplitConfig(ctas=3 * HOPPER_SMS, stages=3, alone=True), *one]
+    lone = [SplitConfig(ctas=3 * HOPPER_SMS, stages=s, alone=True) for s in (4, 3)]
+    return [*lone, *one]
 
 
 def _split_config(geom: Geometry, pool_dtype: Any = jnp.bfloat16) -> SplitConfig:

@@ -83,7 +83,6 @@ class TileRefs(NamedTuple):
     v: Any  # [tile, Hv]
     p: Any  # [cols, tile]
     scratch: Any  # of the reductions over the keys
-    wide_v: Any = None  # [tile, Hv] at 16 bits, where v has one byte a value
     k_scale: Any = None  # f32 [tile], or by copies (`quantised.load_rows`)
     v_scale: Any = None
 
@@ -112,15 +111,13 @@ class Columns:
     geom: Geometry
     scoring: Scoring
     tile: int  # keys
-    dtype: Any  # of P and V in their matmul
-    out_dtype: Any = None  # of q and the output where that differs
-    terms: int = 1  # that queries are split into, one after another in the columns of q
-    direct: bool = False  # V of one byte goes to its matmul as it is (`onebyte`)
+    dtype: Any  # of q and the output
+    narrow: Any = None  # dtype of pools of one byte a value
 
     @property
-    def stored(self) -> Any:
-        """dtype of the output."""
-        return self.dtype if self.out_dtype is None else self.out_dtype
+    def terms(self) -> int:
+        """What queries and P are split into, one after another in the columns of q and p."""
+        return 1 if self.narrow is None else quantised.num_terms(self.dtype, self.narrow)
 
     def max(self, x, scratch):
         """Maximum over the keys, `[tile, cols] -> [cols]`."""
@@ -145,7 +142,7 @@ class Columns:
 
     def zero_row(self):
         """Zeros to store as the output of one token and head."""
-        zeros = jnp.zeros((self.geom.value_dim,), self.stored)
+        zeros = jnp.zeros((self.geom.value_dim,), self.dtype)
         return plgpu.layout_cast(zeros, row_layout(self.geom.value_dim))
 
     def full(self, value: float):
@@ -245,12 +242,24 @@ class Columns:
             total = parts.pop() + total * (1.0 / quantised.base(k.dtype))
         return total, other
 
-    def widen(self, v, wide):
-        """V at 16 bits."""
-        layout = plgpu.Layout.WGMMA_UPCAST_4X
-        for at in row_parts(v):
-            x = v[:, at] if self.ops.interpret else plgpu.load(v.at[:, at], layout=layout)
-            wide[:, at] = quantised.convert(x, self.dtype)
+    def split_queries(self, source, target, scratch):
+        """Queries in GMEM -> their terms in SMEM; returns the factor `[cols]` of the scores."""
+        if self.ops.interpret:
+            q = source[...].T.astype(jnp.float32)
+        else:
+            q = onebyte.load_queries(source)
+        factor, inverse = quantised.factor_of(self.max(jnp.maximum(q, -q), scratch), self.narrow)
+        self.store_terms(q * spread(inverse, q.shape), target)
+        plgpu.commit_smem()
+        return factor * self.scoring.scale
+
+    def store_terms(self, x, target):
+        """`[rows, cols]` -> the terms of it, `[terms * cols, rows]`."""
+        if self.ops.interpret:
+            terms = onebyte.split(x, self.narrow, self.terms)
+            target[...] = jnp.concatenate(terms, axis=1).T
+        else:
+            onebyte.store_terms(x, target, self.narrow, self.terms)
 
     def scales(self, refs: TileRefs, head):
         """(scale of each key, log2 of that of each value, its inverse), `[tile]` each or None."""
@@ -265,31 +274,32 @@ class Columns:
         return k, jnp.log2(v), 1.0 / v
 
     def with_output(self, f):
-        """`f(O [Hv, cols])`, zeroed: an accumulator, or for `direct` a value that loops carry."""
+        """`f(O [Hv, cols])`, zeroed: an accumulator, or a value that loops carry."""
         shape = (self.geom.value_dim, self.geom.cols)
-        if self.direct:
+        if self.narrow is not None:
             return f(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), ROWS))
         return self.ops.with_acc(f, shape)
 
     def carry(self, acc):
         """As `Ops.carry`."""
-        return acc if self.direct else self.ops.carry(acc)
+        return acc if self.narrow is not None else self.ops.carry(acc)
 
     def uncarry(self, acc, carried):
         """As `Ops.uncarry`."""
-        return carried if self.direct else self.ops.uncarry(acc, carried)
+        return carried if self.narrow is not None else self.ops.uncarry(acc, carried)
 
     def output(self, acc):
         """The value of O once no wgmma is in flight."""
-        return acc if self.direct else self.ops.load(acc)
+        return acc if self.narrow is not None else self.ops.load(acc)
 
-    def step_direct(self, o, m, sums, refs: TileRefs, first_key, seg: Segment, head, release):
+    def step_narrow(self, o, m, sums, refs: TileRefs, first_key, seg: Segment, head, release):
         """As `step`, with P in terms of V's type; `release` when the tile may be overwritten.
 
         P is relative to the maximum of its tile, so that few bits are enough: what matters for the
-        tile is not small in it.
+        tile is not small in it.  With scales the maxima are those of s + log2(v_scale), so that
+        P * v_scale = 2^(s + log2(v_scale) - m) stays within 0..1; the sums take 1 / v_scale back.
         """
-        ops, dtype, cols = self.ops, refs.v.dtype, self.geom.cols
+        ops, dtype, cols = self.ops, self.narrow, self.geom.cols
         live = seg.context - first_key
 
         if dtype != quantised.INT8:
@@ -311,11 +321,7 @@ class Columns:
         p = jnp.exp2(s - spread(top, s.shape))
         weight = p if inverse is None else p * spread_rows(inverse, p.shape)
         sums = sums * spread(alpha, s.shape) + weight * spread(beta, s.shape)
-        if ops.interpret:
-            parts = onebyte.split_weights(p, dtype, self.terms)
-            refs.p[...] = jnp.concatenate(parts, axis=1).T
-        else:
-            onebyte.store_weights(p * onebyte.unit(dtype), refs.p, dtype, self.terms)
+        self.store_terms(p * onebyte.unit(dtype), refs.p)
         plgpu.commit_smem()
         release()
         if ops.interpret:
@@ -323,32 +329,22 @@ class Columns:
             of = jnp.dot(words.astype(wide), refs.p[...].T.astype(wide))
         else:
             of = onebyte.products(words, refs.p, dtype, self.terms * cols)
-        of = onebyte.join_weights(of, cols, dtype, self.terms)
+        of = onebyte.join(of, cols, dtype, self.terms)
         beta = beta * (1.0 / onebyte.unit(dtype))
         o = o * spread(alpha, o.shape) + of * spread(beta, o.shape)
         return o, m_new, sums
 
-    def step(self, acc, m, sums, refs: TileRefs, first_key, seg: Segment, head=None):
-        """One tile of keys: `(acc, m, sums)` after it.
-
-        With scales the running maximum is that of s + log2(v_scale), so that
-        P * v_scale = 2^(s + log2(v_scale) - m) stays within 0..1; the sums take 1 / v_scale back.
-        """
-        ops, v, meanwhile = self.ops, refs.v, lambda: None
-        if refs.wide_v is not None:
-            v = refs.wide_v
-            meanwhile = lambda: self.widen(refs.v, v)
-        s, _ = self.scores(refs.q, refs.k, meanwhile)
-        k_scale, shift, inverse = self.scales(refs, head)
-        s = self.logits(s, first_key, seg, k_scale, shift)
+    def step(self, acc, m, sums, refs: TileRefs, first_key, seg: Segment):
+        """One tile of keys: `(acc, m, sums)` after it."""
+        ops, v = self.ops, refs.v
+        s, _ = self.scores(refs.q, refs.k)
+        s = self.logits(s, first_key, seg)
         live = seg.context - first_key
-        if refs.v.dtype != quantised.INT8:
-            pl.when(live < self.tile)(lambda: clear_rows(v, live, ops.interpret))
+        pl.when(live < self.tile)(lambda: clear_rows(v, live, ops.interpret))
         m_new = jnp.maximum(m, self.max(s, refs.scratch))
         alpha = jnp.exp2(m - m_new)
         p = jnp.exp2(s - spread(m_new, s.shape))
-        weight = p if inverse is None else p * spread_rows(inverse, p.shape)
-        sums = sums * spread(alpha, s.shape) + weight
+        sums = sums * spread(alpha, s.shape) + p
         ops.store_transposed(refs.p, p.astype(self.dtype))
         plgpu.commit_smem()
         o = ops.load(acc)

@@ -21,6 +21,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels._mgpu import swizzled
 
@@ -39,20 +40,17 @@ def swizzle_of(row_bytes: int) -> int:
     return 128 if row_bytes % 128 == 0 else 64
 
 
-def split_weights(p: jax.Array, dtype: Any, terms: int) -> list[jax.Array]:
-    """P in 0..1 -> terms in `dtype`: p * unit = sum_j term_j / base^j, in plain jnp."""
-    rest, out = p * unit(dtype), []
+def split(x: jax.Array, dtype: Any, terms: int) -> list[jax.Array]:
+    """x f32 -> terms in `dtype`: x = sum_j term_j / base^j, in plain jnp."""
+    out = []
     for _ in range(terms):
-        if dtype == quantised.INT8:
-            term = jnp.round(rest)
-        else:
-            term = rest.astype(dtype).astype(jnp.float32)
-        out.append(term.astype(dtype))
-        rest = (rest - term) * quantised.base(dtype)
+        whole = jnp.round(x) if dtype == quantised.INT8 else x
+        out.append(lax.optimization_barrier(whole.astype(dtype)))  # XLA may skip cast pairs
+        x = (x - out[-1].astype(jnp.float32)) * quantised.base(dtype)
     return out
 
 
-def join_weights(o: jax.Array, cols: int, dtype: Any, terms: int) -> jax.Array:
+def join(o: jax.Array, cols: int, dtype: Any, terms: int) -> jax.Array:
     """`[Hv, terms * cols]` of `products` -> `[Hv, cols]` f32, still times `unit`."""
     parts = [o[:, j * cols : (j + 1) * cols] for j in range(terms)]
     if terms == 1:
@@ -103,16 +101,20 @@ def load_ptx(hv: int, tile: int) -> tuple[str, int]:
     return "{\n" + "\n".join(lines) + "\n}", count
 
 
-def store_ptx(tile: int, cols: int, dtype: Any, terms: int, row: int, column: int) -> str:
-    """PTX: rows `64 * row` and columns `8 * column` on of P, of 4 values, base and thread."""
-    swizzle = swizzle_of(tile)
-    term = cols * swizzle  # bytes of a term
+def store_ptx(width: int, cols: int, dtype: Any, terms: int, row: int, column: int) -> str:
+    """PTX: terms of 4 values from row `64 * row` and column `8 * column` on.
+
+    Operands are the values, the base and the thread; a column becomes a row of `width` bytes.
+    """
+    swizzle = swizzle_of(width)
+    across, flip = divmod(64 * row, swizzle)
+    offset = across * 8 * swizzle + column * 8 * width
     lines = [
         _place(swizzle, "$5"),
         ".reg .b32 i<4>; .reg .b16 b<2>; .reg .f32 y<4>, z<4>; .reg .f16 h<4>;",
-        f"xor.b32 a, a, {64 * row};",
-        f"bfe.u32 t, l, 3, 1; mad.lo.u32 a, t, {term if terms > 1 else 0}, a;",
-        f"add.u32 a, a, $4; add.u32 a, a, {column * 8 * swizzle};",
+        f"xor.b32 a, a, {flip};",
+        f"bfe.u32 t, l, 3, 1; mad.lo.u32 a, t, {cols * width if terms > 1 else 0}, a;",
+        f"add.u32 a, a, $4; add.u32 a, a, {offset};",
         *(f"mov.f32 y{i}, ${i};" for i in range(4)),
     ]
     for j in range(terms):
@@ -120,7 +122,7 @@ def store_ptx(tile: int, cols: int, dtype: Any, terms: int, row: int, column: in
     to = "stmatrix.sync.aligned.m8n8.{}.trans.shared.b16 [a+{}], {{{}}};"
     lines.append(to.format("x2", 0, "x0, x1") if terms > 1 else to.format("x1", 0, "x0"))
     if terms == 3:
-        lines.append(to.format("x1", 2 * term, "x2"))
+        lines.append(to.format("x1", 2 * cols * width, "x2"))
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -213,7 +215,7 @@ def load_transposed(v: Any) -> jax.Array:
     Four keys a word.  The layout says how many registers there are, not what they mean.
     """
     tile, hv = v.shape
-    shape, ref_type = (hv, tile // 4), plgpu.RefType(swizzled(v.dtype, swizzle_of(hv)))
+    shape, ref_type = (hv, tile // 4), plgpu.RefType(_transforms(v))
     result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.int32), layout=ROWS)
 
     @plgpu.inline_mgpu(arg_types=(ref_type,), return_type=result)
@@ -229,32 +231,38 @@ def load_transposed(v: Any) -> jax.Array:
     return emit(v)  # pyright: ignore[reportCallIssue]
 
 
-def store_weights(p: jax.Array, ref: Any, dtype: Any, terms: int) -> None:
-    """P f32 `[tile, cols]`, times `unit` -> its terms, `[terms * cols, tile]` bytes, swizzled."""
-    tile, cols = p.shape
-    if tile > swizzle_of(tile):
-        raise NotImplementedError(f"tiles of {tile} keys are more than a swizzled row")
+def store_terms(x: jax.Array, ref: Any, dtype: Any, terms: int) -> None:
+    """`[rows, cols]` f32 -> `[terms * cols, rows]` bytes in swizzled SMEM, `split`'s terms of it.
 
-    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType()))
+    Rows are permuted on the way: those of a lane, i and i + 8, become neighbours.
+    """
+    rows, cols = x.shape
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType(_transforms(ref))))
     def emit(_, values, ref):
         from jax.experimental.mosaic.gpu import utils
 
-        for row, column in np.ndindex(tile // 64, cols // 8):
+        for row, column in np.ndindex(rows // 64, cols // 8):
             args = [*_singles(values.registers[row, column]), utils.memref_ptr(ref)]
-            ptx = store_ptx(tile, cols, dtype, terms, row, column)
+            ptx = store_ptx(rows, cols, dtype, terms, row, column)
             utils.inline_ptx(ptx, *args, utils.thread_idx(), has_side_effects=True)
 
-    emit(p, ref)  # pyright: ignore[reportCallIssue]
+    emit(x, ref)  # pyright: ignore[reportCallIssue]
+
+
+def _transforms(ref: Any) -> tuple[Any, ...]:
+    """Those of a tile of bytes."""
+    return swizzled(ref.dtype, swizzle_of(ref.shape[-1]))
 
 
 def products(words: jax.Array, ref: Any, dtype: Any, cols: int) -> jax.Array:
-    """`V^T P^T [Hv, cols]`, rows permuted, i32 or f32, of `load_transposed` and `store_weights`."""
+    """`V^T P^T [Hv, cols]`, rows permuted, i32 or f32, of `load_transposed` and `store_terms`."""
     hv, tile = words.shape[0], words.shape[1] * 4
     integer = dtype == quantised.INT8
     kind = jnp.dtype(jnp.int32 if integer else jnp.float32)
     result = plgpu.ShapeDtypeStruct((hv, cols), kind, layout=ROWS)
 
-    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType()), return_type=result)
+    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType(_transforms(ref))), return_type=result)
     def emit(_, words, ref):
         from jax.experimental.mosaic.gpu import utils
         from jaxlib.mlir import ir
@@ -267,33 +275,61 @@ def products(words: jax.Array, ref: Any, dtype: Any, cols: int) -> jax.Array:
     return emit(words, ref)  # pyright: ignore[reportCallIssue]
 
 
-def store_rows(o: jax.Array, ref: Any) -> None:
-    """O `[Hv, cols]` of `products`, rows permuted -> plain SMEM `[cols, Hv]` in order."""
+def load_queries(ref: Any) -> jax.Array:
+    """Queries `[cols, H]` of 16 bits in GMEM -> f32 `[H, cols]`, rows permuted as by `products`."""
+    cols, h = ref.shape
+    result = plgpu.ShapeDtypeStruct((h, cols), jnp.dtype(jnp.float32), layout=ROWS)
 
-    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType()))
-    def emit(_, values, ref):
-        from jax.experimental.mosaic import gpu as mgpu
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
+    def emit(_, source):
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, vector
 
-        hv, cols = o.shape
-        index, kind = ir.IndexType.get(), values.mlir_dtype
-        thread = arith.index_cast(index, mgpu.utils.thread_idx())
-        const = lambda x: arith.constant(index, x)
-        lane = arith.remui(thread, const(32))
-        warp = arith.remui(arith.divui(thread, const(32)), const(4))
-        row = arith.muli(arith.divui(lane, const(4)), const(2))
-        row = arith.addi(row, arith.muli(warp, const(16)))
-        column = arith.muli(arith.remui(lane, const(4)), const(2))
-        pair = ir.VectorType.get((2,), kind)
+        pair = ir.VectorType.get((2,), ir.MemRefType(source.type).element_type)
+        f32, values = ir.F32Type.get(), []
+        for at in np.ndindex(h // 64, cols // 8):
+            own = [_singles(np.array(vector.load(pair, source, _where(at, i)))) for i in range(2)]
+            order = (own[0][0], own[1][0], own[0][1], own[1][1])
+            values += [arith.extf(f32, x) for x in order]
+        return _pairs(values, (h, cols), None)
+
+    return emit(ref)  # pyright: ignore[reportCallIssue]
+
+
+def _where(at: tuple[int, ...], column: int) -> list:
+    """[column, dim] of the pair of dims that this thread's tile `at` has in its `column` of 2."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+
+    index = ir.IndexType.get()
+    const = lambda x: arith.constant(index, x)
+    thread = arith.index_cast(index, utils.thread_idx())
+    lane = arith.remui(thread, const(32))
+    warp = arith.remui(arith.divui(thread, const(32)), const(4))
+    dim = arith.muli(arith.divui(lane, const(4)), const(2))
+    dim = arith.addi(dim, arith.muli(warp, const(16)))
+    first = arith.muli(arith.remui(lane, const(4)), const(2))
+    return [
+        arith.addi(first, const(8 * at[1] + column)),
+        arith.addi(dim, const(64 * at[0])),
+    ]
+
+
+def store_rows(o: jax.Array, ref: Any) -> None:
+    """O `[Hv, cols]` of `products`, rows permuted -> plain SMEM `[cols, Hv]` in order."""
+    hv, cols = o.shape
+
+    @plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType()))
+    def emit(_, values, ref):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import vector
+
+        pair = ir.VectorType.get((2,), values.mlir_dtype)
         for at in np.ndindex(hv // 64, cols // 8):
             own = _singles(values.registers[at])
             for i in range(2):
                 words = vector.from_elements(pair, [own[i], own[i + 2]])
-                where = [
-                    arith.addi(column, const(8 * at[1] + i)),
-                    arith.addi(row, const(64 * at[0])),
-                ]
-                vector.store(words, ref, where)
+                vector.store(words, ref, _where(at, i))
 
     emit(o, ref)  # pyright: ignore[reportCallIssue]

@@ -58,31 +58,22 @@ def base(pool_dtype: Any) -> float:
     return 16.0 if jnp.dtype(pool_dtype) == E4M3 else 128.0
 
 
-def split_terms(q: jax.Array, pool_dtype: Any) -> tuple[list[jax.Array], jax.Array]:
-    """q `[T, N, H]` -> (terms in `pool_dtype`, factor `[T, N]`): q = factor * sum_j term_j / b^j.
+def factor_of(top: jax.Array, pool_dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """(factor, 1 / factor) by which queries of at most `top` become numbers that terms hold.
 
-    >>> q = jnp.array([[[3e38, 1.7578125, -3.1e38]]], jnp.bfloat16)
-    >>> (high, low), factor = split_terms(q, jnp.float8_e4m3fn)
-    >>> x = (high.astype(jnp.float32) + low.astype(jnp.float32) / 16) * factor[..., None]
-    >>> bool(x[0, 0, 0] == q[0, 0, 0]), bool(x[0, 0, 2] == q[0, 0, 2])
-    (True, True)
+    Of e4m3 a power of two, so that nothing is lost.
+
+    >>> [float(x) for x in factor_of(jnp.float32(3.0), jnp.float8_e4m3fn)]
+    [0.0625, 16.0]
     """
-    values, largest = q.astype(jnp.float32), 64.0 if jnp.dtype(pool_dtype) == E4M3 else 127.0
-    top = jnp.max(jnp.abs(values), axis=-1)
-    if jnp.dtype(pool_dtype) == E4M3:
-        _, e = jnp.frexp(top)  # a power of two, so that nothing is lost
-        factor = jnp.ldexp(jnp.float32(1), jnp.clip(e, -119, 127)) / largest
-    else:
-        factor = jnp.maximum(top, 2.0**-110) / largest
-    rest, terms = values / factor[..., None], []
-    for _ in range(num_terms(q.dtype, pool_dtype)):
-        # not by a cast there and back: XLA may leave both out, and then nothing would be left over
-        term = (
-            jnp.round(rest) if jnp.dtype(pool_dtype) == INT8 else lax.reduce_precision(rest, 4, 3)
-        )
-        terms.append(term.astype(pool_dtype))
-        rest = (rest - term) * base(pool_dtype)
-    return terms, factor
+    if jnp.dtype(pool_dtype) == INT8:
+        top = jnp.maximum(top, 2.0**-110)
+        return top * (1.0 / 127.0), 127.0 / top
+    one = 1 << 23  # the exponent's unit
+    bits = lax.bitcast_convert_type(top, jnp.int32) & (255 * one)
+    bits = jnp.minimum(jnp.maximum(bits + one, 8 * one), 253 * one)
+    number = lambda x: lax.bitcast_convert_type(x, jnp.float32)
+    return number(bits) * (1.0 / 64.0), number(254 * one - bits) * 64.0
 
 
 def convert(x: jax.Array, dtype: Any) -> jax.Array:

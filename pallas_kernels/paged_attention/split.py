@@ -58,7 +58,6 @@ class SplitConfig:
     ctas: int = 2 * HOPPER_SMS
     fixed_chunk: int | None = None
     alone: bool = False
-    direct: bool = False
     fused: bool = False
 
     def __post_init__(self):
@@ -78,9 +77,10 @@ def smem_bytes(config: SplitConfig, geom: Geometry, pool_bytes: int = 2) -> int:
     ring = config.stages * tile * (h + hv) * pool_bytes
     if pool_bytes == 1:
         ring += config.stages * 2 * scale_words(geom, tile) * 4
-        ring += 0 if config.direct else tile * hv * 2
-    terms = 1 if pool_bytes == 2 else 1.5  # of queries, at one byte each
-    small = int(query_slots(config) * cols * h * terms + cols * tile + cols * hv) * 2
+    if pool_bytes == 1:  # queries and P in up to three terms
+        small = 3 * cols * (h + tile) + cols * hv * 2
+    else:
+        small = (query_slots(config) * cols * h + cols * tile + cols * hv) * 2
     return ring + small + 4 * reduce_scratch(cols) + 1024
 
 
@@ -105,7 +105,6 @@ def _check(config: SplitConfig, geom: Geometry, pool_dtype: Any) -> None:
 
 def split_attention(
     q: jax.Array,
-    factor: jax.Array | None,
     k_pool: jax.Array,
     v_pool: jax.Array,
     block_tables: jax.Array,
@@ -114,35 +113,31 @@ def split_attention(
     geom: Geometry,
     scoring: Scoring,
     config: SplitConfig,
-    out_dtype: Any = None,
     slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
-    gain: jax.Array | None = None,
+    gains: tuple[jax.Array, jax.Array] | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,
     explicit: Explicit | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Output `[T, K, G, Hv]` and base-2 log-sum-exp by column, f32 `[U, K, cols]`.
 
-    `q` is packed (`pack_queries`); for one-byte pools its columns are those of all terms of the
-    queries (`quantised.split_terms`), and `factor`, of the scores, is packed too.  `slopes`,
-    `sinks` and `gain`, of the values, are f32 `[blocks, cols]` (`pack_columns`).  `scales` are
-    those of K and V, packed by `pages.pack_scales`.
+    `q` is packed (`pack_queries`).  `slopes`, `sinks` and, for one-byte pools with a scale per
+    head, the two `gains` (of scores and values) are f32 `[blocks, cols]` (`pack_columns`).
+    `scales` of tokens are those of K and V, packed by `pages.pack_scales`.
     """
     _check(config, geom, k_pool.dtype)
     cols, hv, ctas = geom.cols, geom.value_dim, num_shares(config, geom)
     tile, stages, u = config.key_tile, config.stages, work.tiles.shape[0]
     pages = PageTiles(geom, tile)
-    out_dtype = q.dtype if out_dtype is None else out_dtype
-    narrow = quantised.is_quantised(k_pool.dtype)
-    direct = narrow and config.direct
-    dtype = quantised.compute_dtype(out_dtype, k_pool.dtype)
-    sds, smem, swz = jax.ShapeDtypeStruct, plgpu.SMEM, swizzled(dtype)
-    as_stored = lambda dim: swizzled(k_pool.dtype, _swizzle(k_pool, dim))
-    ring = lambda dim: smem((stages, tile, dim), k_pool.dtype, transforms=as_stored(dim))
-    terms = q.shape[2] // cols
+    narrow = k_pool.dtype if quantised.is_quantised(k_pool.dtype) else None
+    math = Columns(Ops(bool(interpret)), geom, scoring, tile, q.dtype, narrow)
+    sds, smem, terms = jax.ShapeDtypeStruct, plgpu.SMEM, math.terms
+    swz = lambda dim: swizzled(k_pool.dtype, _swizzle(k_pool, dim))
+    ring = lambda dim: smem((stages, tile, dim), k_pool.dtype, transforms=swz(dim))
+    rows = lambda dim: smem((terms * cols, dim), k_pool.dtype, transforms=swz(dim))
     out_type = (
-        sds((geom.num_tokens, geom.num_kv_heads, geom.group, hv), out_dtype),
+        sds((geom.num_tokens, geom.num_kv_heads, geom.group, hv), q.dtype),
         sds((u, geom.num_kv_heads, cols), jnp.float32),
         sds((ctas, 2, hv, cols), jnp.float32),
         sds((ctas, 2, cols), jnp.float32),
@@ -150,16 +145,14 @@ def split_attention(
     copies = (2 if scales is None else 4) * pages.per_tile
     scratch = dict(
         q=smem(
-            (query_slots(config), terms * cols, geom.head_dim),
-            q.dtype,
-            transforms=as_stored(geom.head_dim) if narrow else swz,
+            (query_slots(config) if narrow is None else 1, terms * cols, geom.head_dim),
+            k_pool.dtype,
+            transforms=swz(geom.head_dim),
         ),
         k=ring(geom.head_dim),
         v=ring(hv),
-        p=smem((terms * cols, tile), v_pool.dtype)
-        if direct
-        else smem((cols, tile), dtype, transforms=swz),
-        o=smem((cols, hv), out_dtype),
+        p=rows(tile),
+        o=smem((cols, hv), q.dtype),
         red=smem((reduce_scratch(cols),), jnp.float32),
         q_full=plgpu.Barrier(num_barriers=2),
         q_free=plgpu.Barrier(num_barriers=2),
@@ -169,8 +162,6 @@ def split_attention(
     fused = config.fused and not interpret
     if fused:
         scratch["arrived"] = smem((8,), jnp.int32)
-    if narrow and not direct:
-        scratch["wide_v"] = smem((tile, hv), dtype, transforms=swz)
     if scales is not None:
         words = scale_words(geom, tile)
         scratch["k_scale"] = scratch["v_scale"] = smem((stages, words), jnp.float32)
@@ -184,18 +175,14 @@ def split_attention(
         dead=work.dead,
         slopes=slopes,
         sinks=sinks,
-        gain=gain,
-        factor=factor,
+        k_gain=None if gains is None else gains[0],
+        gain=None if gains is None else gains[1],
         k_scale=None if scales is None else scales[0],
         v_scale=None if scales is None else scales[1],
         **({} if explicit is None else explicit._asdict()),
     )
     inputs = {name: x for name, x in inputs.items() if x is not None}
-    call = _Split(
-        math=Columns(Ops(bool(interpret)), geom, scoring, tile, dtype, out_dtype, terms, direct),
-        pages=pages,
-        config=config,
-    )
+    call = _Split(math, pages, config)
 
     def body(*refs):
         given, refs = refs[: len(inputs)], refs[len(inputs) :]
@@ -234,7 +221,7 @@ def split_attention(
         plgpu.kernel(
             combine,
             out_type=(),
-            scratch_types=(smem((cols, hv), out_dtype),),
+            scratch_types=(smem((cols, hv), q.dtype),),
             grid=(ctas,),
             grid_names=("cta",),
             interpret=interpret_params(interpret),
@@ -334,7 +321,7 @@ def _tile(smem: Namespace, q_slot, slot) -> TileRefs:
     """Ring slot `slot` against the queries of `q_slot`."""
     at = lambda ref: None if ref is None else ref.at[slot]
     own = (smem.q.at[q_slot], at(smem.k), at(smem.v), smem.p, smem.red)
-    return TileRefs(*own, smem.wide_v, at(smem.k_scale), at(smem.v_scale))
+    return TileRefs(*own, at(smem.k_scale), at(smem.v_scale))
 
 
 def _facts_of(tiles_ref, u):
@@ -385,11 +372,15 @@ class _Split:
             (done, u, head, offset, seen, fact), feeder = carry
             count, first_tile = fact[wl.COUNT], fact[wl.KEY_TILE]
             n = lax.min(count - offset, length - done)
-            q_slot = seen & (query_slots(self.config) - 1)
-            if feeder is not None:
-                self.load_q(refs, smem, u, head, q_slot, fact[wl.FIRST_TOKEN])
             seg = self.segment(refs, u, head, fact)
-            plgpu.barrier_wait(smem.q_full.at[q_slot])
+            if math.narrow is not None:
+                q_slot = 0
+                seg = self.split_queries(refs, smem, u, head, fact, seg)
+            else:
+                q_slot = seen & (query_slots(self.config) - 1)
+                if feeder is not None:
+                    self.load_q(refs, smem, u, head, q_slot, fact[wl.FIRST_TOKEN])
+                plgpu.barrier_wait(smem.q_full.at[q_slot])
 
             def attend(acc):
                 def step(j, carry):
@@ -406,10 +397,10 @@ class _Split:
                             feeder = self.feed(length, feeder, refs, smem)
 
                     given = (math.uncarry(acc, a), m, sums, _tile(smem, q_slot, slot), key, seg)
-                    if math.direct:
-                        a, m, sums = math.step_direct(*given, head, release)
+                    if math.narrow is not None:
+                        a, m, sums = math.step_narrow(*given, head, release)
                     else:
-                        a, m, sums = math.step(*given, head)
+                        a, m, sums = math.step(*given)
                         ops.load(a)
                         if feeder is not None:
                             plgpu.commit_smem()  # all four warps are through with the slot
@@ -422,7 +413,7 @@ class _Split:
 
             m, sums, o, feeder = math.with_output(attend)
 
-            if feeder is None:
+            if feeder is None and math.narrow is None:
                 plgpu.barrier_arrive(smem.q_free.at[q_slot])
             o, lse = math.finish(m, sums, o, smem.red)
             ended = offset + n == count
@@ -448,9 +439,6 @@ class _Split:
         seg = Segment(fact[wl.POSITION], fact[wl.CONTEXT])
         if refs.slopes is not None:
             seg = seg._replace(slopes=math.load(refs.slopes.at[block]))
-        if refs.factor is not None:
-            index = u if geom.q_tokens > 1 else fact[wl.FIRST_TOKEN]
-            seg = seg._replace(factor=math.load(refs.factor.at[index, block]))
         if refs.query_positions is None:
             return seg
         return seg._replace(
@@ -459,6 +447,15 @@ class _Split:
             old=refs.old[fact[wl.ROW]],
             new_keys=refs.new_keys.at[u],
         )
+
+    def split_queries(self, refs: Namespace, smem: Namespace, u, head, fact, seg: Segment):
+        """The segment's queries as terms in shared memory; their factor joins what it says."""
+        geom = self.math.geom
+        block, index = geom.column_block(head), u if geom.q_tokens > 1 else fact[wl.FIRST_TOKEN]
+        factor = self.math.split_queries(refs.q.at[index, block], smem.q.at[0], smem.red)
+        if refs.k_gain is not None:
+            factor = factor * self.math.load(refs.k_gain.at[block])
+        return seg._replace(factor=factor)
 
     def last_factors(self, refs: Namespace, head):
         """(sinks, gain) of a KV head's columns."""
@@ -505,8 +502,8 @@ class _Split:
         """The live columns of `o [Hv, cols]` as rows of the output."""
         geom, group = self.math.geom, self.math.geom.group
         token, tokens = fact[wl.FIRST_TOKEN], fact[wl.NUM_TOKENS]
-        o = o.astype(self.math.stored)
-        if self.math.direct and not self.math.ops.interpret:
+        o = o.astype(self.math.dtype)
+        if self.math.narrow is not None and not self.math.ops.interpret:
             onebyte.store_rows(o, o_s)
         else:
             self.math.ops.store_plain(o_s, o, transpose=True)
@@ -536,7 +533,8 @@ class _Split:
                 pl.when(seen >= 2)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                 self.load_q(refs, smem, u, head, slot, fact[wl.FIRST_TOKEN])
 
-            pl.when((offset == 0) | (i == 0))(load_q)
+            if self.math.narrow is None:
+                pl.when((offset == 0) | (i == 0))(load_q)
             pl.when(i >= stages)(
                 lambda: plgpu.barrier_wait(kv_free.at[lax.rem(i, jnp.int32(stages))])
             )
@@ -551,6 +549,9 @@ class _Split:
         @pl.loop(lax.max(length - stages, 0), length)
         def _(i):
             plgpu.barrier_wait(kv_free.at[lax.rem(i, jnp.int32(stages))])
+
+        if self.math.narrow is not None:
+            return
 
         @pl.loop(lax.max(seen - 2, 0), jnp.where(length > 0, seen, 0))
         def _(x):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import paged_attention as pa
-from pallas_kernels.paged_attention import quantised
+from pallas_kernels.paged_attention import onebyte, quantised
 from pallas_kernels.paged_attention import worklist as wl
 from pallas_kernels.paged_attention.geometry import Geometry
 
@@ -218,13 +218,19 @@ def test_a_chunk_with_fixed_scales(capfd):
 
 def test_queries_are_whole_in_terms_of_one_byte():
     """Whatever XLA may leave out: two terms of e4m3 hold a bf16, compiled or not."""
-    q = jax.random.normal(jax.random.key(0), (64, 4, 128), jnp.bfloat16)
-    for dtype, error in ((jnp.float8_e4m3fn, 2.0**-15), (jnp.int8, 2.0**-14)):
-        terms, factor = jax.jit(quantised.split_terms, static_argnums=1)(q, jnp.dtype(dtype))
-        parts = [t.astype(jnp.float32) / quantised.base(dtype) ** i for i, t in enumerate(terms)]
-        whole = sum(parts) * factor[..., None]
-        top = jnp.abs(q.astype(jnp.float32)).max(-1, keepdims=True)
-        assert (jnp.abs(whole - q.astype(jnp.float32)) <= error * top).all()
+    q = jax.random.normal(jax.random.key(0), (64, 128), jnp.bfloat16)
+    q = q.at[0, :3].set(jnp.array([3e38, 1.7578125, -3.1e38])).astype(jnp.float32)
+
+    def terms(q, dtype):
+        top = jnp.abs(q).max(-1, keepdims=True)
+        factor, inverse = quantised.factor_of(top, dtype)
+        parts = onebyte.split(q * inverse, dtype, 2)
+        weighed = [t.astype(jnp.float32) / quantised.base(dtype) ** i for i, t in enumerate(parts)]
+        return sum(weighed) * factor
+
+    for dtype, error in ((quantised.E4M3, 2.0**-15), (quantised.INT8, 2.0**-14)):
+        whole = jax.jit(terms, static_argnums=1)(q, dtype)
+        assert (jnp.abs(whole - q) <= error * jnp.abs(q).max(-1, keepdims=True)).all()
 
 
 def test_fixed_scales_of_heads(capfd):

@@ -1,0 +1,254 @@
+"""The PTX of one-byte products, run by a small emulator: which byte ends up where.
+
+The interpreter of Pallas does the same by plain arrays and sees none of these permutations.
+"""
+
+import re
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.paged_attention import onebyte, quantised
+
+E4M3 = ml_dtypes.float8_e4m3fn
+THREAD = np.arange(128)
+LANE, WARP = THREAD % 32, THREAD // 32
+V_BASE, Q_BASE = 0, 1 << 16  # of tiles in the emulated shared memory
+
+
+class Machine:
+    """128 threads: registers by name, shared memory as bytes."""
+
+    def __init__(self, memory, **operands):
+        self.memory, self.registers = memory, operands
+
+    def run(self, ptx):
+        for line in ptx.strip()[1:-1].split(";"):
+            words = " ".join(line.split())
+            if " " not in words or words.startswith(".reg"):
+                continue
+            name, rest = words.split(" ", 1)
+            given = [x.strip() for x in re.split(r",(?![^{]*})", rest)]
+            parts = name.split(".")
+            methods = ("_".join(parts[:2]), parts[0])
+            next(getattr(self, m) for m in methods if hasattr(self, m))(name, *given)
+
+    def value(self, x):
+        if x.startswith("$"):
+            x = "o" + x[1:]
+        if x in self.registers:
+            return self.registers[x]
+        if x.startswith("0f"):
+            return np.full(128, np.uint32(int(x[2:], 16)).view(np.float32))
+        return np.full(128, int(x, 0), np.int64)
+
+    def set(self, x, value):
+        self.registers["o" + x[1:] if x.startswith("$") else x] = value
+
+    def names(self, braces):
+        return [x.strip() for x in braces.strip("{}").split(",")]
+
+    def binary(self, f):
+        def do(_, target, a, b):
+            self.set(target, f(self.value(a), self.value(b)))
+
+        return do
+
+    def __getattr__(self, name):
+        simple = {
+            "and": np.bitwise_and,
+            "xor": np.bitwise_xor,
+            "shr": np.right_shift,
+            "shl": np.left_shift,
+            "add": np.add,
+            "sub": np.subtract,
+            "mul": np.multiply,
+        }
+        if name not in simple:
+            raise AttributeError(name)
+        return self.binary(simple[name])
+
+    def mad(self, _, target, a, b, c):
+        self.set(target, self.value(a) * self.value(b) + self.value(c))
+
+    def bfe(self, _, target, a, begin, size):
+        self.set(target, (self.value(a) >> int(begin)) & ((1 << int(size)) - 1))
+
+    def setp(self, name, target, *_):
+        self.set(target, ".eq." in name)
+
+    def mov(self, name, target, source):
+        if name == "mov.b64":
+            self.set(target, [self.value(x) for x in self.names(source)])
+        elif target.startswith("{"):
+            low, high = self.names(target)
+            self.set(low, self.value(source) & 0xFFFF)
+            self.set(high, self.value(source) >> 16)
+        elif source.startswith("{"):
+            low, high = (self.value(x) for x in self.names(source))
+            self.set(target, low | high << 16)
+        else:
+            self.set(target, self.value(source))
+
+    def prmt(self, _, target, a, b, order):
+        octets = [(self.value(x) >> 8 * i) & 255 for x in (a, b) for i in range(4)]
+        self.set(target, sum(octets[int(order, 0) >> 4 * i & 7] << 8 * i for i in range(4)))
+
+    def matrices(self, address):
+        """(matrix, thread, half of its word, address of the two bytes), transposed."""
+        base, offset = re.match(r"\[(\w+)\+(\d+)\]", address).groups()
+        rows = self.value(base) + int(offset)
+        assert (rows % 16 == 0).all()
+        for thread in range(128):
+            for half in range(2):
+                row, column = 2 * (thread % 4) + half, thread % 32 // 4
+                yield thread, half, rows[thread // 32 * 32 + row :: 8], 2 * column
+
+    def ldmatrix(self, _, targets, address):
+        out = [np.zeros(128, np.int64) for _ in self.names(targets)]
+        for thread, half, rows, column in self.matrices(address):
+            for matrix, words in enumerate(out):
+                at = rows[matrix] + column
+                pair = int(self.memory[at]) | int(self.memory[at + 1]) << 8
+                words[thread] |= pair << 16 * half
+        for name, words in zip(self.names(targets), out, strict=True):
+            self.set(name, words)
+
+    def stmatrix(self, _, address, sources):
+        for thread, half, rows, column in self.matrices(address):
+            for matrix, name in enumerate(self.names(sources)):
+                pair = int(self.value(name)[thread]) >> 16 * half & 0xFFFF
+                at = rows[matrix] + column
+                self.memory[at], self.memory[at + 1] = pair & 255, pair >> 8
+
+    def cvt(self, name, target, *sources):
+        a = [self.value(x) for x in sources]
+        bits = lambda x, kind, size: np.asarray(x, kind).view(size).astype(np.int64)
+        if name == "cvt.rni.s32.f32":
+            out = np.rint(a[0]).astype(np.int64) & 0xFFFFFFFF
+        elif name == "cvt.rn.f32.s32":
+            out = np.asarray(a[0], np.uint32).view(np.int32).astype(np.float32)
+        elif name == "cvt.rn.satfinite.e4m3x2.f32":
+            high, low = (bits(x.astype(np.float32), E4M3, np.uint8) for x in a)
+            out = low | high << 8
+        elif name == "cvt.rn.f16x2.e4m3x2":
+            wide = lambda x: bits(x.astype(np.uint8).view(E4M3), np.float16, np.uint16)
+            out = wide(a[0] & 255) | wide(a[0] >> 8) << 16
+        else:
+            assert name == "cvt.f32.f16"
+            out = np.asarray(a[0], np.uint16).view(np.float16).astype(np.float32)
+        self.set(target, out)
+
+    def wgmma_fence(self, *_):
+        pass
+
+    wgmma_commit_group = wgmma_wait_group = wgmma_fence
+
+    def wgmma_mma_async(self, name, accumulator, first, descriptor, use, *_):
+        n, kind = int(name.split("n")[-1].split("k")[0]), np.int8 if "s32" in name else E4M3
+        a, b = np.zeros((64, 32)), np.zeros((32, n))
+        for i, x in enumerate(self.names(first)):
+            words = self.value(x).astype(np.uint32)[:, None].view(np.uint8)
+            for thread in range(128):
+                row = 16 * WARP[thread] + LANE[thread] // 4 + 8 * (i & 1)
+                column = 16 * (i >> 1) + 4 * (LANE[thread] % 4)
+                a[row, column : column + 4] = words[thread].view(kind).astype(np.float64)
+        low, high = (int(x[0]) for x in self.value(descriptor))
+        swizzle, group = {1: 128, 2: 64}[high >> 30], (high & 0x3FFF) << 4
+        for row in range(n):
+            for k in range(32):
+                at = swizzled(swizzle, (low << 4) + row // 8 * group + row % 8 * swizzle + k)
+                b[k, row] = np.array([self.memory[at]]).view(kind).astype(np.float64)[0]
+        product = a @ b
+        for i, x in enumerate(self.names(accumulator)):
+            row = 16 * WARP + LANE // 4 + 8 * (i >> 1 & 1)
+            own = product[row, 8 * (i >> 2) + 2 * (LANE % 4) + (i & 1)]
+            self.set(x, own + (self.value(x) if self.value(use) is True else 0))
+
+
+def swizzled(swizzle, address):
+    """Where TMA and the tensor cores look for the byte at `address`."""
+    return address ^ (address >> 7 & (7 if swizzle == 128 else 3)) << 4
+
+
+def as_copied(x):
+    """A tile `[rows, bytes]` as TMA writes it."""
+    rows, width = x.shape
+    swizzle, out = onebyte.swizzle_of(width), np.zeros(x.size, np.uint8)
+    for (r, c), value in np.ndenumerate(x.view(np.uint8)):
+        at = r // 8 * 8 * width + c // swizzle * 8 * swizzle + r % 8 * swizzle + c % swizzle
+        out[swizzled(swizzle, at)] = value
+    assert rows % 8 == 0
+    return out
+
+
+def rows_of_lane(x, row, column):
+    """The 4 values of a tile of registers, of every thread."""
+    r, c = 64 * row + 16 * WARP + LANE // 4, 8 * column + 2 * (LANE % 4)
+    return {f"o{2 * i + j}": x[r + 8 * i, c + j].astype(np.float32) for i in (0, 1) for j in (0, 1)}
+
+
+def store(memory, x, dtype, terms):
+    for row in range(x.shape[0] // 64):
+        for column in range(x.shape[1] // 8):
+            own = rows_of_lane(x, row, column)
+            machine = Machine(memory, **own, o4=np.full(128, Q_BASE), o5=THREAD + 128)
+            machine.run(onebyte.store_ptx(*x.shape, dtype, terms, row, column))
+
+
+def permuted(size):
+    """Which key or dim stands in row i of a tile of registers, as `onebyte` describes."""
+    i = np.arange(size)
+    return i // 16 * 16 + 2 * (i % 8) + i % 16 // 8
+
+
+CASES = [(128, 64, 8, 2), (64, 64, 8, 2), (256, 64, 8, 2), (192, 64, 8, 3), (128, 128, 16, 2)]
+
+
+@pytest.mark.parametrize("dim,tile,cols,terms", CASES)
+@pytest.mark.parametrize("dtype", [quantised.INT8, quantised.E4M3])
+def test_products_of_bytes(dtype, dim, tile, cols, terms):
+    """V^T P^T: V as it was copied, P as its terms were stored."""
+    rng, integer = np.random.default_rng(0), dtype == quantised.INT8
+    terms = 2 if integer else terms
+    values = 30 * rng.standard_normal((tile, dim))
+    values = (np.rint(values) if integer else values).astype(np.int8 if integer else E4M3)
+    p = rng.random((tile, cols)).astype(np.float32)
+    memory = np.zeros(1 << 17, np.uint8)
+    memory[V_BASE : V_BASE + values.size] = as_copied(values)
+    ptx, count = onebyte.load_ptx(dim, tile)
+    base = {f"o{count}": np.full(128, V_BASE), f"o{count + 1}": THREAD + 256}
+    loaded = Machine(memory, **base)
+    loaded.run(ptx)
+    words = [loaded.registers[f"o{i}"] for i in range(count)]
+    store(memory, p * onebyte.unit(dtype), dtype, terms)
+    ptx, count = onebyte.product_ptx(dim, tile, terms * cols, dtype)
+    given = {f"o{count + i}": x for i, x in enumerate([*words, np.full(128, Q_BASE)])}
+    machine = Machine(memory, **given)
+    machine.run(ptx)
+    out = np.zeros((dim, terms * cols))
+    for i in range(count):
+        m, rest = divmod(i, terms * cols // 2)
+        row = 64 * m + 16 * WARP + LANE // 4 + 8 * (rest >> 1 & 1)
+        out[row, 8 * (rest >> 2) + 2 * (LANE % 4) + (rest & 1)] = machine.registers[f"o{i}"]
+    joined = onebyte.join(
+        jnp.asarray(out, jnp.int32 if integer else jnp.float32), cols, dtype, terms
+    )
+    got = np.zeros((dim, cols))
+    got[permuted(dim)] = np.asarray(joined) / onebyte.unit(dtype)
+    want = values.astype(np.float64).T @ p
+    np.testing.assert_allclose(got, want, atol=1e-3 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [quantised.INT8, quantised.E4M3])
+def test_queries_lie_as_copied(dtype, dim):
+    """Terms of queries, loaded with their dims permuted, are stored in order."""
+    q = np.random.default_rng(0).uniform(-60, 60, (dim, 16)).astype(np.float32)
+    memory = np.zeros(1 << 17, np.uint8)
+    store(memory, q[permuted(dim)], dtype, 2)
+    terms = np.concatenate([np.asarray(x) for x in onebyte.split(jnp.asarray(q), dtype, 2)], 1)
+    want = as_copied(np.ascontiguousarray(terms.T).view(np.uint8))
+    np.testing.assert_array_equal(memory[Q_BASE : Q_BASE + want.size], want)
