@@ -219,7 +219,7 @@ def test_a_chunk_with_fixed_scales(capfd):
 def test_queries_are_whole_in_terms_of_one_byte():
     """Whatever XLA may leave out: two terms of e4m3 hold a bf16, compiled or not."""
     q = jax.random.normal(jax.random.key(0), (64, 128), jnp.bfloat16)
-    q = q.at[0, :3].set(jnp.array([3e38, 1.7578125, -3.1e38])).astype(jnp.float32)
+    q = q.at[0, :3].set(jnp.array([3e38, 1.7578125, -3.1e38], q.dtype)).astype(jnp.float32)
 
     def terms(q, dtype):
         top = jnp.abs(q).max(-1, keepdims=True)
