@@ -248,9 +248,7 @@ def _run(call: _Call, plan: Plan) -> tuple[jax.Array, Callable[[], jax.Array]]:
         case (SplitConfig() as config,):
             return _run_split(call, config, call.geom.max_q)
         case (PrefillConfig() as config,):
-            geom = call.geom
-            shape = (geom.num_tokens, geom.num_kv_heads, geom.group, geom.value_dim)
-            return _run_prefill(call, config, 0, jnp.zeros(shape, call.q.dtype))
+            return _run_prefill(call, config, 0, None)
         case (SplitConfig() as few, PrefillConfig() as many):
             small = few_tokens(call.geom)
             out, lse_few = _run_split(call, few, small)
@@ -387,7 +385,7 @@ def _run_cascade(
     return out.astype(arrays.q.dtype), lse
 
 
-def _run_prefill(call: _Call, config: PrefillConfig, min_tokens: int, out: jax.Array):
+def _run_prefill(call: _Call, config: PrefillConfig, min_tokens: int, out: jax.Array | None):
     """The rows that own more than `min_tokens` tokens, into `out`."""
     geom = prefill.prefill_geometry(call.geom, config)
     with jax.named_scope("paged_attention.work_list"):
@@ -399,13 +397,17 @@ def _run_prefill(call: _Call, config: PrefillConfig, min_tokens: int, out: jax.A
             window=call.scoring.window,
             min_tokens=min_tokens,
         )
+        dead = None
+        if out is None:
+            dead = wl.dead_tokens(call.context_lens, call.q_indptr, geom.num_tokens)
     out, lse = prefill.prefill_attention(
-        prefill.pack_tiles(call.q, tiles, geom, config),
+        call.q.reshape(geom.num_tokens, geom.num_kv_heads, geom.group, -1),
         *call.pools,
         tiles,
         out,
         config=config,
         scales=_prefill_scales(call, geom, config),
+        dead=dead,
         **call.options(geom, prefill.pack_rows),
     )
     return out, lambda: prefill.unpack_rows(lse, tiles, geom)
@@ -514,13 +516,15 @@ def default_plan(geom: Geometry) -> Plan:
     """The kernels for these static shapes.
 
     One launch for few segments; equal shares of all keys for many, and for rows of more tokens
-    than columns that together do not give every second SM a tile of the prefill kernel; for the
-    rest both the split-KV and the prefill kernel, each with its rows.
+    than columns that together do not give every second SM a tile of the prefill kernel; the prefill
+    kernel alone for a few long chunks; for the rest both the split-KV and the prefill kernel, each
+    with its rows.
 
     >>> one = Geometry(1, 32, 8, 128, 128, 99, 64, 1, 64, max_q=1)
     >>> chunk = dataclasses.replace(one, num_tokens=512, max_q=512)
-    >>> [type(c).__name__ for g in (one, chunk) for c in default_plan(g)]
-    ['ClusterConfig', 'SplitConfig', 'PrefillConfig']
+    >>> mixed = dataclasses.replace(chunk, num_tokens=576, num_rows=65)
+    >>> [[type(c).__name__[:5] for c in default_plan(g)] for g in (one, chunk, mixed)]
+    [['Clust'], ['Prefi'], ['Split', 'Prefi']]
     """
     if geom.max_q * geom.group <= MAX_COLS:
         columns = _in_columns(geom, geom.max_q)
@@ -533,7 +537,14 @@ def default_plan(geom: Geometry) -> Plan:
     per_tile = prefill.prefill_geometry(geom, config).q_tokens
     if 2 * (geom.num_tokens // per_tile) * geom.num_kv_heads < HOPPER_SMS:
         return (_split_config(_in_columns(geom, geom.max_q)),)
+    if _chunks_alone(geom):
+        return (config,)
     return _split_config(_in_columns(geom, few_tokens(geom))), config
+
+
+def _chunks_alone(geom: Geometry) -> bool:
+    """Whether rows are so few for their tokens that one kernel serves them all."""
+    return geom.num_tokens >= 256 * geom.num_rows
 
 
 def _special_plan(geom: Geometry, pool_dtype: Any, *, explicit: bool) -> Plan:
@@ -549,6 +560,8 @@ def _special_plan(geom: Geometry, pool_dtype: Any, *, explicit: bool) -> Plan:
     per_tile = prefill.prefill_geometry(geom, config).q_tokens
     if 2 * (geom.num_tokens // per_tile) * geom.num_kv_heads < HOPPER_SMS:
         return alone
+    if _chunks_alone(geom):
+        return (config,)
     few = _split_config(_in_columns(geom, few_tokens(geom), special=True), pool_dtype)
     return few, config
 

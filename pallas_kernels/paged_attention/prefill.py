@@ -31,9 +31,10 @@ from pallas_kernels.flash_attention import tile as tl
 
 from . import quantised
 from . import worklist as wl
-from .columns import clear_rows, row_parts
+from .columns import clear_rows, row_layout, row_parts
 from .geometry import LOG2E, Geometry, Scoring
 from .pages import PageTiles, scale_words
+from .rows import load_rows, store_rows
 
 ROWS = 64  # query rows of a consumer: wgmma's M
 RAW_STAGES = 2  # tiles of one-byte values on their way
@@ -75,7 +76,7 @@ def smem_bytes(config: PrefillConfig, geom: Geometry, pool_bytes: int = 2) -> in
     ring = config.stages * config.block_kv * (h + hv) * 2
     if pool_bytes == 1:
         ring += RAW_STAGES * (config.block_kv * (h + hv) + 8 * scale_words(geom, config.block_kv))
-    return ring + c * ROWS * (h + 64) * 2 + c * ROWS * 4 + 1024
+    return ring + c * ROWS * max(h, hv) * 2 + 1024
 
 
 def pick_prefill(geom: Geometry, pool_bytes: int = 2) -> PrefillConfig:
@@ -94,16 +95,6 @@ def pick_prefill(geom: Geometry, pool_bytes: int = 2) -> PrefillConfig:
     if smem_bytes(config, geom, pool_bytes) > SMEM_BYTES:
         raise NotImplementedError(f"{config} does not fit shared memory for {geom}")
     return config
-
-
-def pack_tiles(q: jax.Array, tiles: jax.Array, geom: Geometry, config: PrefillConfig) -> jax.Array:
-    """q `[T, N, H]` -> `[U, K, consumers, 64, H]`: row `i * G + g` of consumer w is its token i."""
-    per, c, k, group = row_tokens(geom.group), config.consumers, geom.num_kv_heads, geom.group
-    index = tiles[:, wl.FIRST_TOKEN, None] + jnp.arange(c * per, dtype=jnp.int32)[None, :]
-    x = q[jnp.clip(index, 0, geom.num_tokens - 1)]
-    x = x.reshape(-1, c, per, k, group, q.shape[-1]).transpose(0, 3, 1, 2, 4, 5)
-    x = x.reshape(-1, k, c, per * group, q.shape[-1])
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, ROWS - per * group), (0, 0)))
 
 
 def pack_rows(x: jax.Array, geom: Geometry) -> jax.Array:
@@ -129,20 +120,19 @@ def unpack_rows(lse: jax.Array, tiles: jax.Array, geom: Geometry) -> jax.Array:
 class Refs(NamedTuple):
     """What a CTA works on."""
 
-    q: Any  # [U, K, consumers, 64, H]
+    q: Any  # [T, K, G, H]
     k: Any
     v: Any
     table: Any
     tiles: Any
     slopes: Any  # [K, 64] or None
     sinks: Any
+    dead: Any  # [T], or None where another kernel clears them
     out: Any  # [T, K, G, Hv]
     lse: Any  # [U, K, consumers, 64]
-    q_s: Any
+    q_s: Any  # in the end the output
     k_s: Any
     v_s: Any
-    o_s: Any
-    q_full: Any
     k_full: Any
     v_full: Any
     k_free: Any
@@ -169,7 +159,7 @@ def prefill_attention(
     v_pool: jax.Array,
     block_tables: jax.Array,
     tiles: jax.Array,
-    out: jax.Array,
+    out: jax.Array | None,
     *,
     geom: Geometry,
     scoring: Scoring,
@@ -177,12 +167,14 @@ def prefill_attention(
     slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,
+    dead: jax.Array | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`out [T, K, G, Hv]` with the rows of `tiles` written in place, and lse `[U, K, c, 64]`.
 
-    `geom` is `prefill_geometry`'s, `q` packed (`pack_tiles`), `slopes`, `sinks` by `pack_rows`.
-    `scales` of one-byte pools are `[K]` each or packed by `pages.pack_scales`.
+    Without an `out` it is made here, with zeros where `dead [T]` says so.  `geom` is
+    `prefill_geometry`'s, q `[T, K, G, H]`, `slopes` and `sinks` packed by `pack_rows`.  `scales`
+    of one-byte pools are `[K]` each or packed by `pages.pack_scales`.
     """
     need = smem_bytes(config, geom, k_pool.dtype.itemsize)
     if need > SMEM_BYTES:
@@ -192,7 +184,7 @@ def prefill_attention(
     pages = PageTiles(geom, block)
     smem, swz, bar = plgpu.SMEM, _mgpu.swizzled(q.dtype), plgpu.Barrier
     call = _Prefill(geom, scoring, config, pages, q.dtype, bool(interpret))
-    columns = [x for x in (slopes, sinks) if x is not None]
+    columns = [x for x in (slopes, sinks, dead) if x is not None]
     narrow = scales is not None
     arrivals = 1 if narrow else pages.per_tile
     raw = _raw_scratch(k_pool, scales, geom, config, pages) if scales is not None else ()
@@ -202,8 +194,10 @@ def prefill_attention(
         factors, refs = refs[: 2 * narrow], refs[2 * narrow :]
         out_ref, lse_ref, *scratch = refs
         scratch, own = scratch[: len(scratch) - len(raw)], scratch[len(scratch) - len(raw) :]
-        slopes_ref = extra[0] if slopes is not None else None
-        sinks_ref = extra[-1] if sinks is not None else None
+        extra = list(extra)
+        slopes_ref, sinks_ref, dead_ref = (
+            None if x is None else extra.pop(0) for x in (slopes, sinks, dead)
+        )
         call.body(
             Refs(
                 q_ref,
@@ -213,6 +207,7 @@ def prefill_attention(
                 tiles_ref,
                 slopes_ref,
                 sinks_ref,
+                dead_ref,
                 out_ref,
                 lse_ref,
                 *scratch,
@@ -221,16 +216,19 @@ def prefill_attention(
         )
 
     with jax.named_scope("paged_attention.prefill"):
-        target = jax.new_ref(out)
-        lse = _mgpu.kernel(
+        shape = (geom.num_tokens, geom.num_kv_heads, geom.group, hv)
+        out_type = [
+            jax.ShapeDtypeStruct(shape, q.dtype),
+            jax.ShapeDtypeStruct((u, geom.num_kv_heads, c, ROWS), jnp.float32),
+        ]
+        target = () if out is None else (jax.new_ref(out),)
+        made = _mgpu.kernel(
             body,
-            out_type=jax.ShapeDtypeStruct((u, geom.num_kv_heads, c, ROWS), jnp.float32),
+            out_type=out_type[len(target) :],
             scratch_types=(
-                smem((c, ROWS, geom.head_dim), q.dtype, transforms=swz),
+                smem((c, ROWS, max(geom.head_dim, hv)), q.dtype, transforms=swz),
                 smem((stages, block, geom.head_dim), q.dtype, transforms=swz),
                 smem((stages, block, hv), q.dtype, transforms=swz),
-                smem((c, ROWS, 64), q.dtype),
-                bar(num_barriers=c),
                 bar(num_arrivals=arrivals, num_barriers=stages),
                 bar(num_arrivals=arrivals, num_barriers=stages),
                 bar(num_arrivals=c, num_barriers=stages),
@@ -243,8 +241,8 @@ def prefill_attention(
             grid_names=("cta",),
             num_warpgroups=c + 1,
             interpret=interpret,
-        )(q, k_pool, v_pool, block_tables, tiles, *columns, *(scales or ()), target)
-        return target[...], lse
+        )(q, k_pool, v_pool, block_tables, tiles, *columns, *(scales or ()), *target)
+        return (target[0][...], made[0]) if target else (made[0], made[1])
 
 
 def _raw_scratch(k_pool, scales, geom: Geometry, config: PrefillConfig, pages: PageTiles):
@@ -295,13 +293,29 @@ class _Prefill:
         def _():
             plgpu.set_max_registers(loading, action="decrease")
             produce = self.produce if refs.raw is None else self.convert
-            pl.when(busy)(lambda: produce(refs, u, head, fact))
+            pl.when(busy)(lambda: produce(refs, head, fact))
+            if refs.dead is not None:
+                self.clear(refs, cta)
 
-    def load_queries(self, refs: Refs, u, head) -> None:
-        """Start the copies of Q to every consumer."""
-        for w in range(self.config.consumers):
-            source = refs.q.at[u, head, w]
-            plgpu.copy_gmem_to_smem(source, refs.q_s.at[w], refs.q_full.at[w])
+    def clear(self, refs: Refs, cta) -> None:
+        """Zeros for the tokens that attend to nothing, every CTA its part."""
+        geom, ops = self.geom, Ops(self.interpret)
+        tokens, ctas = geom.num_tokens, refs.tiles.shape[0] * geom.num_kv_heads
+        layout = row_layout(geom.value_dim)
+
+        @pl.loop(0, _mgpu.cdiv(tokens, ctas))
+        def _(x):
+            token = x * ctas + cta
+            inside = lax.min(token, jnp.int32(tokens - 1))
+
+            @pl.when((token < tokens) & (refs.dead[inside] > 0))
+            def _():
+                @pl.loop(0, geom.num_kv_heads)
+                def _(head):
+                    for g in range(geom.group):
+                        zeros = jnp.zeros((geom.value_dim,), self.dtype)
+                        zeros = plgpu.layout_cast(zeros, layout)
+                        ops.store_plain(refs.out.at[token, head, g], zeros)
 
     def block_ids(self, refs: Refs, fact, i):
         """Of key block i, counted from the last."""
@@ -311,12 +325,11 @@ class _Prefill:
         tile = lax.max(fact[wl.KEY_TILE] + fact[wl.COUNT] - 1 - i, 0)
         return self.pages.block_ids(refs.table, fact[wl.ROW], tile, fact[wl.CONTEXT], first_key)
 
-    def convert(self, refs: Refs, u, head, fact) -> None:
+    def convert(self, refs: Refs, head, fact) -> None:
         """As `produce`, from pools of one byte a value."""
         raw, stages, count = refs.raw, self.config.stages, fact[wl.COUNT]
         last = fact[wl.KEY_TILE] + count - 1
         by_token = raw.k_scale is not None
-        self.load_queries(refs, u, head)
 
         def fetch(i):
             at = rem(i, RAW_STAGES)
@@ -377,11 +390,10 @@ class _Prefill:
             plgpu.barrier_wait(refs.k_free.at[slot])
             plgpu.barrier_wait(refs.v_free.at[slot])
 
-    def produce(self, refs: Refs, u, head, fact) -> None:
-        """Q of every consumer, then K and V from the last block to the first."""
+    def produce(self, refs: Refs, head, fact) -> None:
+        """K and V from the last block to the first."""
         stages, count = self.config.stages, fact[wl.COUNT]
         last = fact[wl.KEY_TILE] + count - 1
-        self.load_queries(refs, u, head)
         ids_of = functools.partial(self.block_ids, refs, fact)
 
         def step(i, ids):
@@ -423,6 +435,23 @@ class Consumer:
     def position(self):
         """Position of the first token of this warpgroup."""
         return self.fact[wl.POSITION] + self.wg * row_tokens(self.call.geom.group)
+
+    @property
+    def first(self):
+        """First token of this warpgroup."""
+        return self.fact[wl.FIRST_TOKEN] + self.wg * row_tokens(self.call.geom.group)
+
+    @property
+    def live(self):
+        """Tokens of this warpgroup, at most as many as it has rows for."""
+        per = row_tokens(self.call.geom.group)
+        return lax.min(self.fact[wl.NUM_TOKENS] - self.wg * per, jnp.int32(per))
+
+    def queries(self):
+        """The tile of queries in shared memory."""
+        refs, h = self.refs, self.call.geom.head_dim
+        tile = refs.q_s.at[self.wg]
+        return tile if tile.shape[1] == h else tile.at[:, pl.ds(0, h)]
 
     def first_key(self, i):
         """First key of block i."""
@@ -520,7 +549,7 @@ class Consumer:
 
         def scores(acc):
             plgpu.barrier_wait(refs.k_full.at[slot])
-            return self.ops.load(self.ops.wgmma(acc, refs.q_s.at[self.wg], refs.k_s.at[slot].T))
+            return self.ops.load(self.ops.wgmma(acc, self.queries(), refs.k_s.at[slot].T))
 
         s = self.ops.with_acc(scores, (ROWS, self.call.config.block_kv))
         plgpu.barrier_arrive(refs.k_free.at[slot])
@@ -539,7 +568,7 @@ class Consumer:
         def scores(acc):
             nonlocal o
             self.turn("sync", self.wg)
-            acc = ops.wgmma(acc, refs.q_s.at[self.wg], refs.k_s.at[now].T)
+            acc = ops.wgmma(acc, self.queries(), refs.k_s.at[now].T)
             self.await_v(i - 1)
             o = ops.wgmma(o, p, refs.v_s.at[before])
             self.turn("arrive", self.next_wg())
@@ -581,7 +610,9 @@ class Consumer:
         wg, consumers = self.wg, self.call.config.consumers
         refs = self.refs
         pl.when(wg == consumers - 1)(lambda: self.turn("arrive", 0))
-        plgpu.barrier_wait(refs.q_full.at[wg])
+        place = (self.first, self.head, self.live, self.call.interpret)
+        load_rows(refs.q, self.queries(), *place)
+        plgpu.commit_smem()
         o, m, total = self.ops.with_acc(self.attend, (ROWS, self.call.geom.value_dim))
         pl.when(wg == 0)(lambda: self.turn("sync", 0))  # the turn that the last one handed over
         seen = m > MASKED / 2
@@ -591,24 +622,10 @@ class Consumer:
             sink = self.load_rows(refs.sinks.at[self.head]) * LOG2E
             total = total + jnp.exp2(jnp.minimum(sink - m, 126.0))
         o = o * tl.by_row(jnp.where(seen, 1.0 / total, 0.0), o.shape[1])
-        self.store(o.astype(self.call.dtype))
-
-    def store(self, o) -> None:
-        """64 columns at a time through shared memory; one copy per token."""
-        geom, refs = self.call.geom, self.refs
-        per, group = row_tokens(geom.group), geom.group
-        first = self.fact[wl.FIRST_TOKEN] + self.wg * per
-        live = self.fact[wl.NUM_TOKENS] - self.wg * per
-        for c in range(0, geom.value_dim, 64):
-            staged = refs.o_s.at[self.wg]
-            self.ops.store_plain(staged, o[:, c : c + 64])
-            plgpu.commit_smem()
-            for j in range(per):
-
-                @pl.when(j < live)
-                def _():
-                    source = staged.at[pl.ds(j * group, group)]
-                    target = refs.out.at[first + j, self.head, pl.ds(0, group), pl.ds(c, 64)]
-                    plgpu.copy_smem_to_gmem(source, target)
-
-            plgpu.wait_smem_to_gmem(0, wait_read_only=c + 64 < geom.value_dim)
+        plgpu.commit_smem()  # all four warps are through with the queries
+        staged = refs.q_s.at[wg]
+        if staged.shape[1] != o.shape[1]:
+            staged = staged.at[:, pl.ds(0, o.shape[1])]
+        staged[...] = o.astype(self.call.dtype)
+        plgpu.commit_smem()
+        store_rows(staged, refs.out, *place)

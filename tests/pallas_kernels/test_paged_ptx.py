@@ -1,4 +1,4 @@
-"""The PTX of one-byte products, run by a small emulator: which byte ends up where.
+"""PTX of the paged kernels, run by a small emulator: which byte ends up where.
 
 The interpreter of Pallas does the same by plain arrays and sees none of these permutations.
 """
@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import onebyte, quantised
+from pallas_kernels.paged_attention import onebyte, quantised, rows
 
 E4M3 = ml_dtypes.float8_e4m3fn
 THREAD = np.arange(128)
@@ -21,14 +21,18 @@ V_BASE, Q_BASE = 0, 1 << 16  # of tiles in the emulated shared memory
 class Machine:
     """128 threads: registers by name, shared memory as bytes."""
 
-    def __init__(self, memory, **operands):
-        self.memory, self.registers = memory, operands
+    def __init__(self, memory, outside=None, **operands):
+        self.memory, self.outside, self.registers = memory, outside, operands
 
     def run(self, ptx):
         for line in ptx.strip()[1:-1].split(";"):
             words = " ".join(line.split())
             if " " not in words or words.startswith(".reg"):
                 continue
+            self.live = np.ones(128, bool)
+            if words.startswith("@"):
+                condition, words = words[1:].split(" ", 1)
+                self.live = self.value(condition)
             name, rest = words.split(" ", 1)
             given = [x.strip() for x in re.split(r",(?![^{]*})", rest)]
             parts = name.split(".")
@@ -65,6 +69,8 @@ class Machine:
             "add": np.add,
             "sub": np.subtract,
             "mul": np.multiply,
+            "div": np.floor_divide,
+            "rem": np.remainder,
         }
         if name not in simple:
             raise AttributeError(name)
@@ -76,8 +82,30 @@ class Machine:
     def bfe(self, _, target, a, begin, size):
         self.set(target, (self.value(a) >> int(begin)) & ((1 << int(size)) - 1))
 
-    def setp(self, name, target, *_):
-        self.set(target, ".eq." in name)
+    def setp(self, name, target, a, b):
+        compare = dict(eq=np.equal, ne=np.not_equal, lt=np.less)[name.split(".")[1]]
+        self.set(target, compare(self.value(a), self.value(b)))
+
+    def space(self, name):
+        return self.memory if ".shared." in name else self.outside
+
+    def ld(self, name, targets, address):
+        at = self.value(address.strip("[]"))
+        assert (at % 16 == 0).all()
+        for i, x in enumerate(self.names(targets)):
+            words = np.array(self.value(x) if x in self.registers else np.zeros(128, np.int64))
+            for thread in np.flatnonzero(self.live):
+                octets = self.space(name)[at[thread] + 4 * i :][:4]
+                words[thread] = int.from_bytes(octets.tobytes(), "little")
+            self.set(x, words)
+
+    def st(self, name, address, sources):
+        at = self.value(address.strip("[]"))
+        assert (at % 16 == 0).all()
+        for i, x in enumerate(self.names(sources)):
+            for thread in np.flatnonzero(self.live):
+                octets = int(self.value(x)[thread]).to_bytes(4, "little")
+                self.space(name)[at[thread] + 4 * i :][:4] = np.frombuffer(octets, np.uint8)
 
     def mov(self, name, target, source):
         if name == "mov.b64":
@@ -108,19 +136,19 @@ class Machine:
 
     def ldmatrix(self, _, targets, address):
         out = [np.zeros(128, np.int64) for _ in self.names(targets)]
-        for thread, half, rows, column in self.matrices(address):
+        for thread, half, starts, column in self.matrices(address):
             for matrix, words in enumerate(out):
-                at = rows[matrix] + column
+                at = starts[matrix] + column
                 pair = int(self.memory[at]) | int(self.memory[at + 1]) << 8
                 words[thread] |= pair << 16 * half
         for name, words in zip(self.names(targets), out, strict=True):
             self.set(name, words)
 
     def stmatrix(self, _, address, sources):
-        for thread, half, rows, column in self.matrices(address):
+        for thread, half, starts, column in self.matrices(address):
             for matrix, name in enumerate(self.names(sources)):
                 pair = int(self.value(name)[thread]) >> 16 * half & 0xFFFF
-                at = rows[matrix] + column
+                at = starts[matrix] + column
                 self.memory[at], self.memory[at + 1] = pair & 255, pair >> 8
 
     def cvt(self, name, target, *sources):
@@ -165,7 +193,7 @@ class Machine:
         for i, x in enumerate(self.names(accumulator)):
             row = 16 * WARP + LANE // 4 + 8 * (i >> 1 & 1)
             own = product[row, 8 * (i >> 2) + 2 * (LANE % 4) + (i & 1)]
-            self.set(x, own + (self.value(x) if self.value(use) is True else 0))
+            self.set(x, own + (self.value(x) if self.value(use).all() else 0))
 
 
 def swizzled(swizzle, address):
@@ -252,3 +280,22 @@ def test_queries_lie_as_copied(dtype, dim):
     terms = np.concatenate([np.asarray(x) for x in onebyte.split(jnp.asarray(q), dtype, 2)], 1)
     want = as_copied(np.ascontiguousarray(terms.T).view(np.uint8))
     np.testing.assert_array_equal(memory[Q_BASE : Q_BASE + want.size], want)
+
+
+@pytest.mark.parametrize("dim,group", [(64, 4), (128, 3), (192, 1), (256, 8), (128, 64)])
+def test_rows_of_a_chunk(dim, group):
+    """Queries into a swizzled tile and the output back, past no token that is not the tile's."""
+    tokens, heads, first, head, live = 90, 3, 5, 1, 64 // group - (group < 8)
+    x = np.random.default_rng(0).integers(0, 256, (tokens, heads, group, 2 * dim), np.uint8)
+    operands = [np.full(128, v) for v in (0, Q_BASE, first, head, live)] + [THREAD + 128]
+    operands = {f"o{i}": v for i, v in enumerate(operands)}
+    memory = np.full(1 << 17, 255, np.uint8)
+    Machine(memory, x.reshape(-1).copy(), **operands).run(rows._ptx(True, 64, dim, group, heads))
+    want = np.zeros((64, 2 * dim), np.uint8)
+    want[: live * group] = x[first : first + live, head].reshape(-1, 2 * dim)
+    np.testing.assert_array_equal(memory[Q_BASE : Q_BASE + want.size], as_copied(want))
+    out = np.zeros_like(x).reshape(-1)
+    Machine(memory, out, **operands).run(rows._ptx(False, 64, dim, group, heads))
+    kept = np.zeros_like(x)
+    kept[first : first + live, head] = x[first : first + live, head]
+    np.testing.assert_array_equal(out.reshape(x.shape), kept)
