@@ -105,7 +105,7 @@ def write_kv(
         inputs |= dict(cos=cos.astype(jnp.float32), sin=sin.astype(jnp.float32))
     if k_scale is not None and v_scale is not None and not scaled:
         inputs |= dict(k_fixed=k_scale.astype(jnp.float32), v_fixed=v_scale.astype(jnp.float32))
-    targets = dict(k_pool=k_pool, v_pool=v_pool)
+    targets: dict[str, Any] = dict(k_pool=k_pool, v_pool=v_pool)
     if scaled:
         targets |= dict(k_scale=k_scale, v_scale=v_scale)
     if q is not None:
