@@ -31,7 +31,7 @@ KNOWN_SPILLS = {
     "flash/H64 blocks bwd": 4,
     "flash/H128 soft cap bwd": 12,
     "flash/H256 soft cap bwd": 128,
-    "flash/H256 dropout bwd": 112,
+    "flash/H256 dropout bwd": 48,
     "flash/H256 dropout bwd deterministic": 172,
     "flash/H256 score_mod bwd": 40,
     "flash/H256 bias bwd": 64,
