@@ -227,6 +227,9 @@ BACKWARD = autotune.register(
         reference=_backward_reference,
         sources=SOURCES,
         inputs=_backward_inputs,
+        # The first rows of a causal call are far larger than the root mean square that their
+        # rounding is compared with (measured on an H200: 0.12 at 4096 tokens).
+        tolerance={"float32": 1e-3, "float16": 5e-2, "bfloat16": 0.3},
         key=_key,
         family=_family,
         case=_backward_case,

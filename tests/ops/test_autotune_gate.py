@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import aidx.kernels.fused
 import aidx.ops.flash_attention
 import aidx.ops.paged_attention
 import aidx.ops.sparse_kernels
@@ -65,6 +66,18 @@ def test_the_shipped_record_and_tables_can_be_read():
     assert isinstance(store._gate(), frozenset)
     for entry in store.shipped().entries:
         assert get(entry.op) and entry.device.startswith("NVIDIA")
+
+
+def test_a_call_takes_the_table_that_ships():
+    """At a shape that was timed on an H200, and there alone."""
+    tunable = get("residual_rms_norm/mosaic_gpu")
+    (text,) = tunable.shapes
+    operands, static = case_of(tunable, text)
+    other = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], 2048), x.dtype), operands)
+    with autotune.mode(device="NVIDIA H200", cache=None), autotune.recording() as seen:
+        for given in (operands, other):
+            autotune.choose(tunable, given, static)
+    assert [choice.source for choice in seen] == ["shipped", "default"]
 
 
 @pytest.mark.smoke

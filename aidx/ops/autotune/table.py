@@ -213,6 +213,7 @@ class Tuning:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             file.write(self.to_json())
+        os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
         os.replace(file.name, path)
 
     @classmethod

@@ -53,6 +53,19 @@ def prepare(
     >>> len(trial.sets), attempt(Programs(trial, lambda trial, config: 0.5), 1).seconds
     (16, 0.5)
     """
+    return drawn(tunable, operands, static, seed=seed)()
+
+
+def drawn(
+    tunable: Tunable, operands: tuple[Any, ...], static: dict[str, Any], *, seed: int = 0
+) -> Callable[[], Trial]:
+    """Operands are drawn and the reference compiled; what this returns runs it, for the trial.
+
+    >>> doc = Tunable("doc/drawn", lambda config, x: x, lambda x: (1,), lambda x: 2 * x, ())
+    >>> trial = drawn(doc, (jax.ShapeDtypeStruct((4,), jnp.float32),), {})
+    >>> trial().want.shape
+    (4,)
+    """
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     abstract = jax.tree.map(shape, tuple(operands))
     make = tunable.inputs or random_inputs
@@ -63,8 +76,8 @@ def prepare(
     sets = (first, *(make(rng, *abstract, **static) for _ in range(count - 1)))
     exact = jax.tree.map(_float32, first)
     with jax.default_matmul_precision("highest"):
-        want = jax.jit(functools.partial(tunable.reference, **static))(*exact)
-    return Trial(tunable, sets, dict(static), want)
+        program = jax.jit(functools.partial(tunable.reference, **static)).lower(*exact).compile()
+    return lambda: Trial(tunable, sets, dict(static), jax.block_until_ready(program(*exact)))
 
 
 def compiled(trial: Trial, config: Hashable, chain: bool = True) -> Any:

@@ -145,7 +145,7 @@ class _Asked:
             raise
 
     def ready(self, ahead: Sequence[str], **case: Any) -> None:
-        """Operands and the reference's result are there, and what is `ahead` is compiled."""
+        """The reference's result is there, and what is `ahead` is compiled."""
         with self.device:
             self(START_SECONDS, do="prepare", **case)
         if ahead:
@@ -184,6 +184,8 @@ def _tune_case(
     report(Progress(op, case, len(configs) - len(missing), len(configs)))
     together = True
     try:
+        if missing:
+            asked(START_SECONDS, do="draw", op=op, case=case)
         for index, config in enumerate(missing):
             ask = functools.partial(asked.measured, config, op=op, case=case)
             first = index // AHEAD * AHEAD

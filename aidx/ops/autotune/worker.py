@@ -142,6 +142,8 @@ class _Cases:
 
     def __init__(self):
         self.name: tuple[str, str] | None = None
+        self.drawn: tuple[str, str] | None = None  # the case that is next
+        self.reference: Any = None  # what runs its reference
         self.programs: Any = None
         self.space: dict[str, Hashable] = {}
         self.ahead: set[str] = set()  # what has been compiled ahead, or failed to be
@@ -169,23 +171,35 @@ class _Cases:
             "configs": [known.config_text(c) for c in one.candidates(*operands, **static)],
         }
 
+    def draw(self, op: str, case: str) -> None:
+        """Draw the operands of another case and compile its reference: the device is hardly busy.
+
+        The case before is forgotten.
+        """
+        from . import tunable as known
+        from .trial import drawn
+
+        one = known.get(op)
+        operands, static = known.case_of(one, case)
+        self.name = self.programs = self.drawn = None
+        self.reference = drawn(one, operands, static)
+        found = one.candidates(*operands, **static)
+        self.space = {known.config_text(config): config for config in found}
+        self.drawn = (op, case)
+
     def prepare(self, op: str, case: str, ahead: Sequence[str] = ()) -> None:
-        """Make operands and the reference's result; compile configurations, several at once.
+        """Have the reference's result; compile configurations, several at once.
 
         All of them before anything is timed: threads that compile disturb the clock.  What fails
         fails again when it is timed, alone.
         """
-        from . import tunable as known
-        from .trial import FAILURES, Programs, prepare
+        from .trial import FAILURES, Programs
 
         if self.name != (op, case):
-            one = known.get(op)
-            operands, static = known.case_of(one, case)
-            self.name, self.ahead = None, set()
-            self.programs = Programs(prepare(one, operands, static))
-            found = one.candidates(*operands, **static)
-            self.space = {known.config_text(config): config for config in found}
-            self.name = (op, case)
+            if self.drawn != (op, case):
+                self.draw(op, case)
+            self.ahead, self.programs = set(), Programs(self.reference())
+            self.name, self.drawn = (op, case), None
         new = [text for text in ahead if text not in self.ahead]
         self.ahead.update(new)
         jobs = [self.compilers.submit(self.programs.get, self._config(text)) for text in new]
@@ -237,6 +251,7 @@ def main(modules: Sequence[str]) -> None:
     requests = {
         "list": listed,
         "describe": cases.describe,
+        "draw": cases.draw,
         "prepare": cases.prepare,
         "time": cases.time,
         "turns": cases.turns,
