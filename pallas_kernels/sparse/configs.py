@@ -33,7 +33,7 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
         yield f"sparse/block sample {bh}x{bw}", f, (g, x, entries, entries)
     w = sds((1024, 2, 4096), jnp.bfloat16), sds((512, 4096), jnp.uint8)
     yield "sparse/two four matmul", two_four_matmul, (sds((256, 4096), jnp.bfloat16), *w)
-    for n, dtype in ((1, "float32"), (32, "float32"), (256, "float32"), (64, "bfloat16")):
+    for n, dtype in ((8, "float32"), (32, "float32"), (256, "float32"), (64, "bfloat16")):
         x, g, data = sds((1000, n), dtype), sds((900, n), dtype), sds((10**5,), dtype)
         entries, indptr, case = sds((10**5,), i32), sds((901,), i32), f"x{n} {dtype}"
         yield f"sparse/row matmul {case}", row_matmul, (data, x, entries, entries, indptr)
