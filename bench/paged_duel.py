@@ -23,12 +23,12 @@ ROUNDS = 3
 S, P = pa.SplitConfig, pa.PrefillConfig
 NARROW = {
     "default": None,
-    "a396s4 fused": S(ctas=396, stages=4, alone=True, fused=True),
+    "a396s4": S(ctas=396, stages=4, alone=True),
     "a264s3t128": S(ctas=264, stages=3, key_tile=128, alone=True),
     "c264s6": S(ctas=264, stages=6),
 }
-ROWS = {"default": None, "fused": S(fused=True)}
-CHUNKS = {"default": None, "prefill only": P()}
+ROWS = {"default": None, "c132s6": S(ctas=132, stages=6)}
+CHUNKS = {"default": None, "kv64s4": P(2, 64, 4)}
 
 
 def decode(name):

@@ -589,8 +589,10 @@ def _candidates(geom: Geometry, pool_dtype: Any) -> list[SplitConfig]:
         return two + one if values <= 2048 and geom.cols <= 24 else one
     if values > 1024 or geom.head_dim > 128:
         return one
-    # 168 registers a thread for three CTAs of one warpgroup
+    # 255 registers a thread for two CTAs of one warpgroup, 168 for three
     lone = [SplitConfig(ctas=3 * HOPPER_SMS, stages=s, alone=True) for s in (4, 3)]
+    if geom.block_size >= 64:
+        lone.insert(0, SplitConfig(key_tile=128, ctas=2 * HOPPER_SMS, alone=True))
     return [*lone, *one]
 
 

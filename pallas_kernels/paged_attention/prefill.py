@@ -450,7 +450,7 @@ class Consumer:
     def queries(self):
         """The tile of queries in shared memory."""
         refs, h = self.refs, self.call.geom.head_dim
-        tile = refs.q_s.at[self.wg]
+        tile = refs.q_s.at[self.wg + self.ops.opaque(0)]
         return tile if tile.shape[1] == h else tile.at[:, pl.ds(0, h)]
 
     def first_key(self, i):
@@ -626,6 +626,8 @@ class Consumer:
         staged = refs.q_s.at[wg]
         if staged.shape[1] != o.shape[1]:
             staged = staged.at[:, pl.ds(0, o.shape[1])]
-        staged[...] = o.astype(self.call.dtype)
+        o = lax.optimization_barrier(o.astype(self.call.dtype))
+        for c in range(0, o.shape[1], 64):
+            staged.at[:, pl.ds(c, 64)][...] = o[:, c : c + 64]
         plgpu.commit_smem()
         store_rows(staged, refs.out, *place)

@@ -30,7 +30,7 @@ from pallas_kernels._mgpu import (
 
 from . import onebyte, quantised
 from . import worklist as wl
-from .columns import ROWS, Columns, Segment, TileRefs, reduce_scratch, spread
+from .columns import Columns, Segment, TileRefs, reduce_scratch, spread
 from .explicit import Explicit
 from .geometry import Geometry, Scoring
 from .pages import PageTiles, scale_words
@@ -58,7 +58,6 @@ class SplitConfig:
     ctas: int = 2 * HOPPER_SMS
     fixed_chunk: int | None = None
     alone: bool = False
-    fused: bool = False
 
     def __post_init__(self):
         if self.key_tile % 64 or self.key_tile <= 0:
@@ -159,9 +158,6 @@ def split_attention(
         kv_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         kv_free=plgpu.Barrier(num_barriers=stages),
     )
-    fused = config.fused and not interpret
-    if fused:
-        scratch["arrived"] = smem((8,), jnp.int32)
     if scales is not None:
         words = scale_words(geom, tile)
         scratch["k_scale"] = scratch["v_scale"] = smem((stages, words), jnp.float32)
@@ -205,8 +201,6 @@ def split_attention(
             interpret=interpret_params(interpret),
             compiler_params=plgpu.CompilerParams(approx_math=True),
         )(*inputs.values())
-    if fused:
-        return out, lse
     last = {name: inputs[name] for name in ("sinks", "gain") if name in inputs}
 
     def combine(*refs):
@@ -250,73 +244,6 @@ def _read(ref, row, *columns):
     return tuple(ref[row, x] for x in columns)
 
 
-def arrive(shares_ref, share, arrived) -> None:
-    """Count one more part of the segment that `share` ends: `arrived[0]` were there before.
-
-    What a warpgroup wrote to global memory is seen by the one that finds all others there.
-    """
-    i32 = plgpu.Layout.WG_SPLAT
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), i32, plgpu.RefType()))
-    def emit(_, shares, share, arrived):
-        from jax.experimental.mosaic.gpu import utils
-
-        fence = lambda: utils.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
-        fence()
-        utils.warpgroup_barrier()
-        ptx = _ARRIVE.format(row=4 * shares.type.shape[1], column=4 * wl.ARRIVED)
-        args = utils.memref_ptr(shares), share.registers[()], utils.memref_ptr(arrived)
-        utils.inline_ptx(ptx, *args, utils.thread_idx(), has_side_effects=True)
-        utils.warpgroup_barrier()
-        fence()
-
-    emit(shares_ref, jnp.asarray(share, jnp.int32), arrived)  # pyright: ignore[reportCallIssue]
-
-
-_ARRIVE = """
-{{
-    .reg .pred one;
-    .reg .b32 x;
-    .reg .b64 at, row;
-    and.b32 x, $3, 127;
-    setp.eq.u32 one, x, 0;
-    mul.wide.u32 row, $1, {row};
-    add.u64 at, $0, row;
-    @one atom.acq_rel.gpu.global.add.u32 x, [at+{column}], 1;
-    @one st.shared.u32 [$2], x;
-}}
-"""
-
-
-def reset(shares_ref, share) -> None:
-    """Nothing has arrived."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def emit(_, shares, share):
-        from jax.experimental.mosaic.gpu import utils
-
-        ptx = _RESET.format(row=4 * shares.type.shape[1], column=4 * wl.ARRIVED)
-        args = utils.memref_ptr(shares), share.registers[()], utils.thread_idx()
-        utils.inline_ptx(ptx, *args, has_side_effects=True)
-
-    emit(shares_ref, jnp.asarray(share, jnp.int32))  # pyright: ignore[reportCallIssue]
-
-
-_RESET = """
-{{
-    .reg .pred one;
-    .reg .b32 x, zero;
-    .reg .b64 at, row;
-    and.b32 x, $2, 127;
-    setp.eq.u32 one, x, 0;
-    mul.wide.u32 row, $1, {row};
-    add.u64 at, $0, row;
-    mov.b32 zero, 0;
-    @one st.global.u32 [at+{column}], zero;
-}}
-"""
-
-
 def _tile(smem: Namespace, q_slot, slot) -> TileRefs:
     """Ring slot `slot` against the queries of `q_slot`."""
     at = lambda ref: None if ref is None else ref.at[slot]
@@ -341,16 +268,15 @@ class _Split:
         wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
         share = _read(refs.shares, cta, wl.LENGTH, wl.TILE, wl.HEAD, wl.OFFSET)
         share = (*share, _read(refs.shares, cta, *range(wl.FACTS, wl.FACTS + 8)))
-        borders = _read(refs.shares, cta, wl.MERGE_FROM, wl.TAIL_FROM, wl.TAIL_TO)
 
         if self.config.alone:
-            self.consume(cta, share, borders, refs, smem, outputs)
+            self.consume(cta, share, refs, smem, outputs)
             self.clear(cta, refs.dead, outputs[0])
             return
 
         @pl.when(wg == 0)
         def _():
-            self.consume(cta, share, borders, refs, smem, outputs)
+            self.consume(cta, share, refs, smem, outputs)
 
         @pl.when(wg == 1)
         def _():
@@ -359,7 +285,7 @@ class _Split:
 
     # ---------------------------------------------------------------- consumer
 
-    def consume(self, cta, share, borders, refs: Namespace, smem: Namespace, outputs):
+    def consume(self, cta, share, refs: Namespace, smem: Namespace, outputs):
         math, geom, tile = self.math, self.math.geom, self.math.tile
         ops, stages = math.ops, self.config.stages
         length, *first, fact = share
@@ -418,7 +344,7 @@ class _Split:
             o, lse = math.finish(m, sums, o, smem.red)
             ended = offset + n == count
             where = (cta, u, head, offset == 0, ended)
-            self.emit(where, o, lse, borders, fact, refs, smem, outputs)
+            self.emit(where, o, lse, self.last_factors(refs, head), fact, smem.o, outputs)
             head = jnp.where(ended, head + 1, head)
             wrap = head == geom.num_kv_heads
             u = jnp.where(wrap, fact[wl.NEXT], u)
@@ -462,41 +388,22 @@ class _Split:
         block, load = self.math.geom.column_block(head), self.math.load
         return tuple(None if x is None else load(x.at[block]) for x in (refs.sinks, refs.gain))
 
-    def emit(self, where, o, lse, borders, fact, refs: Namespace, smem: Namespace, outputs):
+    def emit(self, where, o, lse, factors, fact, o_s, outputs):
         """A whole segment goes to the output, a part of one to this share's partials."""
         cta, u, head, starts, ends = where
         out_ref, lse_ref, part_o_ref, part_lse_ref = outputs
 
         @pl.when(starts & ends)
         def _():
-            out = self.math.with_sinks(o, lse, *self.last_factors(refs, head))
+            out = self.math.with_sinks(o, lse, *factors)
             self.math.ops.store_plain(lse_ref.at[u, head], lse)
-            self.put(out, smem.o, out_ref, fact, head)
+            self.put(out, o_s, out_ref, fact, head)
 
         @pl.when(jnp.logical_not(starts & ends))
         def _():
             slot = jnp.where(ends, ENDED, STARTED)
             self.math.ops.store_plain(part_o_ref.at[cta, slot], o)
             self.math.ops.store_plain(part_lse_ref.at[cta, slot], lse)
-            if smem.arrived is None:
-                return
-            begin, tail_begin, tail_end = borders
-            begin, last = jnp.where(ends, begin, tail_begin), jnp.where(ends, cta, tail_end)
-            arrive(refs.shares, last, smem.arrived)
-
-            @pl.when(smem.arrived[0] == last - begin)
-            def _():
-                self.merge(begin, last, u, head, fact, refs, smem.o, outputs)
-                reset(refs.shares, last)
-
-    def merge(self, begin, last, u, head, fact, refs: Namespace, o_s, outputs):
-        """The parts of a segment that lies in the shares `begin .. last`."""
-        out_ref, lse_ref, part_o_ref, part_lse_ref = outputs
-        m, w, o = self.fold(part_o_ref, part_lse_ref, begin, last)
-        out = o * spread(1.0 / w, o.shape)
-        out = self.math.with_sinks(out, m + jnp.log2(w), *self.last_factors(refs, head))
-        self.math.ops.store_plain(lse_ref.at[u, head], m + jnp.log2(w))
-        self.put(out, o_s, out_ref, fact, head)
 
     def put(self, o, o_s, out_ref, fact, head):
         """The live columns of `o [Hv, cols]` as rows of the output."""
@@ -634,6 +541,7 @@ class _Split:
     # ---------------------------------------------------------------- combine
 
     def combine_body(self, shares_ref, part_o_ref, part_lse_ref, refs, out_ref, lse_ref, o_s):
+        math = self.math
         cta = lax.axis_index("cta")
         begin = shares_ref[cta, wl.MERGE_FROM]
 
@@ -641,15 +549,18 @@ class _Split:
         def _():
             u, head = _read(shares_ref, cta, wl.TILE, wl.HEAD)
             fact = _read(shares_ref, cta, *range(wl.FACTS, wl.FACTS + 8))
-            outputs = (out_ref, lse_ref, part_o_ref, part_lse_ref)
-            self.merge(begin, cta, u, head, fact, refs, o_s, outputs)
+            m, w, o = self.fold(part_o_ref, part_lse_ref, begin, cta)
+            out = o * spread(1.0 / w, o.shape)
+            lse = m + jnp.log2(w)
+            out = math.with_sinks(out, lse, *self.last_factors(refs, head))
+            math.ops.store_plain(lse_ref.at[u, head], lse)
+            self.put(out, o_s, out_ref, fact, head)
             plgpu.wait_smem_to_gmem(0)
 
-    def fold(self, part_o_ref, part_lse_ref, begin, last):
-        """Merge the partials of shares `begin .. last`, several loads in flight."""
+    def fold(self, part_o_ref, part_lse_ref, begin, cta):
+        """Merge the partials of shares `begin .. cta`, several loads in flight."""
         math = self.math
-        values = 8 * 1024 if not self.config.fused else 4 * 1024  # registers: the loop's are few
-        at_once = max(1, values // (math.geom.cols * math.geom.value_dim))
+        at_once = max(1, 8 * 1024 // (math.geom.cols * math.geom.value_dim))
         load = lambda c, slot: (
             math.load(part_lse_ref.at[c, slot]),
             math.load(part_o_ref.at[c, slot]),
@@ -657,17 +568,15 @@ class _Split:
 
         def step(r, carry):
             index = [begin + r * at_once + x for x in range(at_once)]
-            parts = [load(lax.min(c, last - 1), STARTED) for c in index]
+            parts = [load(lax.min(c, cta - 1), STARTED) for c in index]
             for c, (lse, o) in zip(index, parts, strict=True):
                 m, w, total = carry
-                carry = math.merge(m, w, total, lse + jnp.where(c < last, 0.0, -1e31), o)
+                carry = math.merge(m, w, total, lse + jnp.where(c < cta, 0.0, -1e31), o)
             return carry
 
         # in the order of the keys, so that a last part without a visible key changes no bit
-        small = math.geom.cols * math.geom.value_dim <= 1024  # else registers for one at a time
-        final = load(last, ENDED) if small else None
-        rounds = div(last - begin + (at_once - 1), at_once)
-        zeros = jnp.zeros((math.geom.value_dim, math.geom.cols), jnp.float32)
-        nothing = (math.full(MASKED), math.full(0.0), plgpu.layout_cast(zeros, ROWS))
+        last = load(cta, ENDED)
+        rounds = div(cta - begin + (at_once - 1), at_once)
+        nothing = (math.full(MASKED), math.full(0.0), last[1] * 0.0)
         m, w, o = lax.fori_loop(0, rounds, step, nothing)
-        return math.merge(m, w, o, *(final or load(last, ENDED)))
+        return math.merge(m, w, o, *last)

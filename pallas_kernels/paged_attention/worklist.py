@@ -17,10 +17,7 @@ from .geometry import Geometry
 # columns of WorkList.tiles
 FIRST_TOKEN, NUM_TOKENS, POSITION, KEY_TILE, COUNT, CONTEXT, ROW, NEXT = range(8)
 # columns of WorkList.shares; from FACTS on, the row of `tiles` that TILE names
-# MERGE_FROM: first share of the segment that this one ends; TAIL_FROM, TAIL_TO: first and last
-# share of the segment that its last key tile belongs to; ARRIVED: how many parts of the segment
-# that it ends are there, 0 before and after a kernel
-LENGTH, TILE, HEAD, OFFSET, MERGE_FROM, TAIL_FROM, TAIL_TO, ARRIVED = range(8)
+LENGTH, TILE, HEAD, OFFSET, MERGE_FROM = range(5)
 FACTS = 8
 
 
@@ -157,13 +154,8 @@ def shares(tiles: jax.Array, kv_heads: int, *, ctas: int) -> jax.Array:
     offset = within - head * per_head
     ends_it = (length > 0) & (offset > 0) & (per_head - offset <= length)
     merge_from = jnp.where(ends_it, owner(start - offset), -1)
-    final = start + jnp.maximum(length, 1) - 1
-    of = jnp.minimum(jnp.sum(end[None, :] <= final[:, None], axis=1), tiles.shape[0] - 1)
-    tail_head = jnp.maximum(count[of], 1)
-    begin = base[of] + (final - base[of]) // tail_head * tail_head
-    tail = owner(begin), owner(begin + tail_head - 1)
-    own = (length, tile, head, offset, merge_from, *tail, jnp.zeros_like(start))
-    own = jnp.stack(own, axis=1)
+    zero = jnp.zeros_like(start)
+    own = jnp.stack((length, tile, head, offset, merge_from, zero, zero, zero), axis=1)
     return jnp.concatenate((own, tiles[tile]), axis=1)  # one read tells a CTA how to begin
 
 
@@ -194,9 +186,8 @@ def fixed_shares(tiles: jax.Array, kv_heads: int, *, chunk: int, ctas: int) -> j
     length = jnp.where(busy, stop - begin, 0)
     ends_it = busy & (index > 0) & (index == per_head - 1)
     merge_from = jnp.where(ends_it, cta - index, -1)
-    tail = cta - index, cta - index + per_head - 1
-    offset = jnp.where(busy, begin - first, 0)
-    own = (length, tile, head, offset, merge_from, *tail, jnp.zeros_like(cta))
+    zero = jnp.zeros_like(cta)
+    own = (length, tile, head, jnp.where(busy, begin - first, 0), merge_from, zero, zero, zero)
     return jnp.concatenate((jnp.stack(own, axis=1), tiles[tile]), axis=1)
 
 

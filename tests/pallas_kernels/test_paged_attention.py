@@ -187,12 +187,36 @@ def test_int8_verification_with_options(capfd):
     check_quantised(args, 3, jnp.int8, capfd, window=100, logits_soft_cap=20.0, **vectors)
 
 
-@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_warpgroup_alone_feeds_itself(stages, capfd):
+@pytest.mark.parametrize(
+    "stages,key_tile,size,dtype",
+    [
+        (1, 64, 32, jnp.float8_e4m3fn),
+        (2, 128, 64, jnp.int8),
+        pytest.param(2, 64, 16, jnp.int8, marks=pytest.mark.slow),
+        pytest.param(1, 128, 256, jnp.float8_e4m3fn, marks=pytest.mark.slow),
+    ],
+)
+def test_a_warpgroup_alone_feeds_itself(stages, key_tile, size, dtype, capfd):
     """Shares that begin and end inside rows, and rows of one tile after another."""
-    args = make([130, 0, 1, 300], [1, 1, 0, 1], size=32)
-    config = pa.SplitConfig(ctas=3, stages=stages, alone=True)
-    check_quantised(args, 1, jnp.float8_e4m3fn, capfd, config=config)
+    args = make([130, 0, 1, 300], [1, 1, 0, 1], size=size)
+    config = pa.SplitConfig(ctas=3, stages=stages, key_tile=key_tile, alone=True)
+    check_quantised(args, 1, dtype, capfd, config=config)
+
+
+def test_int8_weights_are_those_of_their_tile(capfd):
+    """Beside a key that takes nearly everything, thousands of small ones still count."""
+    q, k_pool, _, table, *rest = make([3000], [1], heads=2, kv_heads=1, size=64)
+    first = (table[0, 0], 0, 0)
+    k = jnp.full(k_pool.shape, -123, jnp.int8).at[first].set(127)  # logits 10 apart
+    v = jnp.full(k_pool.shape, 100, jnp.int8).at[first].set(0)
+    scales = dict.fromkeys(("k_scale", "v_scale"), jnp.full(k.shape[:3], 0.005))
+    args = (jnp.ones_like(q), k, v, table, *rest)
+    config = pa.SplitConfig(ctas=2, stages=2, alone=True)
+    out, _ = run(args, 1, config=config, **scales)
+    want = np.asarray(pa.paged_attention_reference(*args, **scales)[0])
+    assert 0.05 < want[0, 0, 0] < 0.1  # of 0.5
+    np.testing.assert_allclose(out[0], want[0], rtol=2e-2)
+    assert "RACE" not in capfd.readouterr().out
 
 
 PREFILL_NARROW = pa.PrefillConfig(consumers=2, block_kv=64, stages=2)
