@@ -69,11 +69,6 @@ NARROW = ("int8", "float8_e4m3fn")
 TOKENS_FIRST = "tokens first"  # a kind of pools
 SMALL_BLOCKS = ("large", "small", "chunk", "narrow", "peer")  # sections that blocks of 16 matter to
 NARROW_ROWS = ("64x4k", "256x4k", "16x32k")
-NARROW_VARIANTS = {
-    "c264s4": S(ctas=264, stages=4),
-    "a264s5": S(ctas=264, stages=5, alone=True),
-    "c132t128s4": S(ctas=132, stages=4, key_tile=128),
-}
 # rows of (tokens of the prefix that they share, context lengths)
 CASCADE = {
     "64x(2k+512)": (2048, [2560] * 64),
@@ -458,8 +453,6 @@ def jobs_of(sections, variants, pattern):
         for name in NARROW_ROWS:
             case, rows = f"{name} {kind}", decode(LARGE[name])
             yield "narrow", case, rows, "aidx", narrow_call(None), kind
-            for label, config in NARROW_VARIANTS.items() if variants else ():
-                yield "narrow", case, rows, label, narrow_call(config), kind
     for name, lens in LARGE.items() if "peer" in sections else ():
         yield "peer", name, decode(lens), "jax", jax_call, "jax"
 
@@ -751,7 +744,7 @@ def write(rows, name):
     folder = pathlib.Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "h200")
     folder.mkdir(parents=True, exist_ok=True)
     meta = dict(
-        command="python bench/paged_attention.py",
+        command=" ".join(["python bench/paged_attention.py", *sys.argv[1:]]),
         date=datetime.date.today().isoformat(),
         device=jax.devices()[0].device_kind,
         versions=dict(jax=jax.__version__),
