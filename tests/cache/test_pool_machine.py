@@ -232,6 +232,7 @@ TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # ten minutes do not do on a busy machine
 class TestPoolAtLength(PoolMachine.TestCase):
     """The same with many more and longer histories."""
 
