@@ -15,7 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import paged_attention as bench
+import paged_common as bench
 
 from pallas_kernels import paged_attention as pa
 
@@ -95,44 +95,22 @@ def reference(q, k, v, table, lens, **scales):
     return pa.paged_attention_reference(q, k, v, table, lens, jnp.array([0, 1]), **scales)[0][0]
 
 
-def lower(call, rows, size, sds, kind):
-    r, m = len(rows), -(-max(n for n, _ in rows) // size)
-    shape = bench.pool_shape(size, kind)
-    pool = sds(shape, jnp.bfloat16)
-    if kind in bench.NARROW:
-        pool = sds(shape, jnp.dtype(kind)), sds(shape[:3], jnp.float32)
-    i32 = lambda *s: sds(s, jnp.int32)
-    q = sds((sum(n for _, n in rows), bench.N, bench.H), jnp.bfloat16)
-    return program(call).lower(q, pool, pool, [i32(r, m)] * bench.SETS, i32(r), i32(r + 1))
-
-
 def run(pattern, limit, sds, dry, rows_out):
-    """All cases; results are written after each."""
+    """Case after case, lowered before its own clock runs; results are written after each."""
     threads = concurrent.futures.ThreadPoolExecutor(8)
-    chosen, jobs = [c for c in cases() if re.search(pattern, c[0])], {}
-
-    def start(case):
-        name, rows, kind, size, calls = case
-        for label, call in calls.items():
-            try:
-                lowered = lower(call, rows, size, sds, kind)
-                jobs[name, label] = threads.submit(lowered.compile)
-            except Exception as e:
-                bench.say(name, label, "LOWER FAIL", type(e).__name__, str(e)[:300])
-
-    for case in chosen:  # before any clock runs: lowering keeps the host from queueing programs
-        start(case)
-    bench.say(f"{len(jobs)} programs lowered")
-    if dry:
-        for (name, label), job in jobs.items():
-            job.result()
-            bench.say(name, label, "compiled")
-        return
+    chosen = [c for c in cases() if re.search(pattern, c[0])]
     layout = pools = None
-    for name, rows, kind, size, calls in chosen:
+    for case in chosen:
+        name, rows, kind, size, _ = case
         if time.time() - bench.T0 > limit:
             bench.say("out of time before", name)
-            return
+            break
+        jobs = lower_all(case, sds, threads)
+        if dry:
+            for label, job in jobs.items():
+                job.result()
+                bench.say(name, label, "compiled")
+            continue
         if layout != (size, kind):
             layout, pools = (size, kind), None
             pools = bench.fresh_pools(size, kind)
@@ -141,21 +119,7 @@ def run(pattern, limit, sds, dry, rows_out):
                 bench.say(f"copy {rate:.2f} TB/s")
                 rows_out.append(bench.row("copy", "device", "bandwidth", rate, "TB/s"))
         args = bench.arguments(rows, size, pools)
-        ready = {}
-        for label in calls:
-            if (name, label) not in jobs:
-                continue
-            try:
-                compiled = jobs[name, label].result()
-                _, first = compiled(*args)
-                err = error(first, args)
-                good = bool(err < 0.05)
-                if not good:
-                    bench.say(f"{name:26s} {label:18s} WRONG {err:.4f}")
-                else:
-                    ready[label] = compiled, err
-            except Exception as e:
-                bench.say(name, label, "FAIL", type(e).__name__, str(e)[:300])
+        ready = right(name, jobs, args)
         times = {label: [] for label in ready}
         for _ in range(ROUNDS):
             for label, (compiled, _) in ready.items():
@@ -164,9 +128,38 @@ def run(pattern, limit, sds, dry, rows_out):
         for label, (compiled, err) in ready.items():
             report(name, rows, kind, label, compiled, args, err, times[label], rows_out)
         bench.write(rows_out, "paged_duel")
-    if any(name.startswith("chunk") for name, *_ in chosen):
+    if not dry and any(name.startswith("chunk") for name, *_ in chosen):
         bench.dense(rows_out)
         bench.write(rows_out, "paged_duel")
+
+
+def lower_all(case, sds, threads):
+    """label -> the compilation under way."""
+    name, rows, kind, size, calls = case
+    jobs = {}
+    for label, call in calls.items():
+        try:
+            lowered = bench.lower(program(call), rows, size, sds, kind)
+            jobs[label] = threads.submit(lowered.compile)
+        except Exception as e:
+            bench.say(name, label, "LOWER FAIL", type(e).__name__, str(e)[:300])
+    return jobs
+
+
+def right(name, jobs, args):
+    """label -> (program, error) of those whose first output agrees with the reference."""
+    ready = {}
+    for label, job in jobs.items():
+        try:
+            compiled = job.result()
+            err = error(compiled(*args)[1], args)
+            if err < 0.05:
+                ready[label] = compiled, err
+            else:
+                bench.say(f"{name:26s} {label:18s} WRONG {err:.4f}")
+        except Exception as e:
+            bench.say(name, label, "FAIL", type(e).__name__, str(e)[:300])
+    return ready
 
 
 def report(name, rows, kind, label, compiled, args, err, times, rows_out):

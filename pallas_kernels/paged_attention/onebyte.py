@@ -11,7 +11,7 @@ such registers give four keys of one dim and four of the next, which is what wgm
 * keys: within 16, key i is followed by key i + 8.  A lane holds the scores of both, so that it
   packs them into the 16 bits that `stmatrix.trans` moves.
 
-P is split into terms like the queries (`quantised.split_terms`), relative to the largest of its own
+P is split into terms like the queries (`split`), relative to the largest of its own
 tile of keys: what is small beside another tile's keys loses nothing.
 """
 

@@ -6,9 +6,8 @@ become sums of terms of K's type, q = factor * (q_0 + q_1 / b + ...).  A bf16 ha
 and an e4m3 holds 4, so two terms say it all; two of int8 say 15 bits of the largest of a token and
 head.  The terms are more columns of a matmul that has columns to spare.
 
-V, whose transpose must come from shared memory at 16 bits (one-byte operands cannot be transposed),
-is converted in registers and written back: float8_e4m3fn to f16 (one instruction for two values;
-there is none to bf16), int8 to bf16.
+V is multiplied as it lies by the split-KV kernel (`onebyte`).  The prefill kernel converts both:
+float8_e4m3fn to f16 (one instruction for two values; there is none to bf16), int8 to bf16.
 """
 
 import itertools
@@ -36,7 +35,7 @@ def is_quantised(dtype: Any) -> bool:
 
 
 def compute_dtype(q_dtype: Any, pool_dtype: Any) -> Any:
-    """The 16-bit type of the matmuls.
+    """The 16-bit type that stored values are converted to.
 
     >>> [compute_dtype(jnp.bfloat16, d).name for d in (jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn)]
     ['bfloat16', 'bfloat16', 'float16']
