@@ -15,12 +15,13 @@ P is split into terms like the queries (`split`), relative to the largest of its
 tile of keys: what is small beside another tile's keys loses nothing.
 """
 
+import itertools
+import struct
 from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels._mgpu import swizzled
@@ -128,7 +129,7 @@ def store_ptx(width: int, cols: int, dtype: Any, terms: int, row: int, column: i
 
 def _encode(dtype: Any, word: str, last: bool) -> list[str]:
     """PTX: y0..y3 (two columns of a row, then of the row 8 below) -> `word`; y the rest."""
-    base = f"0f{np.float32(quantised.base(dtype)).view(np.uint32):08X}"
+    base = "0f" + struct.pack(">f", quantised.base(dtype)).hex().upper()
     rest = lambda i: f"sub.f32 y{i}, y{i}, z{i}; mul.f32 y{i}, y{i}, {base};"
     if dtype == quantised.INT8:
         lines = [f"cvt.rni.s32.f32 i{i}, y{i};" for i in range(4)]
@@ -172,6 +173,11 @@ def product_ptx(hv: int, tile: int, cols: int, dtype: Any) -> tuple[str, int]:
     return "{\n" + "\n".join(lines) + "\n}", count
 
 
+def _tiles(rows: int, cols: int):
+    """Tiles of 64 x 8, of which a thread holds 4 values."""
+    return itertools.product(range(rows // 64), range(cols // 8))
+
+
 def _assemble(ptx: str, count: int, kind: Any, args: list) -> list:
     """`count` results of type `kind` of inline PTX."""
     from jaxlib.mlir import ir
@@ -191,22 +197,22 @@ def _pairs(values, shape, signed):
     from jaxlib.mlir.dialects import vector
 
     layout = mgpu.WGMMA_LAYOUT
-    registers = np.empty(layout.registers_shape(shape), dtype=object)
-    pair = ir.VectorType.get((2,), values[0].type)
-    for i, at in enumerate(np.ndindex(registers.shape)):
-        registers[at] = vector.from_elements(pair, values[2 * i : 2 * i + 2])
+    splat = mgpu.FragmentedArray.splat(values[0], shape, layout, is_signed=signed)
+    pair, registers = ir.VectorType.get((2,), values[0].type), splat.registers.copy()
+    for i in range(registers.size):
+        registers.flat[i] = vector.from_elements(pair, values[2 * i : 2 * i + 2])
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
 
-def _singles(registers):
-    """The values of pairs of registers, in order."""
+def _singles(pairs):
+    """The values of vectors of two, in order."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import vector
 
     at = lambda x, i: vector.extract(
         x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
     )
-    return [at(x, i) for x in registers.flat for i in range(2)]
+    return [at(x, i) for x in pairs for i in range(2)]
 
 
 def load_transposed(v: Any) -> jax.Array:
@@ -242,8 +248,8 @@ def store_terms(x: jax.Array, ref: Any, dtype: Any, terms: int) -> None:
     def emit(_, values, ref):
         from jax.experimental.mosaic.gpu import utils
 
-        for row, column in np.ndindex(rows // 64, cols // 8):
-            args = [*_singles(values.registers[row, column]), utils.memref_ptr(ref)]
+        for row, column in _tiles(rows, cols):
+            args = [*_singles(values.registers[row, column].flat), utils.memref_ptr(ref)]
             ptx = store_ptx(rows, cols, dtype, terms, row, column)
             utils.inline_ptx(ptx, *args, utils.thread_idx(), has_side_effects=True)
 
@@ -268,7 +274,7 @@ def products(words: jax.Array, ref: Any, dtype: Any, cols: int) -> jax.Array:
         from jaxlib.mlir import ir
 
         scalar = ir.IntegerType.get_signless(32) if integer else ir.F32Type.get()
-        args = [*_singles(words.registers), utils.memref_ptr(ref)]
+        args = [*_singles(words.registers.flat), utils.memref_ptr(ref)]
         out = _assemble(*product_ptx(hv, tile, cols, dtype), scalar, args)
         return _pairs(out, (hv, cols), True if integer else None)
 
@@ -287,8 +293,8 @@ def load_queries(ref: Any) -> jax.Array:
 
         pair = ir.VectorType.get((2,), ir.MemRefType(source.type).element_type)
         f32, values = ir.F32Type.get(), []
-        for at in np.ndindex(h // 64, cols // 8):
-            own = [_singles(np.array(vector.load(pair, source, _where(at, i)))) for i in range(2)]
+        for at in _tiles(h, cols):
+            own = [_singles([vector.load(pair, source, _where(at, i))]) for i in range(2)]
             order = (own[0][0], own[1][0], own[0][1], own[1][1])
             values += [arith.extf(f32, x) for x in order]
         return _pairs(values, (h, cols), None)
@@ -326,8 +332,8 @@ def store_rows(o: jax.Array, ref: Any) -> None:
         from jaxlib.mlir.dialects import vector
 
         pair = ir.VectorType.get((2,), values.mlir_dtype)
-        for at in np.ndindex(hv // 64, cols // 8):
-            own = _singles(values.registers[at])
+        for at in _tiles(hv, cols):
+            own = _singles(values.registers[at].flat)
             for i in range(2):
                 words = vector.from_elements(pair, [own[i], own[i + 2]])
                 vector.store(words, ref, _where(at, i))
