@@ -19,6 +19,10 @@ taken off that of several, so that dispatch and wake-up do not count; torch gets
 calls, since a GPU runs faster for the first milliseconds after a pause.  Operations: 4*B*N*S^2*H
 forward, half when causal, 3.5 times that forward + backward.  Results are written after every row,
 into bench/results/<device>/attention.json, or into $OUT where that is set.
+
+Lowering and compiling takes most of a run.  Where AIDX_BENCH_LOCK names a file, several processes
+(other `--rows`, other `--stages`) compile beside one another on one GPU and time one after another;
+what is timed may then not compile on the GPU: XLA_FLAGS=--xla_gpu_autotune_level=0.
 """
 
 import argparse
