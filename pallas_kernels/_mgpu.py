@@ -5,8 +5,7 @@ Calls that move between JAX releases, or that the interpreter lacks, are made in
 * `Ops` - accumulators and asynchronous wgmma on the GPU, plain values in interpret mode.
 * `named_barrier_arrive`, `named_barrier_sync` - PTX `bar`, cheaper than an mbarrier.
 * `kernel` - `plgpu.kernel` with the compiler parameters of a warp-specialised kernel.
-* `load_tile` - a TMA copy by a warpgroup or by one warp of it; `load_live` - of a tile whose last
-  rows may hold anything.
+* `load_live` - a TMA copy of a tile whose last rows may hold anything.
 * `in_place`, `taken` - the memory of an array that a kernel writes into.
 * `swizzled` - the SMEM transforms that TMA and wgmma agree on.
 * `registers` - how warpgroups that compute and one that loads share the registers of a CTA.
@@ -168,21 +167,6 @@ def named_barrier_sync(barrier_id, num_threads: int) -> None:
     _named_barrier("sync", barrier_id, num_threads)
 
 
-def load_tile(source, target, barrier, by_warp: bool, **how: Any) -> None:
-    """`plgpu.copy_gmem_to_smem` of a warpgroup, `by_warp` by its first warp alone.
-
-    A whole warpgroup spends 128 arrivals on the barrier and a synchronisation, one warp 32.
-    """
-    if not by_warp:
-        plgpu.copy_gmem_to_smem(source, target, barrier, **how)
-        return
-
-    def issue(warp):
-        pl.when(warp == 0)(lambda: plgpu.copy_gmem_to_smem(source, target, barrier, **how))
-
-    plgpu.warp_map(issue)
-
-
 # Swizzling moves 16 bytes within a row of 128: a whole row is cleared without knowing where to.
 _CLEAR_ROWS = """
 {{
@@ -314,7 +298,6 @@ def kernel(
     grid_names: tuple[str, ...],
     num_warpgroups: int,
     interpret: Any = None,
-    **mesh: Any,
 ) -> Callable:
     """`plgpu.kernel` for a body that places its own barriers; the warpgroup axis is named `wg`."""
     return plgpu.kernel(
@@ -329,5 +312,4 @@ def kernel(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
-        **mesh,
     )

@@ -177,7 +177,7 @@ def norm_backward(
             slot, mode = rem(i, stages), plgpu.OOBFillMode.PROMISE_IN_BOUNDS
             for k, ref in enumerate(rows_of):
                 source, target = ref.at[worker + i * stride], ring.at[wg, slot, k]
-                _mgpu.load_tile(source, target, landed.at[wg, slot], False, oob_mode=mode)
+                plgpu.copy_gmem_to_smem(source, target, landed.at[wg, slot], oob_mode=mode)
 
         def one(i, found):
             row = worker + i * stride
