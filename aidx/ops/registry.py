@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
@@ -481,6 +482,8 @@ def _lowered(
     name = _kernel_name(call, candidates, in_tree, platform, avals, state)
     kept = None if name is None else _kernel_store.load(name)
     if kept is not None:
+        # Where a kernel finds its runtime is set by this import, which lowering it would have done.
+        importlib.import_module("jax.experimental.mosaic.gpu")
         return kept
     run = functools.partial(_run, call=call, in_tree=in_tree, platform=platform)
     leaves = [jax.ShapeDtypeStruct(s, d, weak_type=weak) for s, d, weak in avals]

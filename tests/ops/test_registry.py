@@ -1,5 +1,10 @@
 """The rule of choice: order, refusal, the platform at lowering, and what explain says of it."""
 
+import functools
+import os
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -237,6 +242,27 @@ def test_a_kernel_is_lowered_once_a_directory(table, tmp_path, monkeypatch):
     monkeypatch.setattr(_kernel_store, "directory", lambda: tmp_path / "missing")
     kernel.__module__ = "aidx.ops.test"
     assert "1.7" in lower(4)  # no room is no error
+
+
+def test_a_kept_kernel_finds_its_runtime(tmp_path):
+    """A second start lowers no kernel; without the import that sets MOSAIC_GPU_RUNTIME_LIB_PATH the
+    first call of one would end in a segmentation fault."""
+    script = """if True:
+        import sys, jax, jax.numpy as jnp
+        from aidx.ops.paged_attention import paged_attention
+        of = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
+        q, pool = of(4, 8, 128, dtype=jnp.bfloat16), of(16, 2, 64, 128, dtype=jnp.bfloat16)
+        call = jax.jit(paged_attention).trace(q, pool, pool, of(4, 8), of(4), of(5))
+        call.lower(lowering_platforms=("cuda",))
+        modules = ("jax.experimental.pallas.mosaic_gpu", "jax.experimental.mosaic.gpu.core")
+        print(*(name in sys.modules for name in modules))
+    """
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    start = functools.partial(
+        subprocess.check_output, [sys.executable, "-c", script], env=os.environ | cache, text=True
+    )
+    assert start() == "True True\n"
+    assert start() == "False True\n"
 
 
 def two_outputs(table, platform):
