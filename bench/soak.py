@@ -61,7 +61,7 @@ def make_engine(mode: str, dtype: str, *, tiny: bool = False) -> Engine:
     limits: dict[str, Any] = dict(num_blocks=41, block_size=4, max_num_seqs=4, max_model_len=64)
     limits |= dict(max_num_batched_tokens=16, cascade_tokens=24)
     if not tiny:
-        limits = dict(num_blocks=400, block_size=16, max_num_seqs=32, max_model_len=640)
+        limits = dict(num_blocks=250, block_size=16, max_num_seqs=32, max_model_len=640)
         limits |= dict(max_num_batched_tokens=256, cascade_tokens=512)
     engine_config = EngineConfig(
         num_layers=model.num_layers,
@@ -196,9 +196,14 @@ def main() -> int:
     for mode in args.modes.split(","):
         for dtype in args.dtypes.split(","):
             engine = make_engine(mode, dtype)
+            if args.requests is None:
+                engine.warmup()  # the seconds are for traffic
             began = time.monotonic()
             found = soak(engine, seed=args.seed, requests=args.requests, seconds=args.seconds)
             failed += bool(found.wrong)
+            if args.requests is None and not found.preempted:
+                print("nobody was preempted: longer, please")
+                failed += 1
             took = time.monotonic() - began
             print(f"{mode} {dtype} {took:.0f} s: {found}", flush=True)
     return failed

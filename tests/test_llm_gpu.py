@@ -1,6 +1,10 @@
 """The engine on a Hopper GPU: its kernels give the tokens that plain XLA gives."""
 
+import functools
 import inspect
+import os
+import subprocess
+import sys
 import textwrap
 
 import numpy as np
@@ -47,3 +51,25 @@ def test_the_kernels_give_the_tokens_of_xla_or_a_tie():
         found = verdict.outputs[0].logprobs[0]
         gap = abs(found[ours].logprob - found[theirs].logprob)
         assert gap < TIE, f"after {len(prompt)} tokens {ours} and {theirs} are {gap:.3f} apart"
+
+
+def test_a_second_start_reads_its_kernels_and_answers_as_the_first(tmp_path):
+    """Programs and lowered kernels come from disk: nothing of the first process is left."""
+    script = """if True:
+        from aidx.cli.options import embedded_path
+        from aidx.engine import SamplingParams
+        from aidx.llm import LLM
+        greedy = SamplingParams(temperature=0, max_tokens=16)
+        llm = LLM(embedded_path(), dtype="bfloat16", num_blocks=64, max_num_seqs=4, warmup=False,
+                  max_num_batched_tokens=64)
+        print(llm.generate("def main(", greedy)[0].outputs[0].text)
+    """
+    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    start = functools.partial(
+        subprocess.check_output, [sys.executable, "-c", script], env=os.environ | own, text=True
+    )
+    first = start()
+    kept = {file.name for file in tmp_path.glob("*.aidx-kernel")}
+    assert kept and len(first) > 8
+    assert start() == first
+    assert {file.name for file in tmp_path.glob("*.aidx-kernel")} == kept
