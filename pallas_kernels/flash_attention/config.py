@@ -29,6 +29,7 @@ class ForwardConfig:
         number of blocks (a table is made for each call).
       tight_masks: bounds that only the device knows are read before the matmuls are awaited, and a
         block takes only the comparison of the border that may cross it.
+      direct: O leaves from registers, without staging: for whole tiles.
       num_sms: CTAs of a persistent grid.
 
     >>> ForwardConfig(block_kv=100)
@@ -49,6 +50,7 @@ class ForwardConfig:
     by_heads: bool = False
     longest_first: bool = False
     tight_masks: bool = False
+    direct: bool = False
     num_sms: int = HOPPER_SMS
 
     def __post_init__(self):
@@ -81,7 +83,7 @@ class ForwardConfig:
 
     def own_o(self, head_dim: int, head_dim_v: int) -> bool:
         """Whether O is staged apart from Q: Q of the next tile may land, or the widths differ."""
-        return self.persistent or head_dim_v != head_dim
+        return not self.direct and (self.persistent or head_dim_v != head_dim)
 
     def o_chunks(self, head_dim_v: int) -> int:
         """64-column slots through which a wide O of its own leaves (0: a whole tile)."""

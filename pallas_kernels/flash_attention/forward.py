@@ -46,7 +46,6 @@ from pallas_kernels.flash_attention.query_schedule import (
     work_table,
 )
 
-
 NONE, LOW, HIGH, BOTH = "", "low", "high", "low and high"  # the borders that may cross a block
 
 
@@ -146,7 +145,7 @@ class Consumer:
     end_i: Any
     full_i: Any  # blocks full_i <= i < low_i need no mask
     low_i: Any
-    q_slot: Any  # of this warpgroup's Q
+    q_slot: Any = None  # of this warpgroup's Q
     rows: Any = None  # the key ranges of this warpgroup's rows, where they are at hand
 
     @property
@@ -185,8 +184,8 @@ class Consumer:
         """The outputs of a score_mod, or what a mask_mod leaves (`hide`), on block i."""
         return run_program(program, s, values, self.base, self.key0(i), by_query=True, hide=hide)
 
-    def masked(self, s, i, block, borders):
-        """MASKED where the bounds or the mask_mod hide a key; `borders` that may cross the block."""
+    def masked(self, s, i, block, borders=BOTH):
+        """MASKED where the bounds or the mask_mod hide a key; `borders` may cross the block."""
         if self.p.mask is not None:
             (s,) = self.modified(self.p.mask, s, block.mask, i, hide=True)
         lo, hi = self.row_bounds(self.key0(i))
@@ -398,7 +397,8 @@ class Consumer:
         pl.when(after.end_i > 1)(lambda: plgpu.barrier_wait(r.k_full.at[nxt]))
         value = ops.load(o, 0)
         free_slot(p, r, 1, last)
-        prob = prob.astype(p.dtype)
+        # narrow before O is scaled and stored: both would not fit in registers
+        prob = lax.optimization_barrier(prob.astype(p.dtype))
         if p.config.late_sum:
             total = total.sum(axis=1)
         self.finish(value, m, total)
@@ -447,6 +447,10 @@ class Consumer:
         """
         p, r, wg = self.p, self.refs, self.wg
         rows = pl.ds(self.base, TILE)
+        if p.config.direct:
+            self.ops.store_plain(r.o.at[self.b, rows, self.head], o)
+            self.ops.store_plain(r.lse.at[self.b, self.head, rows], lse)
+            return
         own = p.config.own_o(p.head_dim, p.head_dim_v)
         chunks = p.config.o_chunks(p.head_dim_v) if own else 0
         if p.config.persistent:
@@ -517,23 +521,25 @@ def consume(p: Problem, refs: Refs, wg) -> None:
 
         def tile_and_next(j, state):
             work, done, state = state
+            if not p.sorted:  # cheaper to compute anew than to keep in registers
+                work = at(j)
             here = consumer(work, j, done)
-            next_work = at(lax.min(j + 1, count - 1))
+            next_work = at(lax.min(j + 1, count - 1)) if p.sorted else None
             done = done + here.end_i
             state = here.with_rows().steps(state, oacc)
             more = j + 1 < count
             pl.when(jnp.logical_not(more))(lambda: here.finish(*here.last(state, oacc)))
-            after = lambda: consumer(next_work, j + 1, done)
+            after = lambda: consumer(next_work if p.sorted else at(j + 1), j + 1, done)
             # a branch whose results have the layouts of a loop's
             cross = lambda _, state: here.cross(after(), state, oacc)
             state = lax.fori_loop(zero, more.astype(jnp.int32), cross, state)
-            return next_work, done, state
+            return next_work if p.sorted else (), done, state
 
         work = at(zero)
         start = consumer(work, zero, zero)
         plgpu.barrier_wait(refs.q_full.at[start.q_slot])
         state = start.with_rows().first_block(oacc)
-        lax.fori_loop(zero, count, tile_and_next, (work, zero, state))
+        lax.fori_loop(zero, count, tile_and_next, (work if p.sorted else (), zero, state))
 
     if c.chained:
         Ops(p.interpret).with_acc(chain, (TILE, p.head_dim_v))
@@ -653,13 +659,16 @@ def forward(
     p = Problem.of(q, v, options, config, interpret)
     config.check(p.head_dim, p.head_dim_v)
     q, k, v = (pad_tokens(x) for x in (q, k, v))
+    if config.direct and p.queries % p.tile_rows:
+        raise NotImplementedError(f"{config}: {p.queries} queries are no whole tiles")
     if config.by_heads and (p.group % config.consumers or p.lists):
         raise NotImplementedError(f"{config}: {p.group=} heads, or a list of blocks")
     extra = extra_operands(
         options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE
     )
+    extra = extra._replace(query_end=None)
     if p.sorted:
-        extra = extra._replace(work=work_table(p, extra.ranges))
+        extra = extra._replace(work=work_table(p, extra.ranges), ranges=None)
     leaves, tree = jax.tree.flatten(extra)
 
     def body(q, k, v, *rest):

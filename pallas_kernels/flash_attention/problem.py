@@ -160,6 +160,8 @@ def extra_operands(
         rows = jnp.broadcast_to(rows, (batch, *rows.shape[1:]))
         found["rows"], found["ranges"] = rows, tile_ranges(rows, tile_rows)
         found["key_end"] = _last(bounds.key_lo, bounds.key_hi, batch)
+        if by_query:  # the same number, in fewer kernels
+            found["key_end"] = found["ranges"][..., 1].max(-1)
         found["query_end"] = _last(bounds.query_lo, bounds.query_hi, batch)
     if options.alibi_slopes is not None:
         found["slopes"] = options.alibi_slopes.astype(jnp.float32)
@@ -194,8 +196,8 @@ def sorted_tiles(blocks: jax.Array, columns: Sequence[jax.Array]) -> jax.Array:
     if n > 2048:
         return table[jnp.argsort(-keys)]
     # few tiles: ranks by comparing all, two short fusions where a sort would be several kernels
-    before = (keys[None] > keys[:, None]) | ((keys[None] == keys[:, None]) & (at[None] < at[:, None]))
-    rank = before.sum(1, dtype=jnp.int32)
+    more, level = keys[None] > keys[:, None], keys[None] == keys[:, None]
+    rank = (more | (level & (at[None] < at[:, None]))).sum(1, dtype=jnp.int32)
     return jnp.zeros_like(table).at[rank].set(table, unique_indices=True)
 
 
