@@ -9,6 +9,8 @@ Stages, in this order and each only while `--limit` lasts:
 * `check`: masks and options against f32, and repeats that must be bitwise equal.
 * `errors`: RMS and maximum errors of aidx and of cuDNN against f32 on the same inputs.
 * `variants`: other tile shapes of aidx.
+* `packed_tiles`, `window_tiles`: tiles of packed sequences and of a window; the results of each
+  are compared with the first.
 * `varlen`, `window`, `deterministic`, `dropout`, `mods`: an option beside what it should cost (see
   `attention_options.py`); aidx through its public door.
 * `memory`: the peak of forward + backward over 131072 tokens.
@@ -64,6 +66,7 @@ ROWS = {
 }
 
 PERSISTENT = dict(persistent=True)
+CHAINED = dict(chained=True, **PERSISTENT)
 LATE = dict(late_sum=True)
 WIDE = dict(block_kv=64, release="named", **LATE)
 COLUMNS = dict(split="columns", do_stages=1, dq_chunks=2)
@@ -73,9 +76,21 @@ FORWARD_VARIANTS = {  # head_dim: {name: config}
         "192+late": F(block_kv=192, **LATE),
         "persistent": F(**PERSISTENT),
         "persistent+late": F(**PERSISTENT, **LATE),
+        "chained": F(**CHAINED),
+        "chained+q2": F(q_stages=2, **CHAINED),
+        "chained+q2+late": F(q_stages=2, **CHAINED, **LATE),
+        "chained 192": F(block_kv=192, direct=True, **CHAINED, **LATE),
     },
-    64: {"three": F(consumers=3), "three+persistent": F(consumers=3, **PERSISTENT)},
-    256: {"one tile": F(**WIDE), "persistent": F(**PERSISTENT, **WIDE)},
+    64: {
+        "three": F(consumers=3),
+        "three+chained": F(consumers=3, **CHAINED),
+        "two+chained": F(**CHAINED),
+    },
+    256: {
+        "one tile": F(**WIDE),
+        "persistent": F(**PERSISTENT, **WIDE),
+        "chained": F(**CHAINED, **WIDE),
+    },
 }
 BACKWARD_VARIANTS = {
     128: {"base": B()},

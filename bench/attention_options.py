@@ -38,6 +38,7 @@ class Case:
     pairs: float
     programs: dict[str, Callable[..., jax.Array]]
     metrics: tuple[str, ...] = ("fwd", "fwd+bwd")
+    alike: bool = False  # the programs compute the same: each is compared with the first
 
     def operations(self, metric):
         """Floating-point operations of the visible scores."""
@@ -96,10 +97,37 @@ def compiled(case, workers):
     return found
 
 
+def compare(case, args, workers):
+    """Prints how far every program of a case is from the first, relative RMS."""
+    shapes, programs = jax.eval_shape(lambda: inputs(case.shape)), {}
+    both_passes = "fwd+bwd" in case.metrics
+    count = 4 if both_passes else 3
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for name, f in case.programs.items():
+            try:
+                lowered = jax.jit(both(f) if both_passes else f).lower(*shapes[:count])
+                programs[name] = pool.submit(lowered.compile)
+            except (NotImplementedError, ExceptionGroup, ValueError):
+                continue  # reported where it is timed
+    want, worst = None, []
+    distance = jax.jit(lambda a, b: jnp.linalg.norm((a - b).astype(jnp.float32).ravel()))
+    programs = {name: future.result() for name, future in programs.items()}
+    with alone():
+        for name, program in programs.items():
+            got = jax.tree.leaves(program(*args[:count]))
+            want = want or got
+            pairs = zip(got, want, strict=True)
+            far = max(float(distance(a, b) / distance(b, 0 * b)) for a, b in pairs)
+            worst.append(f"{name} {far:.1e}" + ("" if far < 1e-2 else " WRONG"))
+    print(f"{case.name}: relative RMS from {next(iter(programs))}: {', '.join(worst)}", flush=True)
+
+
 def measure(case, results, workers):
     """TFLOP/s of every program of a case, printed and kept: the median of `ROUNDS` turns."""
     args = inputs(case.shape)
     programs = compiled(case, workers)
+    if case.alike:
+        compare(case, args, workers)
     for metric in case.metrics:
         given = args[: 3 if metric == "fwd" else 4]
         times = {}
@@ -124,27 +152,79 @@ def measure(case, results, workers):
     results.write()
 
 
-def tiles(band, cu=None, **config):
-    """Our forward kernel with tiles of one's own."""
+def tiles(band, cu=None, backward=None, **config):
+    """Our kernels with tiles of one's own; `backward` are those of the backward."""
 
-    def f(q, k, v):
-        lengths = q.shape[1], k.shape[1]
-        bounds = None
+    def call(q, k):
+        lengths, bounds = (q.shape[1], k.shape[1]), None
         if cu is not None:
             bounds = fa.dynamic_bounds(band, *lengths, borders=(cu[None], cu[None]))
-        config_ = fa.ForwardConfig(**config)
-        scale = q.shape[-1] ** -0.5
-        call = dict(band=band, bounds=bounds, scale=scale, config=config_)
-        return fa.flash_attention_fwd(q, k, v, **call)[0]
+        return dict(band=band, bounds=bounds, scale=q.shape[-1] ** -0.5)
 
+    def forward(q, k, v):
+        return fa.flash_attention_fwd(q, k, v, config=fa.ForwardConfig(**config), **call(q, k))
+
+    @jax.custom_vjp
+    def f(q, k, v):
+        return forward(q, k, v)[0]
+
+    def save(q, k, v):
+        out, lse = forward(q, k, v)
+        return out, (q, k, v, out, lse)
+
+    def pull(saved, d_out):
+        q, k = saved[:2]
+        config = fa.BackwardConfig(**(backward or {}))
+        return fa.flash_attention_bwd(*saved, d_out, config=config, **call(q, k))[:3]
+
+    f.defvjp(save, pull)
     return f
 
 
-TILES = {  # forward tiles tried where a tile has few blocks
+PERSISTENT = dict(persistent=True)
+CHAINED = dict(chained=True, **PERSISTENT)
+SORTED, TIGHT, TWO_Q = dict(longest_first=True), dict(tight_masks=True), dict(q_stages=2)
+LATE, HEADS = dict(late_sum=True), dict(by_heads=True)
+PACKED_TILES = {
     "base": dict(),
-    "persistent": dict(persistent=True),
-    "persistent+late": dict(persistent=True, late_sum=True),
-    "three": dict(consumers=3, block_kv=64),
+    "persistent": PERSISTENT,
+    "sorted": SORTED,
+    "sorted+tight": dict(**SORTED, **TIGHT),
+    "persistent+sorted": dict(**PERSISTENT, **SORTED),
+    "persistent+sorted+tight": dict(**PERSISTENT, **SORTED, **TIGHT),
+    "chained": CHAINED,
+    "chained+sorted": dict(**CHAINED, **SORTED),
+    "chained+sorted+tight": dict(**CHAINED, **SORTED, **TIGHT),
+    "chained+sorted+tight+q2": dict(**CHAINED, **SORTED, **TIGHT, **TWO_Q),
+    "chained+sorted+tight+q2+late": dict(**CHAINED, **SORTED, **TIGHT, **TWO_Q, **LATE),
+}
+GROUPED_TILES = {
+    "persistent+sorted+tight+heads": dict(**PERSISTENT, **SORTED, **TIGHT, **HEADS),
+    "chained+sorted+tight+q2+heads": dict(**CHAINED, **SORTED, **TIGHT, **TWO_Q, **HEADS),
+    "chained+sorted+tight+q2+heads+64": dict(
+        block_kv=64, stages=4, **CHAINED, **SORTED, **TIGHT, **TWO_Q, **HEADS
+    ),
+}
+WIDE_TILES = {  # H64
+    "base": dict(consumers=3),
+    "sorted+tight": dict(consumers=3, **SORTED, **TIGHT),
+    "persistent+sorted+tight": dict(consumers=3, **PERSISTENT, **SORTED, **TIGHT),
+    "chained+sorted+tight": dict(consumers=3, **CHAINED, **SORTED, **TIGHT),
+    "two+chained+sorted+tight": dict(**CHAINED, **SORTED, **TIGHT),
+}
+WINDOW_TILES = {
+    "base": PERSISTENT,
+    "persistent+tight": dict(**PERSISTENT, **TIGHT),
+    "chained": CHAINED,
+    "chained+tight": dict(**CHAINED, **TIGHT),
+    "chained+tight+q2": dict(**CHAINED, **TIGHT, **TWO_Q),
+    "chained+tight+q2+late": dict(**CHAINED, **TIGHT, **TWO_Q, **LATE),
+}
+DENSE_TILES = {
+    "192": dict(block_kv=192),
+    "persistent": PERSISTENT,
+    "chained": CHAINED,
+    "chained+q2": dict(**CHAINED, **TWO_Q),
 }
 
 
@@ -192,11 +272,6 @@ def varlen_cases():
                 "cudnn_jax": cudnn_packed(lengths, tokens),
             },
         )
-        if head_dim == 128:
-            chosen = {f"aidx:{n}": tiles(fa.Band(right=0), cu, **c) for n, c in TILES.items()}
-            shape = (1, tokens, heads, kv_heads, head_dim)
-            pairs = sum(causal_pairs(n) for n in lengths)
-            yield Case(f"varlen {name} tiles", shape, pairs, chosen, ("fwd",))
         batch = tokens // mean
         yield Case(
             f"dense {mean} {name}",
@@ -204,6 +279,54 @@ def varlen_cases():
             causal_pairs(mean),
             {"aidx": aidx(causal=True), "cudnn_jax": cudnn(is_causal=True)},
         )
+
+
+def packed_tile_cases():
+    """Tiles of packed sequences, forward; then the order of the backward's."""
+    tokens, causal = 16384, fa.Band(right=0)
+    lengths = packed_lengths(tokens)
+    cu = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
+    pairs = sum(causal_pairs(n) for n in lengths)
+    dense = 1064, causal_pairs(1064)
+    for name, heads, kv_heads, head_dim, table, back in (
+        ("gqa", 32, 8, 128, PACKED_TILES | GROUPED_TILES, {}),
+        ("H128", 16, 16, 128, PACKED_TILES, {}),
+        ("H64", 32, 32, 64, WIDE_TILES, dict(block_q=128)),
+    ):
+        shape = (1, tokens, heads, kv_heads, head_dim)
+        chosen = {n: tiles(causal, cu, **c) for n, c in table.items()}
+        yield Case(f"packed {name}", shape, pairs, chosen, ("fwd",), alike=True)
+        if head_dim == 128:
+            best = "chained+sorted+tight+q2"
+            chosen = {
+                "base": tiles(causal, cu),
+                "backward sorted": tiles(causal, cu, SORTED),
+                f"both sorted, {best}": tiles(causal, cu, SORTED, **table[best]),
+            }
+            yield Case(f"packed {name} both", shape, pairs, chosen, ("fwd+bwd",), alike=True)
+            shape = (tokens // dense[0], dense[0], heads, kv_heads, head_dim)
+            chosen = {"aidx": aidx(causal=True)}
+            yield Case(f"dense {name}", shape, dense[1], chosen)
+            chosen = {n: tiles(causal, **c) for n, c in DENSE_TILES.items()}
+            yield Case(f"dense {name} tiles", shape, dense[1], chosen, ("fwd",), alike=True)
+        else:
+            chosen = {"base": tiles(causal, cu, back, **table["base"])}
+            chosen["backward sorted"] = tiles(causal, cu, back | SORTED, **table["base"])
+            yield Case(f"packed {name} both", shape, pairs, chosen, ("fwd+bwd",), alike=True)
+
+
+def window_tile_cases():
+    """Tiles of a window of 1024."""
+    tokens, band = 16384, fa.Band(left=1023, right=0)
+    for name, heads, kv_heads in (("H128", 16, 16), ("gqa", 32, 8)):
+        shape, pairs = (1, tokens, heads, kv_heads, 128), causal_pairs(tokens, 1024)
+        table = dict(WINDOW_TILES)
+        if heads != kv_heads:
+            table["chained+tight+q2+heads"] = dict(**CHAINED, **TIGHT, **TWO_Q, **HEADS)
+        chosen = {n: tiles(band, **c) for n, c in table.items()}
+        yield Case(f"window {name}", shape, pairs, chosen, ("fwd",), alike=True)
+        plain = {"aidx": aidx(causal=True)}
+        yield Case(f"no window {name}", shape, causal_pairs(tokens), plain, ("fwd",))
 
 
 def cudnn(**options):
@@ -224,10 +347,6 @@ def window_cases():
                 "cudnn_jax": cudnn(is_causal=True, local_window_size=(1023, 0)),
             },
         )
-        band = fa.Band(left=1023, right=0)
-        chosen = {f"aidx:{n}": tiles(band, **c) for n, c in TILES.items()}
-        pairs = causal_pairs(tokens, 1024)
-        yield Case(f"window 1024 {name} tiles", shape, pairs, chosen, ("fwd",))
         yield Case(f"no window {name}", shape, causal_pairs(tokens), {"aidx": aidx(causal=True)})
 
 
@@ -318,6 +437,8 @@ def mod_cases():
 STAGES = {
     "varlen": varlen_cases,
     "window": window_cases,
+    "packed_tiles": packed_tile_cases,
+    "window_tiles": window_tile_cases,
     "deterministic": deterministic_cases,
     "dropout": dropout_cases,
     "mods": mod_cases,

@@ -33,6 +33,7 @@ from pallas_kernels.flash_attention.key_schedule import (
     decode,
     query_tile,
     walk,
+    work_table,
 )
 from pallas_kernels.flash_attention.mask import FAR
 from pallas_kernels.flash_attention.problem import (
@@ -562,6 +563,8 @@ def backward(
     extra = extra_operands(
         options, p.batch, config.block_q, p.tile_rows, by_query=False, tile_rows=p.tile_rows,
     )  # fmt: skip
+    if p.sorted:
+        extra = extra._replace(work=work_table(p, extra.ranges))
     leaves, tree = jax.tree.flatten(extra)
     outs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in (("dk", k), ("dv", v))}
     dq_out = None
@@ -579,7 +582,7 @@ def backward(
         scratch = dict(zip(Refs._fields[9:], rest[len(names) :], strict=True))
         refs = Refs(q, k, v, do, stats, given, **results, **scratch)
         wg = lax.axis_index("wg")
-        b, kv_head, kv_tile = decode(p, lax.axis_index("cta"))
+        b, kv_head, kv_tile = decode(p, lax.axis_index("cta"), refs)
 
         @pl.when(wg < config.consumers)
         def _():

@@ -71,10 +71,10 @@ class Consumer(fwd.Consumer):
 
     p: Problem
 
-    def gradient(self, s_acc, dp_acc, i, masked: bool):
+    def gradient(self, s_acc, dp_acc, i, masked: str):
         """dS of block i: both matmuls, then what lies between them and dQ."""
         p, r, ops = self.p, self.refs, self.ops
-        slot, block = self.slot(i), self.operands(i, masked)
+        slot, block = self.slot(i), self.operands(i, bool(masked))
         plgpu.barrier_wait(r.k_full.at[slot])
         s_acc = ops.wgmma(s_acc, r.q_smem.at[self.wg], r.k_smem.at[slot].T)
         plgpu.barrier_wait(r.v_full.at[slot])
@@ -95,7 +95,7 @@ class Consumer(fwd.Consumer):
         ds = prob * (dp - tile.by_row(self.statistic(1), dp.shape[1]))
         return (ds if slack is None else ds * slack).astype(p.dtype)
 
-    def logits_and_slope(self, s, i, masked: bool, block):
+    def logits_and_slope(self, s, i, masked: str, block):
         """The forward's logits, and the factor that soft cap and score_mod put on dS."""
         p, slack, factor = self.p, None, self.p.scale
         if p.soft_cap is not None:
@@ -116,7 +116,7 @@ class Consumer(fwd.Consumer):
         at = self.refs.stats.at[self.b, self.head, which, pl.ds(self.base, TILE)]
         return plgpu.load(at, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
-    def step(self, i, carry, oacc, masked: bool):
+    def step(self, i, carry, oacc, masked: str):
         """dQ += dS K of block i."""
         ops, r, slot = self.ops, self.refs, self.slot(i)
         shape = (TILE, self.p.config.block_kv)
@@ -135,11 +135,11 @@ class Consumer(fwd.Consumer):
         c, i = ops.carry(oacc), self.begin_i
         if p.masked_high:
             border = lax.max(i, lax.min(self.full_i, self.end_i))
-            c, i = loop(i, border, True, c), border
+            c, i = loop(i, border, fwd.BOTH, c), border
         border = lax.max(i, lax.min(self.low_i, self.end_i)) if p.masked_low else self.end_i
-        c = loop(i, border, False, c)
+        c = loop(i, border, fwd.NONE, c)
         if p.masked_low:
-            c = loop(border, self.end_i, True, c)
+            c = loop(border, self.end_i, fwd.BOTH, c)
         ops.wait(0)
         return ops.load(ops.uncarry(oacc, c))
 

@@ -19,6 +19,17 @@ class ForwardConfig:
       release: how K/V slots are freed: "mbar" by an mbarrier (one arrival a thread), "named" by
         named barriers (one instruction a warp).
       late_sum: keep row sums as 8 columns a row and reduce across lanes once per tile.
+      chained: of a persistent grid, the first Q K^T of a tile is issued before the last P V of the
+        tile before, and its softmax runs under that: no tile begins or ends with idle tensor cores.
+        Every consumer then visits every block of its tile.
+      q_stages: tiles of Q in flight (2: of a persistent grid).
+      by_heads: the consumers take heads of one group over the same 64 queries, instead of 64
+        queries each of one head.
+      longest_first: with bounds that only the device knows, tiles start in the order of their
+        number of blocks (a table is made for each call).
+      tight_masks: bounds that only the device knows are read before the matmuls are awaited, and a
+        block takes only the comparison of the border that may cross it.
+      direct: O leaves from registers, without staging: for whole tiles.
       num_sms: CTAs of a persistent grid.
 
     >>> ForwardConfig(block_kv=100)
@@ -34,6 +45,12 @@ class ForwardConfig:
     persistent: bool = False
     release: str = "mbar"
     late_sum: bool = False
+    chained: bool = False
+    q_stages: int = 1
+    by_heads: bool = False
+    longest_first: bool = False
+    tight_masks: bool = False
+    direct: bool = False
     num_sms: int = HOPPER_SMS
 
     def __post_init__(self):
@@ -45,6 +62,10 @@ class ForwardConfig:
             raise ValueError(f"consumers={self.consumers} is not 1, 2 or 3")
         if self.release not in ("named", "mbar"):
             raise ValueError(f"release={self.release!r} is neither 'named' nor 'mbar'")
+        if self.q_stages not in (1, 2):
+            raise ValueError(f"q_stages={self.q_stages} is not 1 or 2")
+        if (self.chained or self.q_stages > 1) and not self.persistent:
+            raise ValueError(f"{self.chained=} and {self.q_stages=} need a persistent grid")
         if self.num_sms < 1:
             raise ValueError(f"num_sms={self.num_sms} is below 1")
         if self.release == "named" and self.first_named_id + 2 * self.stages > 16:
@@ -62,7 +83,7 @@ class ForwardConfig:
 
     def own_o(self, head_dim: int, head_dim_v: int) -> bool:
         """Whether O is staged apart from Q: Q of the next tile may land, or the widths differ."""
-        return self.persistent or head_dim_v != head_dim
+        return not self.direct and (self.persistent or head_dim_v != head_dim)
 
     def o_chunks(self, head_dim_v: int) -> int:
         """64-column slots through which a wide O of its own leaves (0: a whole tile)."""
@@ -70,7 +91,7 @@ class ForwardConfig:
 
     def smem_bytes(self, head_dim: int, head_dim_v: int) -> int:
         """Shared memory of operands and staging, 2-byte elements."""
-        q = self.block_q * head_dim
+        q = self.q_stages * self.block_q * head_dim
         kv = self.stages * self.block_kv * (head_dim + head_dim_v)
         o = 0
         if self.own_o(head_dim, head_dim_v):
@@ -103,6 +124,8 @@ class BackwardConfig:
       dq_chunks: pieces in which a consumer computes and stores its columns of dQ.
       early_free: wait for dV before dQ is begun, so that the next dO may load meanwhile: for a ring
         with one slot.
+      longest_first: with bounds that only the device knows, KV tiles start in the order of their
+        number of query tiles.
 
     >>> BackwardConfig(block_q=32)
     Traceback (most recent call last):
@@ -117,6 +140,7 @@ class BackwardConfig:
     split: str = "keys"
     dq_chunks: int = 1
     early_free: bool = False
+    longest_first: bool = False
 
     def __post_init__(self):
         if self.split not in ("keys", "columns"):

@@ -36,12 +36,17 @@ from pallas_kernels.flash_attention.problem import (
 )
 from pallas_kernels.flash_attention.query_schedule import (
     Problem,
+    Work,
     block_at,
-    decode,
+    find,
     over_tiles,
     place,
-    tile_blocks,
+    tile_count,
+    tile_of,
+    work_table,
 )
+
+NONE, LOW, HIGH, BOTH = "", "low", "high", "low and high"  # the borders that may cross a block
 
 
 class Refs(NamedTuple):
@@ -140,6 +145,8 @@ class Consumer:
     end_i: Any
     full_i: Any  # blocks full_i <= i < low_i need no mask
     low_i: Any
+    q_slot: Any = None  # of this warpgroup's Q
+    rows: Any = None  # the key ranges of this warpgroup's rows, where they are at hand
 
     @property
     def ops(self) -> Ops:
@@ -177,24 +184,39 @@ class Consumer:
         """The outputs of a score_mod, or what a mask_mod leaves (`hide`), on block i."""
         return run_program(program, s, values, self.base, self.key0(i), by_query=True, hide=hide)
 
-    def masked(self, s, i, block):
-        """MASKED where the bounds or the mask_mod hide a key."""
+    def masked(self, s, i, block, borders=BOTH):
+        """MASKED where the bounds or the mask_mod hide a key; `borders` may cross the block."""
         if self.p.mask is not None:
             (s,) = self.modified(self.p.mask, s, block.mask, i, hide=True)
-        return tile.mask(s, *self.row_bounds(self.key0(i)))
+        lo, hi = self.row_bounds(self.key0(i))
+        if self.p.config.tight_masks and borders == LOW:
+            hi = None
+        if self.p.config.tight_masks and borders == HIGH:
+            lo = None
+        return tile.mask(s, lo, hi)
+
+    def load_rows(self):
+        """The key ranges of this warpgroup's rows, `(lo, hi)`."""
+        load = lambda x: plgpu.load(
+            self.refs.extra.rows.at[self.b, x, pl.ds(self.base, TILE)],
+            layout=plgpu.Layout.WGMMA.reduce(1),
+            optimized=False,
+        )
+        return load(0), load(1)
+
+    def with_rows(self):
+        """Knows its rows' ranges early, where that is asked for."""
+        if not self.p.dynamic or not self.p.config.tight_masks:
+            return self
+        return dataclasses.replace(self, rows=self.load_rows())
 
     def row_bounds(self, key0):
         """`(lo, hi)` for `tile.mask` on the block whose first key is key0."""
         p = self.p
         column = tile.iota(TILE, 1) + key0
         if p.dynamic:
-            at = pl.ds(self.base, TILE)
-            load = lambda x: plgpu.load(
-                self.refs.extra.rows.at[self.b, x, at],
-                layout=plgpu.Layout.WGMMA.reduce(1),
-                optimized=False,
-            )
-            return tuple(tile.by_row(load(x), tile.GROUP) - column for x in (0, 1))
+            rows = self.rows or self.load_rows()
+            return tuple(tile.by_row(x, tile.GROUP) - column for x in rows)
         distance = tile.iota(TILE, 0) - column + (self.base + p.band.offset)
         lo = None if p.band.left is None else distance - p.band.left
         hi = None
@@ -205,7 +227,7 @@ class Consumer:
             hi = inside if hi is None else jnp.minimum(hi, inside)
         return lo, hi
 
-    def logits(self, s, i, masked: bool, block):
+    def logits(self, s, i, masked: str, block):
         """Scores as the softmax takes them: times `p.multiplier` they are base-2 logits."""
         p = self.p
         factor = p.scale if p.soft_cap is None else p.soft_cap
@@ -219,7 +241,7 @@ class Consumer:
             distance = distance + (self.base + p.band.offset - self.key0(i))
             slope = self.refs.extra.slopes[self.head] * LOG2E
             s = tile.add_distance(s * (factor * LOG2E), distance.astype(jnp.float32), slope)
-        return self.masked(s, i, block) if masked else s
+        return self.masked(s, i, block, masked) if masked else s
 
     def row_sum(self, x):
         """Row sums, or their 8 columns (`late_sum`)."""
@@ -244,40 +266,49 @@ class Consumer:
     def release_q(self, i) -> None:
         """The last Q K^T of the tile has read Q."""
         if self.p.config.persistent:
-            pl.when(i + 1 == self.end_i)(lambda: plgpu.barrier_arrive(self.refs.q_free.at[self.wg]))
+            free = self.refs.q_free.at[self.q_slot]
+            pl.when(i + 1 == self.end_i)(lambda: plgpu.barrier_arrive(free))
+
+    @property
+    def first_mask(self) -> str:
+        """The borders that may cross the first block."""
+        p = self.p
+        if p.masked_high:
+            return BOTH if p.low_in_high else HIGH
+        return LOW if p.masked_low else NONE
 
     def first_block(self, oacc):
         """Q K^T and softmax of the first block: nothing to overlap with yet."""
         p, r, i = self.p, self.refs, self.begin_i
         slot = self.slot(i)
-        block = self.operands(i, masked=True)
+        block = self.operands(i, bool(self.first_mask))
 
         def scores(acc):
             plgpu.barrier_wait(r.k_full.at[slot])
-            acc = self.ops.wgmma(acc, r.q_smem.at[self.wg], r.k_smem.at[slot].T)
+            acc = self.ops.wgmma(acc, r.q_smem.at[self.q_slot], r.k_smem.at[slot].T)
             return self.ops.load(acc)
 
         s = self.ops.with_acc(scores, (TILE, p.config.block_kv))
         free_slot(p, r, 0, slot)
         self.release_q(i)
-        s = self.logits(s, i, p.masked_low or p.masked_high, block)
+        s = self.logits(s, i, self.first_mask, block)
         m, total, _, prob = self.softmax(s, None, None, i, block)
         nxt = self.slot(i + 1)
         pl.when(i + 1 < self.end_i)(lambda: plgpu.barrier_wait(r.k_full.at[nxt]))
         return m, total, prob.astype(p.dtype), self.ops.carry(oacc)
 
-    def step(self, i, carry, oacc, masked: bool):
+    def step(self, i, carry, oacc, masked: str):
         """Block i: issue Q K^T, then P V of block i-1, and run the softmax under it."""
         p, r, ops = self.p, self.refs, self.ops
         m, total, prob, o_carry = carry
         cur, prev, nxt = self.slot(i), self.slot(i - 1), self.slot(i + 1)
         o = ops.uncarry(oacc, o_carry)
-        block = self.operands(i, masked)
+        block = self.operands(i, bool(masked))
 
         def scores(acc):
             nonlocal o
             take_turn(p, r, self.wg)
-            acc = ops.wgmma(acc, r.q_smem.at[self.wg], r.k_smem.at[cur].T)
+            acc = ops.wgmma(acc, r.q_smem.at[self.q_slot], r.k_smem.at[cur].T)
             plgpu.barrier_wait(r.v_full.at[prev])
             o = ops.wgmma(o, prob, r.v_smem.at[prev])
             give_turn(p, r, self.wg)
@@ -295,24 +326,26 @@ class Consumer:
         o = ops.store(o, value * tile.by_row(rescale, value.shape[1]))
         return m, total, prob.astype(p.dtype), ops.carry(o)
 
-    def attend(self, oacc):
-        """All blocks of this warpgroup: O (not normalised), row maximum (base 2) and row sum."""
-        p, r, ops = self.p, self.refs, self.ops
+    def steps(self, c, oacc):
+        """All blocks of this warpgroup but the first."""
+        p = self.p
         loop = lambda lo, hi, masked, c: lax.fori_loop(
             lo, hi, functools.partial(self.step, oacc=oacc, masked=masked), c
         )
-        c = self.first_block(oacc)
         i = self.begin_i + 1
         if p.masked_high and not p.one_high_block:
             border = lax.max(i, lax.min(self.full_i, self.end_i))
-            c = loop(i, border, True, c)
+            c = loop(i, border, BOTH, c)
             i = border
         if p.masked_low:
             border = lax.max(i, lax.min(self.low_i, self.end_i))
-            c = loop(i, border, False, c)
-            c = loop(border, self.end_i, True, c)
-        else:
-            c = loop(i, self.end_i, False, c)
+            c = loop(i, border, NONE, c)
+            return loop(border, self.end_i, LOW, c)
+        return loop(i, self.end_i, NONE, c)
+
+    def last(self, c, oacc):
+        """P V of the last block: O (not normalised), row maximum (base 2) and row sum."""
+        p, r, ops = self.p, self.refs, self.ops
         m, total, prob, o_carry = c
         last = self.slot(self.end_i - 1)
         plgpu.barrier_wait(r.v_full.at[last])
@@ -322,6 +355,57 @@ class Consumer:
         value = ops.load(o)
         free_slot(p, r, 1, last)
         return value, m, total
+
+    def attend(self, oacc):
+        """All blocks of this warpgroup: O (not normalised), row maximum (base 2) and row sum."""
+        return self.last(self.steps(self.first_block(oacc), oacc), oacc)
+
+    def finish(self, o, m, total) -> None:
+        """O and lse to memory."""
+        o, lse = self.normalise(o, m, total)
+        self.store(o.astype(self.p.dtype), lse)
+
+    def cross(self, after: "Consumer", c, oacc):
+        """From this tile to the one after: its first Q K^T, the last P V of this one, and its
+        softmax under that.  Returns what `first_block` does."""
+        p, r, ops = self.p, self.refs, self.ops
+        m, total, prob, o_carry = c
+        last, cur, nxt = self.slot(self.end_i - 1), after.slot(0), after.slot(1)
+        o, zero = ops.uncarry(oacc, o_carry), jnp.int32(0)
+        after = after.with_rows()
+        block = after.operands(zero, bool(after.first_mask))
+        plgpu.barrier_wait(r.q_full.at[after.q_slot])
+        plgpu.barrier_wait(r.k_full.at[cur])
+
+        def scores(acc):
+            nonlocal o
+            take_turn(p, r, self.wg)
+            acc = ops.wgmma(acc, r.q_smem.at[after.q_slot], r.k_smem.at[cur].T)
+            plgpu.barrier_wait(r.v_full.at[last])
+            o = ops.wgmma(o, prob, r.v_smem.at[last])
+            give_turn(p, r, self.wg)
+            s = ops.load(acc, 1)
+            free_slot(p, r, 0, cur)
+            after.release_q(zero)
+            return s
+
+        s = ops.with_acc(scores, (TILE, p.config.block_kv))
+        s = after.logits(s, zero, after.first_mask, block)
+        m_new, fresh, _, prob = self.softmax(s, None, None, zero, block)
+        m_new, fresh, prob = lax.optimization_barrier((m_new, fresh, prob))
+        # a basic-block border, as in `step`
+        pl.when(after.end_i > 1)(lambda: plgpu.barrier_wait(r.k_full.at[nxt]))
+        value = ops.load(o, 0)
+        free_slot(p, r, 1, last)
+        # narrow before O is scaled and stored: both would not fit in registers
+        prob = lax.optimization_barrier(prob.astype(p.dtype))
+        if p.config.late_sum:
+            total = total.sum(axis=1)
+        self.finish(value, m, total)
+        zeros = jnp.zeros((TILE, p.head_dim_v), jnp.float32)
+        zeros = zeros if p.interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        o = ops.store(o, zeros)
+        return m_new, fresh, prob, ops.carry(o)
 
     def normalise(self, o, m, total):
         """O / total and the natural-log lse; a row that saw no key gives zeros and -inf."""
@@ -363,6 +447,10 @@ class Consumer:
         """
         p, r, wg = self.p, self.refs, self.wg
         rows = pl.ds(self.base, TILE)
+        if p.config.direct:
+            self.ops.store_plain(r.o.at[self.b, rows, self.head], o)
+            self.ops.store_plain(r.lse.at[self.b, self.head, rows], lse)
+            return
         own = p.config.own_o(p.head_dim, p.head_dim_v)
         chunks = p.config.o_chunks(p.head_dim_v) if own else 0
         if p.config.persistent:
@@ -387,21 +475,19 @@ class Consumer:
     def run(self, blocks) -> None:
         """The whole tile, `blocks` of them in the ring."""
         p, r = self.p, self.refs
-        plgpu.barrier_wait(r.q_full.at[self.wg])
+        plgpu.barrier_wait(r.q_full.at[self.q_slot])
         self.skip(jnp.int32(0), self.begin_i, blocks - 1)
 
         @pl.when(self.begin_i < self.end_i)
         def _():
-            o, m, total = self.ops.with_acc(self.attend, (TILE, p.head_dim_v))
-            o, lse = self.normalise(o, m, total)
-            self.store(o.astype(p.dtype), lse)
+            self.finish(*self.ops.with_acc(self.attend, (TILE, p.head_dim_v)))
 
         if p.dynamic or p.lists or not p.band.unbounded or p.queries % p.tile_rows:
 
             @pl.when(self.begin_i >= self.end_i)
             def _():
                 if p.config.persistent:
-                    plgpu.barrier_arrive(r.q_free.at[self.wg])
+                    plgpu.barrier_arrive(r.q_free.at[self.q_slot])
                 zeros = lambda shape, layout: plgpu.layout_cast(
                     jnp.zeros(shape, jnp.float32), layout
                 )
@@ -418,15 +504,47 @@ def consume(p: Problem, refs: Refs, wg) -> None:
     if c.pingpong and c.consumers > 1:
         pl.when(wg == c.consumers - 1)(lambda: give_turn(p, refs, wg))
 
+    def consumer(work: Work, j, done):
+        slot = wg if c.q_stages == 1 else wg + rem(j, c.q_stages) * c.consumers
+        return Consumer(*place(p, refs, wg, *work[:5], done, work.ranges), slot)
+
     def one(j, t, done):
-        del j
-        b, head, q_tile = decode(p, t)
-        first, end = tile_blocks(p, refs, b, head, q_tile)
-        blocks = end - first
-        Consumer(*place(p, refs, wg, b, head, q_tile, first, end, done)).run(blocks)
+        work = find(p, refs, t, wg)
+        blocks = work.end - work.first
+        consumer(work, j, done).with_rows().run(blocks)
         return done + blocks
 
-    over_tiles(p, one)
+    def chain(oacc):
+        cta = lax.axis_index("cta")
+        count, zero = tile_count(p, cta), jnp.int32(0)
+        at = lambda j: find(p, refs, tile_of(p, cta, j), wg)
+
+        def tile_and_next(j, state):
+            work, done, state = state
+            if not p.sorted:  # cheaper to compute anew than to keep in registers
+                work = at(j)
+            here = consumer(work, j, done)
+            next_work = at(lax.min(j + 1, count - 1)) if p.sorted else None
+            done = done + here.end_i
+            state = here.with_rows().steps(state, oacc)
+            more = j + 1 < count
+            pl.when(jnp.logical_not(more))(lambda: here.finish(*here.last(state, oacc)))
+            after = lambda: consumer(next_work if p.sorted else at(j + 1), j + 1, done)
+            # a branch whose results have the layouts of a loop's
+            cross = lambda _, state: here.cross(after(), state, oacc)
+            state = lax.fori_loop(zero, more.astype(jnp.int32), cross, state)
+            return next_work if p.sorted else (), done, state
+
+        work = at(zero)
+        start = consumer(work, zero, zero)
+        plgpu.barrier_wait(refs.q_full.at[start.q_slot])
+        state = start.with_rows().first_block(oacc)
+        lax.fori_loop(zero, count, tile_and_next, (work if p.sorted else (), zero, state))
+
+    if c.chained:
+        Ops(p.interpret).with_acc(chain, (TILE, p.head_dim_v))
+    else:
+        over_tiles(p, one)
     if c.pingpong and c.consumers > 1:
         pl.when(wg == 0)(lambda: take_turn(p, refs, wg))
     plgpu.wait_smem_to_gmem(0)
@@ -438,19 +556,21 @@ def produce(p: Problem, refs: Refs) -> None:
     plgpu.set_max_registers(_mgpu.registers(c.consumers)[1], action="decrease")
 
     def one(j, t, done):
-        b, head, q_tile = decode(p, t)
-        first, end = tile_blocks(p, refs, b, head, q_tile)
+        b, head, q_tile, first, end, _ = find(p, refs, t)
         blocks = end - first
         kv_head = div(head, p.group)
         key_end = refs.extra.key_end[b] if p.dynamic else None
 
         def load_q():
             for w in range(c.consumers):
+                to = w if c.q_stages == 1 else w + rem(j, c.q_stages) * c.consumers
                 if c.persistent:
-                    pl.when(j > 0)(lambda w=w: plgpu.barrier_wait(refs.q_free.at[w]))
-                rows = pl.ds(q_tile * c.block_q + w * TILE, TILE)
-                dst = refs.q_smem.at[w]
-                plgpu.copy_gmem_to_smem(refs.q.at[b, rows, head], dst, refs.q_full.at[w])
+                    free = refs.q_free.at[to]
+                    pl.when(j >= c.q_stages)(lambda free=free: plgpu.barrier_wait(free))
+                row, mine = (0, head + w) if c.by_heads else (w * TILE, head)
+                rows = pl.ds(q_tile * p.tile_rows + row, TILE)
+                dst = refs.q_smem.at[to]
+                plgpu.copy_gmem_to_smem(refs.q.at[b, rows, mine], dst, refs.q_full.at[to])
 
         def load(which, i):
             slot = rem(done + i, c.stages)
@@ -490,8 +610,12 @@ def produce(p: Problem, refs: Refs) -> None:
             await_slot(p, refs, which, rem(g, c.stages))
 
     if c.persistent:
-        for w in range(c.consumers):
-            plgpu.barrier_wait(refs.q_free.at[w])
+        count = tile_count(p, lax.axis_index("cta"))
+
+        @pl.loop(lax.max(count - c.q_stages, jnp.int32(0)), count)
+        def _(j):
+            for w in range(c.consumers):
+                plgpu.barrier_wait(refs.q_free.at[w + rem(j, c.q_stages) * c.consumers])
 
 
 def scratch_types(p: Problem) -> list:
@@ -502,17 +626,17 @@ def scratch_types(p: Problem) -> list:
     o_shape = (c.consumers, chunks, TILE, 64) if chunks else (c.consumers, TILE, p.head_dim_v)
     barrier = lambda n, arrivals=1: plgpu.Barrier(num_arrivals=arrivals, num_barriers=n)
     return [
-        operand(c.consumers, TILE, p.head_dim),
+        operand(c.q_stages * c.consumers, TILE, p.head_dim),
         operand(c.stages, c.block_kv, p.head_dim),
         operand(c.stages, c.block_kv, p.head_dim_v),
         operand(*o_shape) if c.own_o(p.head_dim, p.head_dim_v) else None,
         plgpu.SMEM((c.consumers, TILE), jnp.float32),
         barrier(c.stages),
         barrier(c.stages),
-        barrier(c.consumers),
+        barrier(c.q_stages * c.consumers),
         barrier(c.stages, c.consumers),
         barrier(c.stages, c.consumers),
-        barrier(c.consumers),
+        barrier(c.q_stages * c.consumers),
         barrier(c.consumers),
         plgpu.Barrier(num_arrivals=1) if p.dynamic else None,
     ]
@@ -535,9 +659,16 @@ def forward(
     p = Problem.of(q, v, options, config, interpret)
     config.check(p.head_dim, p.head_dim_v)
     q, k, v = (pad_tokens(x) for x in (q, k, v))
+    if config.direct and p.queries % p.tile_rows:
+        raise NotImplementedError(f"{config}: {p.queries} queries are no whole tiles")
+    if config.by_heads and (p.group % config.consumers or p.lists):
+        raise NotImplementedError(f"{config}: {p.group=} heads, or a list of blocks")
     extra = extra_operands(
         options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE
     )
+    extra = extra._replace(query_end=None)
+    if p.sorted:
+        extra = extra._replace(work=work_table(p, extra.ranges), ranges=None)
     leaves, tree = jax.tree.flatten(extra)
 
     def body(q, k, v, *rest):

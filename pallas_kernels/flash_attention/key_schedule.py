@@ -42,6 +42,11 @@ class Problem(common.Problem):
         return cdiv(self.keys, self.tile_rows)
 
     @property
+    def sorted(self) -> bool:
+        """Whether `Extra.work` lists the tiles."""
+        return self.dynamic and not self.lists and self.config.longest_first
+
+    @property
     def ragged_keys(self) -> bool:
         """Whether the last KV tile hangs over the end."""
         return self.keys % self.tile_rows != 0
@@ -66,8 +71,11 @@ def head_group(p: Problem) -> int:
     return max(x for x in range(1, pairs + 1) if pairs % x == 0 and x <= most)
 
 
-def decode(p: Problem, t):
+def decode(p: Problem, t, refs: Any = None):
     """Flat tile number to (batch, KV head, KV tile of this CTA); causal starts with the longest."""
+    if p.sorted:
+        item = div(t, p.kv_heads)
+        return refs.extra.work[item, 0], rem(t, p.kv_heads), refs.extra.work[item, 1]
     if not p.dynamic and p.band.right is not None and p.band.left is None:
         size = head_group(p)
         group, r = div(t, size * p.kv_tiles), rem(t, size * p.kv_tiles)
@@ -111,6 +119,14 @@ def query_ranges(p: Problem, refs: Any, b, kv_tile):
     if p.mask is not None:  # every tile takes the mask_mod
         full_first = full_end = end
     return first, end, full_first, lax.max(full_end, full_first)
+
+
+def work_table(p: Problem, ranges) -> Any:
+    """`Extra.work`: (b, KV tile), longest first; ranges is `Extra.ranges`."""
+    bq = p.config.block_q
+    any_lo, any_hi = ranges[..., 0], ranges[..., 1]
+    steps = jnp.where(any_lo < any_hi, (any_hi + (bq - 1)) // bq - any_lo // bq, 0)
+    return common.sorted_tiles(steps, [])
 
 
 def walk(p: Problem, refs: Any, b, head, kv_tile):

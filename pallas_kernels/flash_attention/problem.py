@@ -145,6 +145,7 @@ class Extra(NamedTuple):
     mask: tuple[Any, ...] = ()
     order: Any = None  # [b, n, tiles, blocks] i32: what a tile of rows visits, partial blocks first
     counts: Any = None  # [b, n, tiles, 2] i32: partial blocks, blocks
+    work: Any = None  # [B * tiles, columns] i32: the tiles, longest first (`longest_first`)
 
 
 def extra_operands(
@@ -159,6 +160,8 @@ def extra_operands(
         rows = jnp.broadcast_to(rows, (batch, *rows.shape[1:]))
         found["rows"], found["ranges"] = rows, tile_ranges(rows, tile_rows)
         found["key_end"] = _last(bounds.key_lo, bounds.key_hi, batch)
+        if by_query:  # the same number, in fewer kernels
+            found["key_end"] = found["ranges"][..., 1].max(-1)
         found["query_end"] = _last(bounds.query_lo, bounds.query_hi, batch)
     if options.alibi_slopes is not None:
         found["slopes"] = options.alibi_slopes.astype(jnp.float32)
@@ -177,6 +180,25 @@ def extra_operands(
             options.blocks, options.band, bounds, block_q, block_kv, by_query=by_query
         )
     return Extra(**found)
+
+
+def sorted_tiles(blocks: jax.Array, columns: Sequence[jax.Array]) -> jax.Array:
+    """[B * tiles, 2 + columns] i32: (b, tile, columns) of every tile, most `blocks` first.
+
+    >>> sorted_tiles(jnp.array([[1, 3, 2]]), [jnp.array([[7, 8, 9]])]).tolist()
+    [[0, 1, 8], [0, 2, 9], [0, 0, 7]]
+    """
+    batch, tiles = blocks.shape
+    n = batch * tiles
+    at = jnp.arange(n, dtype=jnp.int32)
+    table = jnp.stack([at // tiles, at % tiles, *(x.reshape(n) for x in columns)], axis=1)
+    keys = blocks.reshape(n)
+    if n > 2048:
+        return table[jnp.argsort(-keys)]
+    # few tiles: ranks by comparing all, two short fusions where a sort would be several kernels
+    more, level = keys[None] > keys[:, None], keys[None] == keys[:, None]
+    rank = (more | (level & (at[None] < at[:, None]))).sum(1, dtype=jnp.int32)
+    return jnp.zeros_like(table).at[rank].set(table, unique_indices=True)
 
 
 def _last(lo: jax.Array, hi: jax.Array, batch: int) -> jax.Array:

@@ -7,15 +7,16 @@ range of blocks (see `mask.py`).
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._mgpu import cdiv, div, rem
 from pallas_kernels.flash_attention import problem as common
-from pallas_kernels.flash_attention.mask import TILE
-from pallas_kernels.flash_attention.problem import LOG2E, at_index
+from pallas_kernels.flash_attention.mask import FAR, TILE
+from pallas_kernels.flash_attention.problem import LOG2E, at_index, sorted_tiles
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,7 +26,12 @@ class Problem(common.Problem):
     @property
     def tile_rows(self) -> int:
         """Query rows of one tile."""
-        return self.config.block_q
+        return TILE if self.config.by_heads else self.config.block_q
+
+    @property
+    def heads_of_tile(self) -> int:
+        """Heads that a tile computes."""
+        return self.config.consumers if self.config.by_heads else 1
 
     @property
     def q_tiles(self) -> int:
@@ -34,8 +40,13 @@ class Problem(common.Problem):
 
     @property
     def pairs(self) -> int:
-        """(batch, head) pairs of the call."""
-        return self.batch * self.heads
+        """(batch, heads of a tile) pairs of the call."""
+        return self.batch * self.heads // self.heads_of_tile
+
+    @property
+    def sorted(self) -> bool:
+        """Whether `Extra.work` lists the tiles."""
+        return self.dynamic and not self.lists and self.config.longest_first
 
     @property
     def total(self) -> int:
@@ -76,14 +87,26 @@ class Problem(common.Problem):
         The 64 rows of a consumer stay in one block where the diagonal enters at a multiple of 64;
         a ragged end is in the last block, which is that one or the only one to mask.
         """
-        right = self.band.right
-        aligned = right is None or (self.band.offset + right) % 64 == 0
+        right, c = self.band.right, self.config
+        aligned = right is None or (self.band.offset + right) % TILE == 0
+        if c.chained and right is not None:  # the last block of a tile is that of every consumer
+            aligned = aligned and (self.band.offset + right) % self.tile_rows == 0
+            aligned = aligned and c.block_kv % self.tile_rows == 0
         return not self.dynamic and not self.lists and self.mask is None and aligned
+
+    @property
+    def low_in_high(self) -> bool:
+        """Whether the first block, which the diagonal crosses, may need the low border as well."""
+        left, right = self.band.left, self.band.right
+        if not self.config.tight_masks or not self.one_high_block or left is None or right is None:
+            return self.masked_low
+        clipped = self.queries + self.band.offset + right > self.keys
+        return clipped or left + right < self.config.block_kv + self.config.block_q
 
 
 def head_group(p: Problem) -> int:
     """(batch, head) pairs whose tiles run together, so that their K and V stay in L2."""
-    pairs, group = p.pairs, p.group
+    pairs, group = p.pairs, max(1, p.group // p.heads_of_tile)
     if p.config.persistent:
         return pairs
     per_head = p.keys * (p.head_dim + p.head_dim_v) * 2
@@ -97,7 +120,7 @@ def longest_first(p: Problem) -> bool:
 
 
 def decode(p: Problem, t):
-    """Flat tile number to (batch, head, query tile) of this CTA."""
+    """Flat tile number to (batch, first head, query tile) of this CTA."""
     if longest_first(p):
         size = head_group(p)
         group, r = div(t, size * p.q_tiles), rem(t, size * p.q_tiles)
@@ -105,7 +128,51 @@ def decode(p: Problem, t):
         q_tile = p.q_tiles - 1 - div(r, size)
     else:
         pair, q_tile = div(t, p.q_tiles), rem(t, p.q_tiles)
-    return div(pair, p.heads), rem(pair, p.heads), q_tile
+    units = p.heads // p.heads_of_tile
+    return div(pair, units), rem(pair, units) * p.heads_of_tile, q_tile
+
+
+class Work(NamedTuple):
+    """One tile: scalars, so that they can be read long before they are used."""
+
+    b: Any
+    head: Any  # the first of the tile
+    q_tile: Any
+    first: Any  # block
+    end: Any
+    ranges: Any = ()  # `row_ranges` of the consumer that asks, where a table has them
+
+
+def find(p: Problem, refs: Any, t, wg=None) -> Work:
+    """Flat tile number to the tile; `wg` is the consumer that asks, None the one that loads."""
+    if p.sorted:
+        units, work = p.heads // p.heads_of_tile, refs.extra.work
+        item = div(t, units)
+        b, q_tile, first, end = (work[item, i] for i in range(4))
+        ranges = ()
+        if wg is not None:
+            column = 4 if p.config.by_heads else 4 + 4 * wg
+            ranges = tuple(work[item, column + i] for i in range(4))
+        return Work(b, rem(t, units) * p.heads_of_tile, q_tile, first, end, ranges)
+    b, head, q_tile = decode(p, t)
+    first, end = tile_blocks(p, refs, b, head, q_tile)
+    if p.config.chained:
+        end = lax.max(end, first + 1)
+    return Work(b, head, q_tile, first, end)
+
+
+def work_table(p: Problem, ranges: jax.Array) -> jax.Array:
+    """`Extra.work`: (b, query tile, first, end) and each consumer's row range, longest first."""
+    wgs = p.tile_rows // TILE
+    ranges = ranges.reshape(p.batch, p.q_tiles, wgs, 4)
+    lo, end, full_lo, full_hi = blocks_of(p, *(ranges[..., i] for i in range(4)))
+    first = jnp.where(end > 0, lo, FAR).min(-1)
+    last = end.max(-1)
+    first = jnp.minimum(first, last)
+    if p.config.chained:
+        last = jnp.maximum(last, first + 1)
+    parts = [x[..., i] for i in range(wgs) for x in (lo, end, full_lo, full_hi)]
+    return sorted_tiles(last - first, [first, last, *parts])
 
 
 def tile_of(p: Problem, cta, j):
@@ -113,9 +180,23 @@ def tile_of(p: Problem, cta, j):
     if not p.config.persistent:
         return cta
     n = p.programs
-    if not longest_first(p):
+    if not longest_first(p) and not p.sorted:
         return j * n + cta
     return j * n + jnp.where(rem(j, 2) == 1, n - 1 - cta, cta)
+
+
+def tile_count(p: Problem, cta):
+    """Tiles of a CTA."""
+    if not p.config.persistent:
+        return jnp.int32(1)
+    n = p.programs
+    full, part = divmod(p.total, n)
+    count = jnp.int32(full)
+    if part:
+        zigzag = (longest_first(p) or p.sorted) and full % 2
+        position = n - 1 - cta if zigzag else cta
+        count = count + (position < part).astype(jnp.int32)
+    return count
 
 
 def over_tiles(p: Problem, f):
@@ -123,14 +204,8 @@ def over_tiles(p: Problem, f):
     cta = lax.axis_index("cta")
     if not p.config.persistent:
         return f(jnp.int32(0), cta, jnp.int32(0))
-    n = p.programs
-    full, part = divmod(p.total, n)
-    count = jnp.int32(full)
-    if part:
-        position = n - 1 - cta if longest_first(p) and full % 2 else cta
-        count = count + (position < part).astype(jnp.int32)
     body = lambda j, done: f(j, tile_of(p, cta, j), done)
-    return lax.fori_loop(jnp.int32(0), count, body, jnp.int32(0))
+    return lax.fori_loop(jnp.int32(0), tile_count(p, cta), body, jnp.int32(0))
 
 
 def row_ranges(p: Problem, refs: Any, b, base):
@@ -138,7 +213,6 @@ def row_ranges(p: Problem, refs: Any, b, base):
 
     Blocks in `[full_first, full_end)` are seen by every row.  Without a row, all are zero.
     """
-    bk = p.config.block_kv
     if p.dynamic:
         r = lambda i: refs.extra.ranges[b, div(base, TILE), i]
         any_lo, any_hi, all_lo, all_hi = r(0), r(1), r(2), r(3)
@@ -155,11 +229,22 @@ def row_ranges(p: Problem, refs: Any, b, base):
             clip = lambda x: lax.max(lax.min(x + reach, keys), zero)
             any_hi, all_hi = clip(last), clip(base)
         any_hi = jnp.where(base < p.queries, any_hi, 0)
+    return blocks_of(p, any_lo, any_hi, all_lo, all_hi)
+
+
+def blocks_of(p: Problem, any_lo, any_hi, all_lo, all_hi) -> tuple:
+    """`row_ranges` of key ranges."""
+    bk = p.config.block_kv
+    whole = lambda x: div(x, bk) if jnp.ndim(x) == 0 else x // bk
     some = any_lo < any_hi
-    first = jnp.where(some, div(any_lo, bk), 0)
-    end = jnp.where(some, div(any_hi + (bk - 1), bk), 0)
-    full_first = lax.min(div(all_lo + (bk - 1), bk), end)
-    full_end = lax.max(div(all_hi, bk), full_first)
+    first = jnp.where(some, whole(any_lo), 0)
+    end = jnp.where(some, whole(any_hi + (bk - 1)), 0)
+    full_first = jnp.minimum(whole(all_lo + (bk - 1)), end)
+    full_end = whole(all_hi)
+    if p.config.tight_masks:  # blocks from there on take the high border's comparison, no others
+        full_end = jnp.minimum(full_end, end)
+    else:
+        full_end = jnp.maximum(full_end, full_first)
     return first, end, full_first, full_end
 
 
@@ -186,16 +271,24 @@ def tile_blocks(p: Problem, refs: Any, b, head, q_tile):
     return functools.reduce(lax.min, starts), end
 
 
-def place(p: Problem, refs: Any, wg, b, head, q_tile, first, end, done) -> tuple:
+def place(p: Problem, refs: Any, wg, b, head, q_tile, first, end, done, ranges=()) -> tuple:
     """The fields of a `Consumer` whose tile has the blocks `first..end`."""
-    base = q_tile * p.config.block_q + wg * TILE
+    base = q_tile * p.tile_rows
+    if p.config.by_heads:
+        head = head + wg
+    else:
+        base = base + wg * TILE
     where = (p, refs, wg, b, head, q_tile, base, end, done)
     if p.lists:
         counts = refs.extra.counts
         partial = counts[(*at_index(counts, b, head), q_tile, 0)]
         return *where, jnp.int32(0), end, partial, end
-    lo, hi, full_lo, full_hi = row_ranges(p, refs, b, base)
+    lo, hi, full_lo, full_hi = ranges or row_ranges(p, refs, b, base)
     none, blocks = hi == 0, end - first
+    if p.config.chained and p.mask is not None:
+        return *where, jnp.int32(0), blocks, blocks, blocks
+    if p.config.chained:
+        return *where, jnp.int32(0), blocks, end - full_hi, end - full_lo
     # an empty consumer passes over every block of the tile
     begin_i = jnp.where(none, blocks, end - hi)
     end_i = jnp.where(none, blocks, end - lo)

@@ -107,6 +107,29 @@ def test_persistent_grid_reuses_its_buffers():
 
 
 @pytest.mark.parametrize(
+    ("shape", "change", "options"),
+    [
+        ((1, 200, 130, 2, 1, 64, 64), {}, dict(band=causal)),
+        pytest.param(
+            (1, 200, 200, 2, 2, 64, 64),
+            dict(tight_masks=True, q_stages=2, late_sum=True),
+            dict(band=fa.Band(left=150, right=0)),
+            marks=pytest.mark.slow,
+        ),
+        (
+            (1, 110, 110, 4, 2, 64, 64),
+            dict(tight_masks=True, q_stages=2, longest_first=True, by_heads=True),
+            dict(band=causal, bounds=ragged),
+        ),
+    ],
+    ids=["causal", "window", "packed-heads"],
+)
+def test_chained_tiles(shape, change, options):
+    config = fa.ForwardConfig(block_kv=64, persistent=True, chained=True, num_sms=2, **change)
+    check_forward(shape, config=config, **options)
+
+
+@pytest.mark.parametrize(
     ("shape", "options"),
     [
         pytest.param((1, 72, 100, 2, 1, 64, 64), dict(band=causal), marks=pytest.mark.smoke),
@@ -120,7 +143,7 @@ def test_persistent_grid_reuses_its_buffers():
     ids=["causal-gqa", "packed", "window-cap-lse", "deterministic"],
 )
 def test_backward(shape, options):
-    check_backward(shape, config=fa.BackwardConfig(block_q=128), **options)
+    check_backward(shape, config=fa.BackwardConfig(block_q=128, longest_first=True), **options)
 
 
 def test_wide_heads_send_p_unrounded():
@@ -250,7 +273,7 @@ def test_refusals_carry_the_reason(case):
 @pytest.mark.parametrize(
     "change",
     [dict(block_kv=65), dict(stages=1), dict(consumers=4), dict(release="x"), dict(num_sms=0),
-     dict(stages=5, release="named")],
+     dict(stages=5, release="named"), dict(q_stages=3), dict(chained=True)],
     ids=str,
 )  # fmt: skip
 def test_forward_config_refuses(change):
