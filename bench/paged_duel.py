@@ -5,7 +5,8 @@
 Every variant of a case is compiled, gives its first output, which has to agree with the reference,
 and is then timed in turns with the others, so that clock and neighbours are the same for all: the
 time is the median of the rounds, `cupti` the sum of the kernels of a call.  A variant that fails
-says so and the rest go on.  Names of cases begin with the group: `narrow`, `row`, `chunk`.
+says so and the rest go on.  Names of cases begin with the group: `narrow`, `row`, `chunk`,
+`few`.
 """
 
 import concurrent.futures
@@ -20,15 +21,32 @@ import paged_common as bench
 from pallas_kernels import paged_attention as pa
 
 ROUNDS = 3
-S, P = pa.SplitConfig, pa.PrefillConfig
+S, C, P = pa.SplitConfig, pa.ClusterConfig, pa.PrefillConfig
 NARROW = {
     "default": None,
-    "a396s4": S(ctas=396, stages=4, alone=True),
-    "a264s3t128": S(ctas=264, stages=3, key_tile=128, alone=True),
-    "c264s6": S(ctas=264, stages=6),
+    "a396s4 loads": S(ctas=396, stages=4, alone=True, loads=True),
+    "a264s3t128 loads": S(ctas=264, stages=3, key_tile=128, alone=True, loads=True),
+    "c264s6 loads": S(ctas=264, stages=6, loads=True),
 }
-ROWS = {"default": None, "c132s6": S(ctas=132, stages=6)}
-CHUNKS = {"default": None, "kv64s4": P(2, 64, 4)}
+ROWS = {
+    "default": None,
+    "uncut": S(uncut=True),
+    "uncut c132s6": S(ctas=132, stages=6, uncut=True),
+}
+CHUNKS = {
+    "default": None,
+    "kv128 late": P(2, 128, 2, late_sum=True),
+    "kv192": P(2, 192, 2),
+    "kv192 late": P(2, 192, 2, late_sum=True),
+}
+FEW = {
+    "default": None,
+    "c8w3s2": C(8, 3, 2),
+    "c16w1s4": C(16, 1, 4),
+    "c12w2s3": C(12, 2, 3),
+    "c11w2s3": C(11, 2, 3),
+    "c10w2s3": C(10, 2, 3),
+}
 
 
 def decode(name):
@@ -39,18 +57,22 @@ def cases():
     """(case, rows of (context, new), kind of pools, block size, {label: call})."""
     for size in (64, 16):
         for name in ("64x4k", "16x32k"):
-            calls = {x: bench.aidx_call(config) for x, config in ROWS.items()}
-            yield f"narrow{size} {name} bf16", decode(name), "bf16", size, calls
+            calls = bench.aidx_call(None)
+            yield f"narrow{size} {name} bf16", decode(name), "bf16", size, dict(default=calls)
         for kind in bench.NARROW:
             for name in ("64x4k", "16x32k"):
                 calls = {x: bench.narrow_call(config) for x, config in NARROW.items()}
                 yield f"narrow{size} {name} {kind}", decode(name), kind, size, calls
-    calls = {x: bench.aidx_call(config) for x, config in ROWS.items()}
-    for name in ("64x1k", "64x4k", "32k+255x512"):
-        yield f"row {name}", decode(name), "bf16", 64, calls
-    calls = {x: bench.aidx_call(config, 512) for x, config in CHUNKS.items()}
-    for name in list(bench.CHUNKS)[:2]:
-        yield f"chunk {name}", bench.CHUNKS[name], "bf16", 64, calls
+    for size in (64, 16):
+        calls = {x: bench.aidx_call(config) for x, config in ROWS.items()}
+        for name in ("64x1k", "256x1k", "64x4k"):
+            yield f"row{size} {name}", decode(name), "bf16", size, calls
+        calls = {x: bench.aidx_call(config, 512) for x, config in CHUNKS.items()}
+        for name in list(bench.CHUNKS)[:2]:
+            yield f"chunk{size} {name}", bench.CHUNKS[name], "bf16", size, calls
+    calls = {x: bench.aidx_call(config) for x, config in FEW.items()}
+    for name, lens in (("1x4k", [4096]), ("1x32k", [32768]), ("1x1k", [1024])):
+        yield f"few {name}", [(n, 1) for n in lens], "bf16", 64, calls
 
 
 def program(call):

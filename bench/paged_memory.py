@@ -4,18 +4,21 @@ python bench/paged_attention.py --sections write [--rows REGEX]
 python bench/paged_attention.py --sections swap
 """
 
+import functools
+import itertools
 import re
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from paged_common import CALLS, NARROW, H, K, N, cupti, row, say
+from paged_common import CALLS, NARROW, H, K, N, copy_rate, cupti, row, say, write
 
 from pallas_kernels import paged_attention as pa
 
 WRITES = {"8k": 8192, "256": 256, "8": 8}
 WRITE_KINDS = ("bf16", *NARROW)
+ROWS = (32, 128)  # of a CTA, beside the default
 
 
 def write_calls(kind, rotate):
@@ -25,11 +28,12 @@ def write_calls(kind, rotate):
 
     scaled = kind in NARROW
 
-    def kernel(pools, k, v, q, cos, sin, slots):
+    def kernel(pools, k, v, q, cos, sin, slots, **options):
+        if rotate:
+            k, q = apply_rope(k, cos, sin), apply_rope(q, cos, sin)
         scales = dict(k_scale=pools[2], v_scale=pools[3]) if scaled else {}
-        angles = dict(q=q, cos=cos, sin=sin) if rotate else {}
-        out = pa.write_kv(*pools[:2], k, v, slots, **scales, **angles)
-        return tuple(x for x in out[:4] if x is not None), out.q if rotate else q
+        out = pa.write_kv(*pools[:2], k, v, slots, **scales, **options)
+        return tuple(x for x in out if x is not None), q
 
     def xla(pools, k, v, q, cos, sin, slots):
         if rotate:
@@ -38,18 +42,26 @@ def write_calls(kind, rotate):
         options = scales | dict(implementation="xla")
         return tuple(scatter(*pools[:2], k, v, slots, **options)), q
 
-    return {"aidx": kernel, "xla": xla}
+    others = {} if rotate else {f"rows{n}": functools.partial(kernel, rows=n) for n in ROWS}
+    return {"aidx": kernel, **others, "xla": xla}
 
 
-def write_arguments(tokens, kind):
-    """(pools, [(k, v, q, cos, sin, slots)] of 4 sets, so that L2 does not hold what is read)."""
+def write_arguments(tokens, kind, in_order):
+    """(pools, [(k, v, q, cos, sin, slots)] of 4 sets, so that L2 does not hold what is read).
+
+    Slots are drawn one by one, or `in_order`: the tokens of a prompt in blocks drawn one by one.
+    """
     size, sets = 64, 4
     blocks = max(4 * tokens, 4096) // size * 4
     shape = (blocks, K, size, H)
     pools = [jnp.zeros(shape, jnp.bfloat16 if kind == "bf16" else kind) for _ in range(2)]
     if kind in NARROW:
         pools += [jnp.zeros(shape[:3], jnp.float32) for _ in range(2)]
-    slots = np.random.default_rng(0).permutation(blocks * size).astype(np.int32)
+    draw = np.random.default_rng(0).permutation
+    slots = draw(blocks * size)
+    if in_order:
+        slots = (draw(blocks)[:, None] * size + np.arange(size)).reshape(-1)
+    slots = slots.astype(np.int32)
     make = lambda i, *s: jax.random.normal(jax.random.key(i), s, jnp.bfloat16)
     out = []
     for i in range(sets):
@@ -62,18 +74,36 @@ def write_arguments(tokens, kind):
 
 def writes(rows_out, pattern):
     """Time of a write, with and without the rotation of q and k, beside the copy rate."""
-    for kind in WRITE_KINDS:
-        for name, tokens in WRITES.items():
-            pools, sets = write_arguments(tokens, kind)
-            for rotate in (False, True):
-                for label, call in write_calls(kind, rotate).items():
-                    case = f"write {name} {kind}" + (" rotated" if rotate else "")
-                    if not re.search(pattern, case):
-                        continue
-                    try:
-                        one_write(case, label, call, pools, sets, tokens, kind, rotate, rows_out)
-                    except Exception as e:
-                        say(case, label, "FAIL", type(e).__name__, str(e)[:300])
+    rate = copy_rate(jnp.ones((1 << 29,), jnp.bfloat16))
+    say(f"copy {rate:.2f} TB/s")
+    rows_out.append(row("copy", "device", "bandwidth", rate, "TB/s"))
+    for kind, (name, tokens), in_order, rotate in itertools.product(
+        WRITE_KINDS, WRITES.items(), (False, True), (False, True)
+    ):
+        case = f"write {name} {kind}" + " in order" * in_order + " rotated" * rotate
+        if (in_order and (name != "8k" or rotate)) or not re.search(pattern, case):
+            continue
+        pools, sets = write_arguments(tokens, kind, in_order)
+        calls = write_calls(kind, rotate)
+        want = jax.jit(calls["xla"])(pools, *sets[0])
+        for label, call in calls.items():
+            try:
+                differ = differing(jax.jit(call)(pools, *sets[0]), want)
+                if differ > 0.01:
+                    say(f"{case:32s} {label:7s} WRONG: {differ:.2%} of the values")
+                    continue
+                one_write(case, label, call, pools, sets, tokens, kind, rotate, rows_out)
+            except Exception as e:
+                say(case, label, "FAIL", type(e).__name__, str(e)[:300])
+        write(rows_out, "paged_write")
+
+
+@jax.jit
+def differing(got, want):
+    """Part of the values that differ by 1% or more, in the array where most do."""
+    far = lambda a, b: (jnp.abs(a - b) > 1e-2 * jnp.abs(b)).mean()
+    wide = lambda tree: [x.astype(jnp.float32) for x in jax.tree.leaves(tree)]
+    return jnp.max(jnp.stack([far(*x) for x in zip(wide(got), wide(want), strict=True)]))
 
 
 def one_write(case, label, call, pools, sets, tokens, kind, rotate, rows_out):
@@ -109,7 +139,7 @@ def one_write(case, label, call, pools, sets, tokens, kind, rotate, rows_out):
     kernels = sum(parts.values())
     rate = bytes_ / kernels / 1e6
     text = " ".join(f"{a}={b:.2f}" for a, b in parts.items())
-    say(f"{case:32s} {label:5s} {us:8.2f} us cupti {kernels:7.2f} us {rate:5.2f} TB/s {text}")
+    say(f"{case:32s} {label:7s} {us:8.2f} us cupti {kernels:7.2f} us {rate:5.2f} TB/s {text}")
     rows_out.append(row(case, label, "time", us, "us"))
     rows_out.append(row(case, label, "kernel time", kernels, "us"))
     rows_out.append(row(case, label, "bandwidth", rate, "TB/s"))

@@ -92,7 +92,7 @@ class WriteOperands(NamedTuple):
 
 def _xla(spec: None, ops: WriteOperands) -> tuple[Array, ...]:
     """A scatter into each pool."""
-    k, v, k_scale, v_scale = ops.k, ops.v, ops.k_scale, ops.v_scale
+    v, k_scale, v_scale = ops.v, ops.k_scale, ops.v_scale
     P, _, block_size, _ = ops.k_pool.shape
     # A slot of -1 gets a block of its own past the pool: indices stay unique, the write is dropped.
     spare = P + jnp.arange(ops.slots.shape[0], dtype=jnp.int32)
@@ -103,10 +103,7 @@ def _xla(spec: None, ops: WriteOperands) -> tuple[Array, ...]:
         at = pool.at[block, :, offset]
         return at.set(x.astype(pool.dtype), mode="drop", unique_indices=True)
 
-    q = ()
-    if ops.cos is not None and ops.sin is not None:
-        k = apply_rope(k, ops.cos, ops.sin)
-        q = () if ops.q is None else (apply_rope(ops.q, ops.cos, ops.sin),)
+    k, q = _rotated(ops)
     with jax.named_scope("write_kv"):
         if k_scale is None or v_scale is None:
             return put(ops.k_pool, k), put(ops.v_pool, v), *q
@@ -118,15 +115,24 @@ def _xla(spec: None, ops: WriteOperands) -> tuple[Array, ...]:
         return *pools, put(k_scale, k_own), put(v_scale, v_own), *q
 
 
+def _rotated(ops: WriteOperands) -> tuple[Array, tuple[Array, ...]]:
+    """Keys and, as a tuple of one or none, the queries, rotated where angles are given."""
+    cos, sin = ops.cos, ops.sin
+    if cos is None or sin is None:
+        return ops.k, ()
+    q = () if ops.q is None else (apply_rope(ops.q, cos, sin),)
+    return apply_rope(ops.k, cos, sin), q
+
+
 def _mosaic(spec: None, ops: WriteOperands) -> tuple[Array, ...]:
-    """One kernel for all of it, imported at its first use: it needs Mosaic GPU."""
+    """One kernel after the rotation, imported at its first use: it needs Mosaic GPU."""
     try:
         kernels: Any = importlib.import_module("pallas_kernels.paged_attention")
     except ImportError as missing:
         raise NotImplementedError(f"this JAX cannot import the kernels: {missing}") from missing
-    rest = {name: getattr(ops, name) for name in ("q", "cos", "sin", "k_scale", "v_scale")}
-    out = kernels.write_kv(*ops[:5], **rest)
-    return tuple(x for x in out if x is not None)
+    k, q = _rotated(ops)
+    out = kernels.write_kv(*ops[:2], k, *ops[3:5], k_scale=ops.k_scale, v_scale=ops.v_scale)
+    return *(x for x in out if x is not None), *q
 
 
 def quantise(x: Array, dtype: Any, scale: Array | None = None) -> tuple[Array, Array]:

@@ -287,6 +287,7 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
         max_tokens=None if max_tokens == call.geom.max_q else max_tokens,
         first=call.first,
         whole=call.shared or call.tree_mask is not None,
+        uncut=config.uncut,
     )
     first = work.tiles[:, wl.FIRST_TOKEN]
     out, lse = split.split_attention(
@@ -295,21 +296,22 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
         work,
         config=config,
         explicit=_explicit(call, geom, work.tiles, config.key_tile),
-        **_scales(call, geom, config.key_tile),
+        **_scales(call, geom, config),
         **call.options(geom, pack_columns),
     )
     count = jnp.where(work.tiles[:, wl.COUNT] > 0, work.tiles[:, wl.NUM_TOKENS], 0)
     return out, lambda: unpack_lse(lse, first, count, geom)
 
 
-def _scales(call: _Call, geom: Geometry, key_tile: int) -> dict[str, Any]:
+def _scales(call: _Call, geom: Geometry, config: SplitConfig) -> dict[str, Any]:
     """The scales as the kernel takes them: `scales` of tokens or `gains` of heads."""
     if call.scales is None:
         return {}
     if call.scales[0].ndim == 1:
         return dict(gains=tuple(pack_columns(jnp.repeat(x, geom.group), geom) for x in call.scales))
-    pages = PageTiles(geom, key_tile)
-    return dict(scales=tuple(pages.pack_scales(x.astype(jnp.float32)) for x in call.scales))
+    pages = PageTiles(geom, config.key_tile)
+    pack = (lambda x: x) if config.loads else pages.pack_scales
+    return dict(scales=tuple(pack(x.astype(jnp.float32)) for x in call.scales))
 
 
 def _explicit(call: _Call, geom: Geometry, tiles: jax.Array, key_tile: int):

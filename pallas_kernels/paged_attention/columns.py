@@ -265,10 +265,13 @@ class Columns:
         """(scale of each key, log2 of that of each value, its inverse), `[tile]` each or None."""
         if refs.k_scale is None:
             return None, None, None
-        size = self.geom.block_size
-        offset = lax.rem(head, jnp.int32(max(quantised.SCALES_PER_ROW // size, 1))) * size
-        load = lambda ref: quantised.load_rows(ref, size, offset, self.tile, self.ops.interpret)
-        k, v = load(refs.k_scale), load(refs.v_scale)
+        if isinstance(refs.k_scale, jax.Array):
+            k, v = refs.k_scale, refs.v_scale
+        else:
+            size = self.geom.block_size
+            offset = lax.rem(head, jnp.int32(max(quantised.SCALES_PER_ROW // size, 1))) * size
+            load = lambda ref: quantised.load_rows(ref, size, offset, self.tile, self.ops.interpret)
+            k, v = load(refs.k_scale), load(refs.v_scale)
         # also what a slot without a key may hold: NaN
         v = jnp.where(v > quantised.SMALLEST, v, jnp.full_like(v, quantised.SMALLEST))
         return k, jnp.log2(v), 1.0 / v

@@ -73,10 +73,9 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
     for dtype in (jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
         for dim, heads in ((128, 8), (64, 2), (256, 8)):
             pool, new = sds((1024, heads, 64, dim), dtype), sds((256, heads, dim), jnp.bfloat16)
-            angle = sds((256, dim // 2), jnp.float32)
-            extra = sds((256, 32, dim), jnp.bfloat16), angle, angle
+            extra = ()
             if jnp.dtype(dtype).itemsize == 1:
-                extra += (sds(pool.shape[:3], jnp.float32),) * 2
+                extra = (sds(pool.shape[:3], jnp.float32),) * 2
             args = (pool, pool, new, new, sds((256,), jnp.int32), *extra)
             yield f"paged/write h{dim} {jnp.dtype(dtype).name}", write, args
 
@@ -97,8 +96,8 @@ def tree(*args, **options):
 
 
 def write(*args):
-    """Keys and values, rotated, into pools that may have scales."""
-    names = ("q", "cos", "sin", "k_scale", "v_scale")
+    """Keys and values into pools that may have scales."""
+    names = ("k_scale", "v_scale")
     return write_kv(*args[:5], **dict(zip(names, args[5:], strict=False)))
 
 

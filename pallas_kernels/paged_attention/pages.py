@@ -10,7 +10,7 @@ from jax import lax
 from pallas_kernels._mgpu import div, rem
 
 from .geometry import Geometry
-from .quantised import SCALES_PER_ROW
+from .quantised import SCALES_PER_ROW, gather
 
 
 def scale_words(geom: Geometry, tile: int) -> int:
@@ -73,6 +73,28 @@ class PageTiles:
         first = 0 if first_key is None else div(first_key, size)
         index = [tile * self.per_tile + j for j in range(self.per_tile)]
         return tuple(table_ref[row, lax.max(lax.min(j, last), first)] for j in index)
+
+    def blocks_of_keys(self, table_ref, row, tile, context, first_key, interpret: bool):
+        """As `block_ids`, the block of every key of the tile, one per row of a WGMMA tile."""
+        size = jnp.int32(self.geom.block_size)
+        last = lax.min(div(context - 1, self.geom.block_size), self.geom.blocks_per_row - 1)
+        key = plgpu.broadcasted_iota(
+            jnp.int32, (self.tile,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+        )
+        block = jnp.minimum(lax.div(key + tile * self.tile, size), lax.max(last, 0))
+        if first_key is not None:
+            block = jnp.maximum(block, lax.div(first_key, size))
+        return gather(table_ref, row, block, interpret=interpret)
+
+    def scales_of_keys(self, ref, blocks, head, tile, interpret: bool):
+        """The scales of the keys of a tile, whose `blocks_of_keys` are given."""
+        key = plgpu.broadcasted_iota(
+            jnp.int32, (self.tile,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+        )
+        if self.geom.block_size > self.tile:
+            key = key + rem(tile, self.geom.block_size // self.tile) * self.tile
+        offset = lax.rem(key, jnp.int32(self.geom.block_size))
+        return gather(ref, blocks, head, offset, interpret=interpret)
 
     def peek(self, table_ref, row, tile):
         """As `block_ids`, read before the row's length is known (no window); then `settle`."""

@@ -31,7 +31,7 @@ from pallas_kernels.flash_attention import tile as tl
 
 from . import quantised
 from . import worklist as wl
-from .columns import clear_rows, row_layout, row_parts
+from .columns import row_layout, row_parts
 from .geometry import LOG2E, Geometry, Scoring
 from .pages import PageTiles, scale_words
 from .rows import load_rows, store_rows
@@ -51,6 +51,7 @@ class PrefillConfig:
     consumers: int = 2
     block_kv: int = 128
     stages: int = 2
+    late_sum: bool = False
 
     def __post_init__(self):
         if self.consumers not in (1, 2, 3):
@@ -279,6 +280,7 @@ class _Prefill:
         fact = tuple(refs.tiles[u, x] for x in range(8))
         busy = fact[wl.COUNT] > 0
         wide = self.geom.head_dim + self.geom.value_dim > 256
+        wide = wide or self.config.block_kv > 128
         producer = 32 if consumers == 3 else 24 if wide else 40  # whichever spills with fewer
         if refs.raw is not None:
             producer = 120
@@ -472,12 +474,20 @@ class Consumer:
         hi = jnp.where(oldest < 0, self.count, end - 1 - div(lax.max(oldest, 0), block))
         return lo, lax.max(hi, lo)
 
+    @property
+    def multiplier(self) -> float:
+        """What `logits` leaves to the exponent: one instruction a score less."""
+        scoring = self.call.scoring
+        plain = scoring.soft_cap is None and self.refs.slopes is None and scoring.scale > 0
+        return scoring.scale * LOG2E if plain else 1.0
+
     def logits(self, s, i, masked: bool):
-        """Scores -> base-2 logits, masked where that is needed."""
+        """Scores -> what times `multiplier` are base-2 logits, masked where that is needed."""
         call, key0 = self.call, self.first_key(i)
         scoring, group = call.scoring, call.geom.group
         if scoring.soft_cap is None:
-            s = s * (scoring.scale * LOG2E)
+            rest = scoring.scale * LOG2E / self.multiplier
+            s = s if rest == 1.0 else s * rest
         else:
             # tanh x = 1 - 2 / (1 + e^2x), by exp2: tanh.approx errs by 5e-4 of the cap
             e = jnp.exp2(jnp.minimum(s * (2 * LOG2E * scoring.scale / scoring.soft_cap), 80.0))
@@ -518,30 +528,37 @@ class Consumer:
         return jnp.where(self.wg == self.call.config.consumers - 1, 0, self.wg + 1)
 
     def softmax(self, s, m, total):
-        """Online softmax step on base-2 logits."""
-        new = s.max(axis=1)
+        """Online softmax step: maxima (base 2), sums or their 8 columns (`late_sum`), factor, P."""
+        late, times = self.call.config.late_sum, self.multiplier
+        new = s.max(axis=1) * times
         new = new if m is None else jnp.maximum(m, new)
-        p = jnp.exp2(s - tl.by_row(new, s.shape[1]))
+        p = jnp.exp2(s * times - tl.by_row(new, s.shape[1]))
+        fresh = tl.fold(p) if late else p.sum(axis=1)
         if m is None:
-            return new, p.sum(axis=1), None, p
+            return new, fresh, None, p
         alpha = jnp.exp2(m - new)
-        return new, total * alpha + p.sum(axis=1), alpha, p
+        old = tl.by_row(alpha, tl.GROUP) if late else alpha
+        return new, total * old + fresh, alpha, p
 
-    def await_v(self, i) -> None:
-        """V of block i has landed and, where its row ends in it, holds zeros past the end."""
-        refs, slot = self.refs, self.slot(i)
-        plgpu.barrier_wait(refs.v_full.at[slot])
+    def first_v(self) -> None:
+        """V of block 0 has landed and, where its row ends in it, holds zeros past the end."""
+        refs = self.refs
+        plgpu.barrier_wait(refs.v_full.at[self.slot(0)])
         live = self.fact[wl.CONTEXT] - self.first_key(0)
 
-        @pl.when((i == 0) & (live < self.call.config.block_kv))
+        @pl.when(live < self.call.config.block_kv)
         def _():
             @pl.when(self.wg == 0)
             def _():
-                clear_rows(refs.v_s.at[slot], live, self.call.interpret)
+                _mgpu.clear_rows(refs.v_s.at[self.slot(0)], live, self.call.interpret)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(refs.clean)
 
             plgpu.barrier_wait(refs.clean)
+
+    def await_v(self, i) -> None:
+        """V of block i has landed."""
+        pl.when(i > 0)(lambda: plgpu.barrier_wait(self.refs.v_full.at[self.slot(i)]))
 
     def first_block(self, oacc):
         """Q K^T and softmax of block 0: nothing to overlap with yet."""
@@ -554,6 +571,7 @@ class Consumer:
         s = self.ops.with_acc(scores, (ROWS, self.call.config.block_kv))
         plgpu.barrier_arrive(refs.k_free.at[slot])
         m, total, _, p = self.softmax(self.logits(s, 0, True), None, None)
+        self.first_v()
         following = self.slot(1)
         pl.when(self.count > 1)(lambda: plgpu.barrier_wait(refs.k_full.at[following]))
         return m, total, p.astype(self.call.dtype), self.ops.carry(oacc)
@@ -601,6 +619,8 @@ class Consumer:
         last = self.count - 1
         self.await_v(last)
         o = ops.wgmma(ops.uncarry(oacc, o_carry), p, refs.v_s.at[self.slot(last)])
+        if self.call.config.late_sum:
+            total = total.sum(axis=1)
         value = ops.load(o)
         plgpu.barrier_arrive(refs.v_free.at[self.slot(last)])
         return value, m, total
@@ -615,7 +635,7 @@ class Consumer:
         plgpu.commit_smem()
         o, m, total = self.ops.with_acc(self.attend, (ROWS, self.call.geom.value_dim))
         pl.when(wg == 0)(lambda: self.turn("sync", 0))  # the turn that the last one handed over
-        seen = m > MASKED / 2
+        seen = m > MASKED * self.multiplier / 2
         lse = jnp.where(seen, (m + jnp.log2(total)) / LOG2E, -jnp.inf)
         self.ops.store_plain(refs.lse.at[self.u, self.head, wg], lse)
         if refs.sinks is not None:

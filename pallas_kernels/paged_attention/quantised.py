@@ -82,6 +82,37 @@ def convert(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(dtype)
 
 
+def gather(ref: Any, *index: Any, interpret: bool) -> jax.Array:
+    """`ref[index]` from GMEM, one value per row of a WGMMA tile; some indices may be scalars."""
+    if interpret:
+        return ref[...][tuple(index)]
+    rows, splat = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WG_SPLAT
+    index = tuple(jnp.asarray(x, jnp.int32) for x in index)
+    (shape,) = {x.shape for x in index if x.ndim}
+    types = (plgpu.RefType(), *(rows if x.ndim else splat for x in index))
+    result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(ref.dtype), layout=rows)
+
+    @plgpu.inline_mgpu(arg_types=types, return_type=result)
+    def emit(_, source, *index):
+        from jax.experimental.mosaic import gpu as mgpu
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, memref, vector
+
+        layout, kind = mgpu.WGMMA_ROW_LAYOUT, ir.MemRefType(source.type).element_type
+        (many,) = {x.registers.shape for x in index if x.registers.size > 1 or x.shape}
+        registers = index[0].registers.reshape(-1)[:1].repeat(math.prod(many)).reshape(many)
+        scalar = lambda x: vector.extract(x, [], [0]) if isinstance(x.type, ir.VectorType) else x
+        for at in itertools.product(*map(range, many)):
+            own = [x.registers[at] if x.shape else x.registers.item() for x in index]
+            where = [arith.index_cast(ir.IndexType.get(), scalar(x)) for x in own]
+            value = memref.load(source, where)
+            registers[at] = vector.broadcast(ir.VectorType.get((1,), kind), value)
+        signed = True if isinstance(kind, ir.IntegerType) else None
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+
+    return emit(ref, *index)  # pyright: ignore
+
+
 def load_rows(ref: Any, block_size: int, offset: Any, size: int, interpret: bool) -> jax.Array:
     """The `size` scales of a tile from SMEM, one per row of a WGMMA tile.
 

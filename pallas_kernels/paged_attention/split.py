@@ -58,10 +58,14 @@ class SplitConfig:
     ctas: int = 2 * HOPPER_SMS
     fixed_chunk: int | None = None
     alone: bool = False
+    uncut: bool = False  # segments are whole: there is nothing to merge, and no second kernel
+    loads: bool = False  # scales of tokens come by plain loads, a tile ahead of their use
 
     def __post_init__(self):
         if self.key_tile % 64 or self.key_tile <= 0:
             raise ValueError(f"{self.key_tile=} is not a positive multiple of 64")
+        if self.uncut and self.fixed_chunk is not None:
+            raise ValueError(f"{self.uncut=} and {self.fixed_chunk=} contradict each other")
         if self.stages < 1 or self.ctas < 1:
             raise ValueError(f"{self.stages=} and {self.ctas=} have to be positive")
         if self.fixed_chunk is not None and (
@@ -74,7 +78,7 @@ def smem_bytes(config: SplitConfig, geom: Geometry, pool_bytes: int = 2) -> int:
     """Shared memory of one CTA, for pools of `pool_bytes` a value."""
     h, hv, cols, tile = geom.head_dim, geom.value_dim, geom.cols, config.key_tile
     ring = config.stages * tile * (h + hv) * pool_bytes
-    if pool_bytes == 1:
+    if pool_bytes == 1 and not config.loads:
         ring += config.stages * 2 * scale_words(geom, tile) * 4
     if pool_bytes == 1:  # queries and P in up to three terms
         small = 3 * cols * (h + tile) + cols * hv * 2
@@ -138,10 +142,11 @@ def split_attention(
     out_type = (
         sds((geom.num_tokens, geom.num_kv_heads, geom.group, hv), q.dtype),
         sds((u, geom.num_kv_heads, cols), jnp.float32),
-        sds((ctas, 2, hv, cols), jnp.float32),
-        sds((ctas, 2, cols), jnp.float32),
     )
-    copies = (2 if scales is None else 4) * pages.per_tile
+    if not config.uncut:
+        out_type += sds((ctas, 2, hv, cols), jnp.float32), sds((ctas, 2, cols), jnp.float32)
+    by_copies = scales is not None and not config.loads
+    copies = (4 if by_copies else 2) * pages.per_tile
     scratch = dict(
         q=smem(
             (query_slots(config) if narrow is None else 1, terms * cols, geom.head_dim),
@@ -158,7 +163,7 @@ def split_attention(
         kv_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         kv_free=plgpu.Barrier(num_barriers=stages),
     )
-    if scales is not None:
+    if by_copies:
         words = scale_words(geom, tile)
         scratch["k_scale"] = scratch["v_scale"] = smem((stages, words), jnp.float32)
     inputs = dict(
@@ -190,7 +195,7 @@ def split_attention(
         )
 
     with jax.named_scope("paged_attention.split"):
-        out, lse, part_o, part_lse = plgpu.kernel(
+        out, lse, *parts = plgpu.kernel(
             body,
             out_type=out_type,
             scratch_types=tuple(scratch.values()),
@@ -201,6 +206,8 @@ def split_attention(
             interpret=interpret_params(interpret),
             compiler_params=plgpu.CompilerParams(approx_math=True),
         )(*inputs.values())
+    if config.uncut:
+        return out, lse
     last = {name: inputs[name] for name in ("sinks", "gain") if name in inputs}
 
     def combine(*refs):
@@ -220,7 +227,7 @@ def split_attention(
             grid_names=("cta",),
             interpret=interpret_params(interpret),
             compiler_params=plgpu.CompilerParams(approx_math=True),
-        )(work.shares, part_o, part_lse, *last.values(), out, lse)
+        )(work.shares, *parts, *last.values(), out, lse)
         return out[...], lse[...]
 
 
@@ -244,10 +251,12 @@ def _read(ref, row, *columns):
     return tuple(ref[row, x] for x in columns)
 
 
-def _tile(smem: Namespace, q_slot, slot) -> TileRefs:
+def _tile(smem: Namespace, q_slot, slot, ahead) -> TileRefs:
     """Ring slot `slot` against the queries of `q_slot`."""
     at = lambda ref: None if ref is None else ref.at[slot]
     own = (smem.q.at[q_slot], at(smem.k), at(smem.v), smem.p, smem.red)
+    if ahead is not None:
+        return TileRefs(*own, *ahead[0])
     return TileRefs(*own, at(smem.k_scale), at(smem.v_scale))
 
 
@@ -299,6 +308,7 @@ class _Split:
             count, first_tile = fact[wl.COUNT], fact[wl.KEY_TILE]
             n = lax.min(count - offset, length - done)
             seg = self.segment(refs, u, head, fact)
+            ahead = self.first_scales(refs, head, fact, offset)
             if math.narrow is not None:
                 q_slot = 0
                 seg = self.split_queries(refs, smem, u, head, fact, seg)
@@ -310,7 +320,8 @@ class _Split:
 
             def attend(acc):
                 def step(j, carry):
-                    m, sums, a, feeder = carry
+                    m, sums, a, feeder, ahead = carry
+                    now, ahead = ahead, self.next_scales(refs, head, fact, offset + j, ahead)
                     slot = lax.rem(done + j, jnp.int32(stages))
                     plgpu.barrier_wait(smem.kv_full.at[slot])
                     key = (first_tile + offset + j) * tile
@@ -322,7 +333,8 @@ class _Split:
                         else:
                             feeder = self.feed(length, feeder, refs, smem)
 
-                    given = (math.uncarry(acc, a), m, sums, _tile(smem, q_slot, slot), key, seg)
+                    own = _tile(smem, q_slot, slot, now)
+                    given = (math.uncarry(acc, a), m, sums, own, key, seg)
                     if math.narrow is not None:
                         a, m, sums = math.step_narrow(*given, head, release)
                     else:
@@ -331,10 +343,10 @@ class _Split:
                         if feeder is not None:
                             plgpu.commit_smem()  # all four warps are through with the slot
                         release()
-                    return m, sums, math.carry(a), feeder
+                    return m, sums, math.carry(a), feeder, ahead
 
-                carry = (*math.start(), math.carry(acc), feeder)
-                m, sums, a, fed = lax.fori_loop(0, n, step, carry)
+                carry = (*math.start(), math.carry(acc), feeder, ahead)
+                m, sums, a, fed, _ = lax.fori_loop(0, n, step, carry)
                 return m, sums, math.output(math.uncarry(acc, a)), fed
 
             m, sums, o, feeder = math.with_output(attend)
@@ -374,6 +386,27 @@ class _Split:
             new_keys=refs.new_keys.at[u],
         )
 
+    def first_scales(self, refs: Namespace, head, fact, offset):
+        """((scales of K, of V) of a segment's tile, the blocks of the keys of the next)."""
+        if refs.k_scale is None or not self.config.loads:
+            return None
+        blocks = self.blocks_of_keys(refs, fact, offset)
+        return self.next_scales(refs, head, fact, offset - 1, (None, blocks))
+
+    def next_scales(self, refs: Namespace, head, fact, offset, ahead):
+        """As `first_scales`, for the tile after `offset`: loads that are awaited a tile later."""
+        if ahead is None:
+            return None
+        at = (ahead[1], head, fact[wl.KEY_TILE] + offset + 1, self.math.ops.interpret)
+        scales = tuple(self.pages.scales_of_keys(x, *at) for x in (refs.k_scale, refs.v_scale))
+        return scales, self.blocks_of_keys(refs, fact, offset + 2)
+
+    def blocks_of_keys(self, refs: Namespace, fact, offset):
+        row, tile = fact[wl.ROW], fact[wl.KEY_TILE] + offset
+        first_key, context = self.first_key(refs, fact), fact[wl.CONTEXT]
+        where = (row, tile, context, first_key, self.math.ops.interpret)
+        return self.pages.blocks_of_keys(refs.table, *where)
+
     def split_queries(self, refs: Namespace, smem: Namespace, u, head, fact, seg: Segment):
         """The segment's queries as terms in shared memory; their factor joins what it says."""
         geom = self.math.geom
@@ -391,13 +424,18 @@ class _Split:
     def emit(self, where, o, lse, factors, fact, o_s, outputs):
         """A whole segment goes to the output, a part of one to this share's partials."""
         cta, u, head, starts, ends = where
-        out_ref, lse_ref, part_o_ref, part_lse_ref = outputs
+        out_ref, lse_ref, *parts = outputs
 
-        @pl.when(starts & ends)
-        def _():
+        def whole():
             out = self.math.with_sinks(o, lse, *factors)
             self.math.ops.store_plain(lse_ref.at[u, head], lse)
             self.put(out, o_s, out_ref, fact, head)
+
+        if not parts:
+            whole()
+            return
+        part_o_ref, part_lse_ref = parts
+        pl.when(starts & ends)(whole)
 
         @pl.when(jnp.logical_not(starts & ends))
         def _():
@@ -479,7 +517,7 @@ class _Split:
         u, head, offset, fact, ids = place
         slot = lax.rem(i, jnp.int32(self.config.stages))
         scales = ()
-        if refs.k_scale is not None:
+        if smem.k_scale is not None:
             scales = tuple((refs.refs[x], smem.refs[x].at[slot]) for x in ("k_scale", "v_scale"))
         last = offset + 1 == fact[wl.COUNT]
         next_head = jnp.where(last, head + 1, head)
@@ -513,11 +551,16 @@ class _Split:
         return i + 1, place
 
     def block_ids(self, refs: Namespace, fact, offset):
-        row, tile, window = fact[wl.ROW], fact[wl.KEY_TILE] + offset, self.math.scoring.window
-        first_key = None if refs.first is None else refs.first[row]
-        if window is not None and refs.query_positions is None:
-            first_key = lax.max(fact[wl.POSITION] - window + 1, 0)
+        row, tile = fact[wl.ROW], fact[wl.KEY_TILE] + offset
+        first_key = self.first_key(refs, fact)
         return self.pages.block_ids(refs.table, row, tile, fact[wl.CONTEXT], first_key)
+
+    def first_key(self, refs: Namespace, fact):
+        """First key of the row that this call may read, None for 0."""
+        window = self.math.scoring.window
+        if window is not None and refs.query_positions is None:
+            return lax.max(fact[wl.POSITION] - window + 1, 0)
+        return None if refs.first is None else refs.first[fact[wl.ROW]]
 
     def clear(self, cta, dead_ref, out_ref):
         """Zeros for the tokens that attend to nothing, every CTA its part."""

@@ -159,6 +159,33 @@ def shares(tiles: jax.Array, kv_heads: int, *, ctas: int) -> jax.Array:
     return jnp.concatenate((own, tiles[tile]), axis=1)  # one read tells a CTA how to begin
 
 
+def whole_shares(tiles: jax.Array, kv_heads: int, *, ctas: int) -> jax.Array:
+    """As `shares`, every border moved to the nearest border of a segment: nothing is left to merge.
+
+    A share is longer than an equal one by the tiles of one segment at most.
+
+    >>> t = jnp.zeros((2, 8), jnp.int32).at[:, COUNT].set(jnp.array([2, 5])).at[0, NEXT].set(1)
+    >>> whole_shares(t, 2, ctas=3)[:, :5].tolist()
+    [[4, 0, 0, 0, -1], [5, 1, 0, 0, -1], [5, 1, 1, 0, -1]]
+    """
+    count = tiles[:, COUNT]
+    base = _exclusive_cumsum(count * kv_heads)
+    end = base + count * kv_heads
+    total = end[-1]
+    cta = jnp.arange(ctas + 1, dtype=jnp.int32)
+    start = total // ctas * cta + total % ctas * cta // ctas
+    tile = jnp.sum(end[None, :] <= start[:, None], axis=1, dtype=jnp.int32)
+    tile = jnp.minimum(tile, tiles.shape[0] - 1)
+    each = jnp.maximum(count[tile], 1)
+    head = (start - base[tile] + each // 2) // each
+    start = jnp.where(cta < ctas, base[tile] + head * each, total)
+    wrap = head == kv_heads
+    tile, head = jnp.where(wrap, tiles[tile, NEXT], tile)[:-1], jnp.where(wrap, 0, head)[:-1]
+    zero = jnp.zeros_like(tile)
+    own = (jnp.diff(start), tile, head, zero, zero - 1, zero, zero, zero)
+    return jnp.concatenate((jnp.stack(own, axis=1), tiles[tile]), axis=1)
+
+
 def fixed_shares(tiles: jax.Array, kv_heads: int, *, chunk: int, ctas: int) -> jax.Array:
     """One share per chunk of `chunk` key tiles of a segment, cut at multiples of `chunk`.
 
@@ -203,10 +230,12 @@ def make_work_list(
     chunk: int | None = None,
     first: jax.Array | None = None,
     whole: bool = False,
+    uncut: bool = False,
 ) -> WorkList:
     """The work list of the split-KV kernel; equal calls in one program are merged by XLA.
 
-    Shares are equal, or with `chunk` (keys) at fixed positions of every row.
+    Shares are equal, with `uncut` as equal as whole segments are, with `chunk` (keys) at fixed
+    positions of every row.
     """
     with jax.named_scope("paged_attention.work_list"):
         tiles = query_tiles(
@@ -219,7 +248,9 @@ def make_work_list(
             first=first,
             whole=whole,
         )
-        if chunk is None:
+        if uncut:
+            parts = whole_shares(tiles, geom.num_kv_heads, ctas=ctas)
+        elif chunk is None:
             parts = shares(tiles, geom.num_kv_heads, ctas=ctas)
         else:
             parts = fixed_shares(tiles, geom.num_kv_heads, chunk=chunk // key_tile, ctas=ctas)

@@ -1,13 +1,13 @@
 """New keys and values into their slots of the block pools, in place, in one launch.
 
-A CTA takes 64 rows, a row being one head of one token: they come by TMA, are rotated and quantised
-in registers where that is asked for, and go out with one TMA box per token, all heads of it at
-once.  K, V and (to be rotated) Q are the parts of one grid.
+A row is one head of one token.  Eight neighbouring threads take a row, 16 bytes at a time each, so
+that a warp moves whole lines, finds the largest magnitude of a row by three shuffles and needs no
+shared memory; all loads of a thread are under way before the first is used.  The rows of K and of V
+are the two parts of one grid.
 """
 
 import dataclasses
-import itertools
-import math
+import struct
 from typing import Any, NamedTuple
 
 import jax
@@ -16,22 +16,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mgpu import (
-    Ops,
-    cdiv,
-    div,
-    in_place,
-    interpret_params,
-    rem,
-    swizzled,
-    taken,
-)
+from pallas_kernels._mgpu import WARPGROUP, cdiv, div, in_place, interpret_params, rem, taken
 
 from . import quantised
 
-ROWS = 64  # of a CTA: wgmma's register layout
-TILE, PER_ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
-MAGIC = 1.5 * 2.0**23  # adding it to |x| < 2^22 rounds x to the nearest even integer
+ROWS = 64  # of a CTA
+LANES = 8  # threads of a row
+TOP = {quantised.INT8: 127.0, quantised.E4M3: 448.0}  # the largest value that is stored
+SMALLEST = 2.0**-120  # a scale below counts as this much: its inverse is finite
+MAGIC = 1.5 * 2.0**23  # x + MAGIC has the nearest integer to x in its last bits
 
 
 class Written(NamedTuple):
@@ -41,7 +34,6 @@ class Written(NamedTuple):
     v_pool: jax.Array
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
-    q: jax.Array | None = None
 
 
 def write_kv(
@@ -53,15 +45,12 @@ def write_kv(
     *,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
-    q: jax.Array | None = None,
-    cos: jax.Array | None = None,
-    sin: jax.Array | None = None,
+    rows: int = ROWS,
     interpret: Any = None,
 ) -> Written:
     """Write token t's key and value into slot `slots[t]` = block * block_size + offset, on Hopper.
 
-    Donate the pools and the write is in place.  With `cos` and `sin` keys (and `q`) are rotated
-    first, feature i with feature i + H/2.
+    Donate the pools and the write is in place.
 
     Args:
       k_pool: `[P, K, block_size, H]` in k's dtype, or int8 or float8_e4m3fn with scales.
@@ -72,9 +61,7 @@ def write_kv(
       k_scale: f32 `[P, K, block_size]`, written beside the values: the largest magnitude of a token
         and head over the largest one stored.  Or `[K]`, fixed.
       v_scale: as k_scale.
-      q: `[T, N, H]`.
-      cos: f32 `[T, H / 2]`.
-      sin: f32 `[T, H / 2]`.
+      rows: rows of a CTA, a multiple of 16.
       interpret: True runs the GPU interpreter.
 
     Raises:
@@ -86,60 +73,42 @@ def write_kv(
     >>> jax.eval_shape(write_kv, pool, pool, x, x, slots).k_pool.shape
     (3, 8, 16, 64)
     """
-    rotate = cos is not None
-    _check(k_pool, v_pool, k, v, slots, k_scale, v_scale, q, cos, sin)
-    block_size, heads = k_pool.shape[2], k_pool.shape[1]
-    parts = [
-        _Part("k", k.shape[1:], k_pool.dtype, rotate, heads),
-        _Part("v", v.shape[1:], v_pool.dtype, False, heads),
-    ]
-    values = dict(k=k, v=v)
-    if q is not None:
-        parts.append(_Part("q", q.shape[1:], q.dtype, True, 0))
+    _check(k_pool, v_pool, k, v, slots, k_scale, v_scale, rows)
     scaled = k_scale is not None and k_scale.ndim == 3
-    inputs = {name: _padded(x, max(x.shape[0] * heads, ROWS)) for name, x in values.items()}
-    if q is not None:  # its tiles go out whole and may not overlap
-        inputs["q"] = _padded(q, ROWS * cdiv(q.shape[0] * q.shape[1], ROWS))
-    inputs["slots"] = slots.astype(jnp.int32)
-    if cos is not None and sin is not None:
-        inputs |= dict(cos=cos.astype(jnp.float32), sin=sin.astype(jnp.float32))
-    if k_scale is not None and v_scale is not None and not scaled:
-        inputs |= dict(k_fixed=k_scale.astype(jnp.float32), v_fixed=v_scale.astype(jnp.float32))
+    inputs = dict(slots=slots.astype(jnp.int32))
+    inputs |= {name: x.reshape(-1, x.shape[-1]) for name, x in (("k", k), ("v", v))}
     targets: dict[str, Any] = dict(k_pool=k_pool, v_pool=v_pool)
-    if scaled:
-        targets |= dict(k_scale=k_scale, v_scale=v_scale)
-    if q is not None:
-        targets["q_out"] = jnp.empty_like(inputs["q"])
-    call = _Write(tuple(parts), k.shape[0], block_size, scaled, k.dtype, bool(interpret))
+    if k_scale is not None and v_scale is not None:
+        where = targets if scaled else inputs
+        where |= dict(k_scale=k_scale.astype(jnp.float32), v_scale=v_scale.astype(jnp.float32))
+    kind = None if k_scale is None else k_pool.dtype
+    _, heads, size, _ = k_pool.shape
+    total = k.shape[0] * heads
+    part = lambda name, x: _Rows(name, x.shape[2], kind, scaled, heads, size, total, rows)
+    parts, ctas = (part("k", k), part("v", v)), cdiv(total, rows)
     with jax.named_scope("write_kv"):
         state = {name: in_place(x) for name, x in targets.items()}
         names = (*inputs, *targets)
 
         def body(*refs):
-            call.body(dict(zip(names, refs, strict=False)), refs[len(names) :])
+            refs, cta = dict(zip(names, refs, strict=True)), lax.axis_index("cta")
+            for i, part in enumerate(parts):
+                first = (cta - i * ctas) * rows
+                move = part.interpreted if interpret else part.move
+                pl.when(div(cta, ctas) == i)(lambda move=move, first=first: move(refs, first))
 
         plgpu.kernel(
             body,
             out_type=(),
-            scratch_types=call.scratch(),
-            grid=(sum(call.tiles(part) for part in parts),),
+            grid=(2 * ctas,),
             grid_names=("cta",),
             interpret=interpret_params(interpret),
             compiler_params=plgpu.CompilerParams(),
         )(*inputs.values(), *state.values())
-        out = {name: taken(ref) for name, ref in state.items()}
-    if q is not None:
-        out["q"] = out.pop("q_out")[: q.shape[0] * q.shape[1]].reshape(q.shape)
-    return Written(**out)
+        return Written(**{name: taken(ref) for name, ref in state.items()})
 
 
-def _padded(x: jax.Array, rows: int) -> jax.Array:
-    """`x [T, N, H]` as `[rows, H]`, zeros behind."""
-    x = x.reshape(-1, x.shape[-1])
-    return jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
-
-
-def _check(k_pool, v_pool, k, v, slots, k_scale, v_scale, q, cos, sin) -> None:
+def _check(k_pool, v_pool, k, v, slots, k_scale, v_scale, rows) -> None:
     """What the shapes and dtypes have to be."""
     p, heads, size, _ = k_pool.shape
     if v_pool.shape[:3] != (p, heads, size) or slots.shape != k.shape[:1]:
@@ -147,12 +116,8 @@ def _check(k_pool, v_pool, k, v, slots, k_scale, v_scale, q, cos, sin) -> None:
     for name, pool, x in (("k", k_pool, k), ("v", v_pool, v)):
         if x.shape != (*slots.shape, heads, pool.shape[3]):
             raise ValueError(f"{name} of {x.shape} does not fit {pool.shape} and {slots.shape}")
-        if heads * pool.shape[3] * pool.dtype.itemsize % 128:
-            raise NotImplementedError(f"a token of {heads} x {pool.shape[3]} {pool.dtype} values")
-    if (cos is None) != (sin is None) or (q is not None and cos is None):
-        raise ValueError("q is given to be rotated, by cos and sin")
-    if cos is not None and cos.shape != (k.shape[0], k.shape[2] // 2):
-        raise ValueError(f"{cos.shape=} is not ({k.shape[0]}, {k.shape[2] // 2})")
+    if rows <= 0 or rows * LANES % WARPGROUP:
+        raise ValueError(f"{rows=} is not a positive multiple of {WARPGROUP // LANES}")
     narrow = quantised.is_quantised(k_pool.dtype)
     if narrow != (k_scale is not None) or narrow != (v_scale is not None):
         raise ValueError(f"scales go with int8 and float8_e4m3fn, not {k_pool.dtype=}")
@@ -160,269 +125,168 @@ def _check(k_pool, v_pool, k, v, slots, k_scale, v_scale, q, cos, sin) -> None:
         raise NotImplementedError(f"scales of two kinds: {k_scale.shape=}, {v_scale.shape=}")
     if k.dtype not in (jnp.bfloat16, jnp.float16) or v.dtype != k.dtype:
         raise NotImplementedError(f"{k.dtype=}, {v.dtype=} are not bfloat16 or float16")
-    if q is not None and (q.dtype != k.dtype or q.shape[2] != k.shape[2]):
-        raise ValueError(f"{q.shape=}, {q.dtype=} do not fit {k.shape=}, {k.dtype=}")
     if k_pool.dtype != v_pool.dtype or not (narrow or k_pool.dtype == k.dtype):
         raise NotImplementedError(f"{k.dtype=} into {k_pool.dtype=} and {v_pool.dtype=}")
-    if any(x % 64 for x in (k.shape[2], v.shape[2])):
-        raise NotImplementedError(f"{k.shape=}, {v.shape=}: heads are no multiples of 64")
-    if ROWS % heads or (q is not None and q.shape[1] > 256) or k.shape[0] == 0:
-        raise NotImplementedError(f"{k.shape=}: {ROWS} rows are no multiple of the heads")
+    if any(x % 64 or x > 256 for x in (k.shape[2], v.shape[2])) or k.shape[0] == 0:
+        raise NotImplementedError(f"{k.shape=}, {v.shape=}: heads are not 64, 128, 192 or 256")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """Q, K or V: rows of a flat array and where they go."""
+class _Rows:
+    """The rows of K or of V."""
 
     name: str
-    shape: tuple[int, ...]  # heads, features
-    dtype: Any  # stored
-    rotate: bool
-    pool_heads: int  # 0: back to an array of the same shape
-
-    @property
-    def heads(self) -> int:
-        """Rows of a token."""
-        return self.shape[0]
-
-    @property
-    def features(self) -> int:
-        """Of a row."""
-        return self.shape[1]
-
-    def transforms(self, dtype: Any) -> tuple[Any, ...]:
-        """Of tiles in SMEM, so that halves of rows and whole tokens are whole pieces of them.
-
-        Fewer than 8 heads make up no swizzled piece: their tiles lie plain.
-        """
-        if self.heads % 8:
-            return ()
-        half = self.features // 2 * jnp.dtype(dtype).itemsize
-        return swizzled(dtype, next(s for s in (128, 64, 32) if half % s == 0))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Write:
-    """The kernel body; static facts only."""
-
-    parts: tuple[_Part, ...]
-    tokens: int
+    features: int
+    kind: Any  # of what is stored, None for values as they come
+    scaled: bool  # a scale for every row is stored too; else those of heads are given
+    heads: int
     block_size: int
-    scaled: bool
-    dtype: Any  # of what comes
-    interpret: bool
+    total: int
+    rows: int  # of a CTA
 
-    def rows(self, part: _Part) -> int:
-        """Of the part's flat array."""
-        rows = max(self.tokens * part.heads, ROWS)
-        return rows if part.pool_heads else ROWS * cdiv(rows, ROWS)
+    def move(self, refs: dict[str, Any], first) -> None:
+        """Rows `first ...` to their slots."""
+        source, slots, pool = refs[self.name], refs["slots"], refs[f"{self.name}_pool"]
+        arrays = [source, slots, pool, refs.get(f"{self.name}_scale", slots)]
+        ptx = self.ptx(jnp.dtype(source.dtype))
 
-    def tiles(self, part: _Part) -> int:
-        """CTAs of a part."""
-        return cdiv(self.rows(part), ROWS)
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 4, plgpu.Layout.WG_SPLAT))
+        def emit(_, *args):
+            from jax.experimental.mosaic.gpu import utils
 
-    def tiles_of(self, part: _Part) -> list[tuple[Any, ...]]:
-        """(shape, dtype, transforms) of a tile as it comes and, where that differs, as it goes."""
-        changed = part.rotate or quantised.is_quantised(part.dtype)
-        kinds = (self.dtype, part.dtype) if changed else (self.dtype,)
-        return [
-            ((ROWS, part.features), kind, part.transforms(kind), i) for i, kind in enumerate(kinds)
+            *arrays, first = args
+            args = [*map(utils.memref_ptr, arrays), first.registers[()], utils.thread_idx()]
+            utils.inline_ptx(ptx, *args, has_side_effects=True)
+
+        emit(*arrays, first)  # pyright: ignore[reportCallIssue]
+
+    def ptx(self, dtype: Any) -> str:
+        """PTX of operands: rows, slots, pool, scales, first row, thread."""
+        passes, chunks = self.rows * LANES // WARPGROUP, self.features // (8 * LANES)
+        words = lambda i, j: [f"x{4 * (i * chunks + j) + n}" for n in range(4)]
+        lines = [
+            f".reg .b32 own, r, head, t, u, row<{passes}>, slot<{passes}>, w<2>;",
+            f".reg .b32 x<{4 * passes * chunks}>; .reg .pred live<{passes}>, lead, some;",
+            f".reg .f32 f<{8 * chunks}>, top, a, s; .reg .b64 at, off; .reg .b16 h<4>;",
+            "and.b32 own, $5, 7; bfe.u32 r, $5, 3, 4; add.u32 r, r, $4;",
         ]
+        for i in range(passes):
+            lines += [
+                f"add.u32 row{i}, r, {i * WARPGROUP // LANES};",
+                f"setp.lt.u32 live{i}, row{i}, {self.total};",
+                f"div.u32 t, row{i}, {self.heads}; mul.wide.u32 at, t, 4; add.u64 at, at, $1;",
+                f"mov.b32 slot{i}, -1; @live{i} ld.global.b32 slot{i}, [at];",
+                f"mul.wide.u32 at, row{i}, {2 * self.features}; add.u64 at, at, $0;",
+                "mul.wide.u32 off, own, 16; add.u64 at, at, off;",
+            ]
+            for j in range(chunks):
+                lines += [f"mov.b32 {x}, 0;" for x in words(i, j)]
+                to = ", ".join(words(i, j))
+                lines.append(f"@live{i} ld.global.v4.b32 {{{to}}}, [at+{16 * LANES * j}];")
+        for i in range(passes):
+            lines += [
+                f"setp.ge.s32 live{i}, slot{i}, 0; rem.u32 head, row{i}, {self.heads};",
+                f"div.u32 t, slot{i}, {self.block_size}; rem.u32 u, slot{i}, {self.block_size};",
+                f"mad.lo.u32 t, t, {self.heads}, head; mad.lo.u32 row{i}, t, {self.block_size}, u;",
+            ]
+            if self.kind is not None:
+                lines += self.scale_ptx(i, [words(i, j) for j in range(chunks)], dtype)
+            each = 16 if self.kind is None else 8  # bytes of a thread
+            lines += [
+                f"mul.wide.u32 at, row{i}, {each * LANES * chunks}; add.u64 at, at, $2;",
+                f"mul.wide.u32 off, own, {each}; add.u64 at, at, off;",
+            ]
+            for j in range(chunks):
+                out = words(i, j)
+                if self.kind is not None:
+                    lines += self.store_ptx(j)
+                    out = ["w0", "w1"]
+                to = f"st.global.v{len(out)}.b32 [at+{each * LANES * j}]"
+                lines.append(f"@live{i} {to}, {{{', '.join(out)}}};")
+        return "{\n" + "\n".join(lines) + "\n}"
 
-    @property
-    def all_tiles(self) -> list[tuple[Any, ...]]:
-        """Those of all parts: a CTA has one part, and the less it takes the more fit an SM."""
-        return list(dict.fromkeys(tile for part in self.parts for tile in self.tiles_of(part)))
-
-    def scratch(self) -> tuple[Any, ...]:
-        """A barrier, and the tiles."""
-        tiles = [plgpu.SMEM(shape, x, transforms=t) for shape, x, t, _ in self.all_tiles]
-        return (plgpu.Barrier(), *tiles)
-
-    def body(self, refs: dict[str, Any], scratch):
-        full, *tiles = scratch
-        tiles = dict(zip(self.all_tiles, tiles, strict=True))
-        cta, begin = lax.axis_index("cta"), 0
-        for part in self.parts:
-            count = self.tiles(part)
-            mine = (cta >= begin) & (cta < begin + count)
-
-            @pl.when(mine)
-            def _(part=part, begin=begin):
-                smem = [tiles[x] for x in self.tiles_of(part)]
-                # the last tile begins inside the one before it, and writes from `own` on
-                own = (cta - begin) * ROWS
-                row = lax.min(own, jnp.int32(self.rows(part) - ROWS))
-                plgpu.copy_gmem_to_smem(refs[part.name].at[pl.ds(row, ROWS)], smem[0], full)
-                plgpu.barrier_wait(full)
-                if len(smem) > 1:
-                    self.transform(part, refs, (row, own), *smem)
-                    plgpu.commit_smem()
-                self.put(part, refs, (row, own), smem[-1])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            begin += count
-
-    def transform(self, part: _Part, refs, rows, source, target) -> None:
-        """Rotate and quantise the tile of `rows`: its first, and the first not written before."""
-        row, _ = rows
-        half = part.features // 2
-        parts = [pl.ds(0, half), pl.ds(half, half)]
-        x = [self.load(source.at[:, at]).astype(jnp.float32) for at in parts]
-        if part.rotate:
-            cos, sin = (self.by_token(refs[n], row, part.heads, half) for n in ("cos", "sin"))
-            x = [x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin]
-            # what an unfused call would have stored in between
-            x = [y.astype(source.dtype).astype(jnp.float32) for y in x]
-        if quantised.is_quantised(part.dtype):
-            x = self.quantise(part, refs, rows, x)
-        for at, y in zip(parts, x, strict=True):
-            self.store(target.at[:, at], y.astype(part.dtype))
-
-    def quantise(self, part: _Part, refs, rows, x):
-        """The stored values in f32, not yet rounded to fp8; writes the scales."""
-        top = 127.0 if part.dtype == quantised.INT8 else 448.0
+    def scale_ptx(self, i: int, words: list[list[str]], dtype: Any) -> list[str]:
+        """PTX: the words of pass i as f0, f1, ..., and s, by which they are multiplied."""
+        lines, f = [], 0
+        for word in (x for chunk in words for x in chunk):
+            if dtype == jnp.bfloat16:
+                lines.append(f"shl.b32 t, {word}, 16; mov.b32 f{f}, t;")
+                lines.append(f"and.b32 t, {word}, 0xffff0000; mov.b32 f{f + 1}, t;")
+            else:
+                lines.append(f"mov.b32 {{h0, h1}}, {word};")
+                lines += [f"cvt.f32.f16 f{f + n}, h{n};" for n in range(2)]
+            f += 2
         if self.scaled:
-            largest = jnp.maximum(*(jnp.abs(y).max(axis=1) for y in x))
-            scale = largest / top
-            self.put_scales(part, refs, rows, scale)
+            lines.append("abs.f32 top, f0;")
+            lines += [f"abs.f32 a, f{n}; max.f32 top, top, a;" for n in range(1, f)]
+            for apart in (4, 2, 1):
+                lines += [
+                    f"mov.b32 t, top; shfl.sync.bfly.b32 t, t, {apart}, 0x1f, 0xffffffff;",
+                    "mov.b32 a, t; max.f32 top, top, a;",
+                ]
+            lines += [
+                f"div.rn.f32 s, top, {_hex(TOP[self.kind])};",
+                f"setp.eq.and.u32 lead, own, 0, live{i};",
+                f"mul.wide.u32 at, row{i}, 4; add.u64 at, at, $3; @lead st.global.f32 [at], s;",
+            ]
         else:
-            scale = self.by_head(refs[f"{part.name}_fixed"], rows[0], part.heads)
-        scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))
-        shape = x[0].shape
-        spread = lax.broadcast_in_dim(scale, shape, [0])
-        x = [jnp.maximum(jnp.minimum(y / spread, top), -top) for y in x]
-        if part.dtype != quantised.INT8:
-            return x
-        return [((y + MAGIC) - MAGIC).astype(jnp.int32) for y in x]
+            lines.append("mul.wide.u32 at, head, 4; add.u64 at, at, $3; ld.global.f32 s, [at];")
+        lines.append(f"setp.gt.f32 some, s, {_hex(0.0)}; selp.f32 s, s, {_hex(1.0)}, some;")
+        lines.append(f"max.f32 s, s, {_hex(SMALLEST)}; rcp.rn.f32 s, s;")
+        return lines
 
-    def put(self, part: _Part, refs, rows, source) -> None:
-        """The tile to its place: token by token into a pool."""
-        row, own = rows
-        if not part.pool_heads:
-            plgpu.copy_smem_to_gmem(source, refs["q_out"].at[pl.ds(row, ROWS)])
-            return
-        heads, pool, slots = part.heads, refs[f"{part.name}_pool"], refs["slots"]
-        token = div(row, heads)
-        for i in range(min(ROWS // heads, self.tokens)):
-            slot = slots[token + i]
+    def store_ptx(self, j: int) -> list[str]:
+        """PTX: 8 values of chunk j as w0 and w1."""
+        lines = []
+        for n in range(2):
+            f = [f"f{8 * j + 4 * n + x}" for x in range(4)]
+            if self.kind == quantised.E4M3:
+                lines += [f"mul.f32 {x}, {x}, s;" for x in f]
+                lines += [
+                    f"cvt.rn.satfinite.e4m3x2.f32 h{x}, {f[2 * x + 1]}, {f[2 * x]};"
+                    for x in range(2)
+                ]
+                lines.append(f"mov.b32 w{n}, {{h0, h1}};")
+                continue
+            if self.scaled:
+                lines += [f"fma.rn.f32 {x}, {x}, s, {_hex(MAGIC)};" for x in f]
+            else:
+                top, low = _hex(TOP[self.kind]), _hex(-TOP[self.kind])
+                lines += [f"mul.f32 {x}, {x}, s; min.f32 {x}, {x}, {top};" for x in f]
+                lines += [f"max.f32 {x}, {x}, {low}; add.f32 {x}, {x}, {_hex(MAGIC)};" for x in f]
+            for to, (low, high) in (("head", f[:2]), ("u", f[2:])):
+                lines.append(f"mov.b32 t, {low}; mov.b32 u, {high}; prmt.b32 {to}, t, u, 0x0040;")
+            lines.append(f"prmt.b32 w{n}, head, u, 0x5410;")
+        return lines
 
-            @pl.when((slot >= 0) & (row + i * heads >= own))
-            def _(i=i, slot=slot):
-                tile = source.at[pl.ds(i * heads, heads)]
-                place = (div(slot, self.block_size), pl.ds(0, heads), rem(slot, self.block_size))
-                plgpu.copy_smem_to_gmem(tile, pool.at[place])
+    # -------------------------------------------------------------------------- the interpreter
 
-    # ------------------------------------------------------------- registers, and the interpreter
+    def interpreted(self, refs: dict[str, Any], first) -> None:
+        """As `move`, row after row."""
+        slots, pool = refs["slots"], refs[f"{self.name}_pool"]
 
-    def load(self, ref):
-        """A tile from SMEM."""
-        return ref[...] if self.interpret else plgpu.load(ref, layout=TILE, optimized=False)
+        @pl.loop(0, self.rows)
+        def _(r):
+            row = first + r
+            slot = slots[div(lax.min(row, jnp.int32(self.total - 1)), self.heads)]
 
-    def store(self, ref, value) -> None:
-        """A tile to SMEM."""
-        Ops(self.interpret).store_plain(ref, value)
-
-    def by_token(self, ref, row, heads: int, features: int):
-        """`ref [T, features]` of every row's token, `[64, features]` from `row` on."""
-        if self.interpret:
-            token = (row + jnp.arange(ROWS, dtype=jnp.int32)) // heads
-            return ref[...][jnp.minimum(token, self.tokens - 1)]
-        kind = plgpu.ShapeDtypeStruct((ROWS, features), jnp.dtype(jnp.float32), layout=TILE)
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=kind)
-        def gather(_, source, first):
-            return _gathered(source, first, heads, self.tokens, (ROWS, features))
-
-        return gather(ref, jnp.asarray(row, jnp.int32))  # pyright: ignore[reportCallIssue]
-
-    def by_head(self, ref, row, heads: int):
-        """`ref [K]` of every row's head."""
-        if self.interpret:
-            return ref[...][(row + jnp.arange(ROWS, dtype=jnp.int32)) % heads]
-        kind = plgpu.ShapeDtypeStruct((ROWS,), jnp.dtype(jnp.float32), layout=PER_ROW)
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=kind)
-        def gather(_, source, first):
-            return _gathered(source, first, heads, None, (ROWS,))
-
-        return gather(ref, jnp.asarray(row, jnp.int32))  # pyright: ignore[reportCallIssue]
-
-    def put_scales(self, part: _Part, refs, rows, scale) -> None:
-        """One scale per row into its slot."""
-        row, own = rows
-        pool, slots = refs[f"{part.name}_scale"], refs["slots"]
-        if self.interpret:
-
-            @pl.loop(0, min(ROWS, self.tokens * part.heads))
-            def _(r):
-                slot, head = slots[div(row + r, part.heads)], rem(row + r, part.heads)
-
-                @pl.when((slot >= 0) & (row + r >= own))
-                def _():
-                    place = (div(slot, self.block_size), head, rem(slot, self.block_size))
-                    pool[place] = scale[r]
-
-            return
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), plgpu.RefType(), PER_ROW, *[plgpu.Layout.WG_SPLAT] * 2)
-        )
-        def scatter(_, target, slot_of, values, *bounds):
-            _scatter(target, slot_of, values, bounds, part.heads, self.tokens, self.block_size)
-
-        scatter(pool, slots, scale, *(jnp.asarray(x, jnp.int32) for x in rows))  # pyright: ignore
+            @pl.when((row < self.total) & (slot >= 0))
+            def _():
+                head = rem(row, self.heads)
+                place = (div(slot, self.block_size), head, rem(slot, self.block_size))
+                x = refs[self.name][row]
+                if self.kind is not None:
+                    scales = refs[f"{self.name}_scale"]
+                    x = x.astype(jnp.float32)
+                    scale = jnp.abs(x).max() / TOP[self.kind] if self.scaled else scales[head]
+                    if self.scaled:
+                        scales[place] = scale
+                    x = x * (1.0 / jnp.maximum(jnp.where(scale > 0, scale, 1.0), SMALLEST))
+                    x = jnp.clip(x, -TOP[self.kind], TOP[self.kind])
+                    x = jnp.round(x) if self.kind == quantised.INT8 else x
+                pool[place] = x.astype(pool.dtype)
 
 
-def _gathered(source, first, heads: int, tokens: int | None, shape: tuple[int, ...]):
-    """Registers of `source[token, column]`, or of `source[head]` where `tokens` is None."""
-    from jax.experimental.mosaic import gpu as mgpu
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, memref, vector
-
-    layout = mgpu.WGMMA_LAYOUT if len(shape) == 2 else mgpu.WGMMA_ROW_LAYOUT
-    index = ir.IndexType.get()
-    const = lambda x: arith.constant(index, x)
-    begin = arith.index_cast(index, first.registers.item())
-    sizes = layout.registers_shape(shape)
-    registers = first.registers.reshape(-1).repeat(math.prod(sizes)).reshape(sizes)
-    where = zip(itertools.product(*map(range, sizes)), layout.thread_idxs(shape), strict=True)
-    for at, (row, *column) in where:
-        row = arith.addi(row, begin)
-        if tokens is None:
-            values = [memref.load(source, [arith.remui(row, const(heads))])]
-        else:
-            token = arith.minui(arith.divui(row, const(heads)), const(tokens - 1))
-            places = [arith.addi(column[0], const(i)) for i in range(layout.vector_length)]
-            values = [memref.load(source, [token, place]) for place in places]
-        kind = ir.VectorType.get((len(values),), values[0].type)
-        registers[at] = vector.from_elements(kind, values)
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-def _scatter(target, slot_of, values, bounds, heads: int, tokens: int, block_size: int) -> None:
-    """`target[block, head, offset] = value` for every own row whose token has a slot."""
-    from jax.experimental.mosaic import gpu as mgpu
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, memref, scf, vector
-
-    index, i32 = ir.IndexType.get(), ir.IntegerType.get_signless(32)
-    const = lambda x: arith.constant(index, x)
-    begin, own = (arith.index_cast(index, x.registers.item()) for x in bounds)
-    layout = mgpu.WGMMA_ROW_LAYOUT
-    for value, (row,) in zip(values.registers.flat, layout.thread_idxs((ROWS,)), strict=True):
-        row = arith.addi(row, begin)
-        token, head = arith.divui(row, const(heads)), arith.remui(row, const(heads))
-        inside = arith.andi(
-            arith.cmpi(arith.CmpIPredicate.ult, token, const(tokens)),
-            arith.cmpi(arith.CmpIPredicate.uge, row, own),
-        )
-        slot = memref.load(slot_of, [arith.minui(token, const(tokens - 1))])
-        given = arith.cmpi(arith.CmpIPredicate.sge, slot, arith.constant(i32, 0))
-        branch = scf.IfOp(arith.andi(inside, given))
-        with ir.InsertionPoint(branch.then_block):
-            at = arith.index_cast(index, slot)
-            block, offset = arith.divui(at, const(block_size)), arith.remui(at, const(block_size))
-            scalar = vector.extract(value, [], [0])
-            memref.store(scalar, target, [block, head, offset])
-            scf.yield_([])
+def _hex(x: float) -> str:
+    """An f32 as PTX writes it."""
+    return "0f" + struct.pack(">f", x).hex().upper()

@@ -89,6 +89,12 @@ def test_split_decode_of_ragged_rows(capfd):
     assert (out[1] == 0).all() and (out[3:] == 0).all()
 
 
+def test_split_decode_of_whole_segments(capfd):
+    """The same rows, no segment cut: one kernel, and shares that hold nothing."""
+    args = make([130, 0, 1, 70], [1, 1, 0, 1])
+    check(args, 1, capfd, config=pa.SplitConfig(ctas=3, stages=2, uncut=True))
+
+
 def test_split_decode_with_options(capfd):
     """Window, soft cap, ALiBi and sinks together; a group that does not divide 8; large blocks."""
     args = make([130, 300, 1], [1, 1, 1], heads=6, kv_heads=2, size=128)
@@ -188,18 +194,18 @@ def test_int8_verification_with_options(capfd):
 
 
 @pytest.mark.parametrize(
-    "stages,key_tile,size,dtype",
+    "stages,key_tile,size,dtype,loads",
     [
-        (1, 64, 32, jnp.float8_e4m3fn),
-        (2, 128, 64, jnp.int8),
-        pytest.param(2, 64, 16, jnp.int8, marks=pytest.mark.slow),
-        pytest.param(1, 128, 256, jnp.float8_e4m3fn, marks=pytest.mark.slow),
+        (1, 64, 32, jnp.float8_e4m3fn, True),
+        (2, 128, 64, jnp.int8, False),
+        pytest.param(2, 64, 16, jnp.int8, True, marks=pytest.mark.slow),
+        pytest.param(1, 128, 256, jnp.float8_e4m3fn, True, marks=pytest.mark.slow),
     ],
 )
-def test_a_warpgroup_alone_feeds_itself(stages, key_tile, size, dtype, capfd):
+def test_a_warpgroup_alone_feeds_itself(stages, key_tile, size, dtype, loads, capfd):
     """Shares that begin and end inside rows, and rows of one tile after another."""
     args = make([130, 0, 1, 300], [1, 1, 0, 1], size=size)
-    config = pa.SplitConfig(ctas=3, stages=stages, key_tile=key_tile, alone=True)
+    config = pa.SplitConfig(ctas=3, stages=stages, key_tile=key_tile, alone=True, loads=loads)
     check_quantised(args, 1, dtype, capfd, config=config)
 
 
@@ -340,6 +346,12 @@ def test_prefill_of_ragged_rows(capfd):
     check(args, 70, capfd, config=PREFILL)
 
 
+def test_prefill_with_tiles_of_192_keys(capfd):
+    """Late sums; a row that ends inside the first tile, and one that fills two."""
+    args = make([384, 130], [9, 40], heads=4, kv_heads=1)
+    check(args, 40, capfd, config=pa.PrefillConfig(block_kv=192, late_sum=True))
+
+
 def test_prefill_with_options(capfd):
     args = make([200, 150], [40, 20], heads=3, kv_heads=1, size=256)
     options = dict(window=100, logits_soft_cap=20.0)
@@ -422,14 +434,19 @@ rows = st.lists(
 
 @pytest.mark.smoke
 @hypothesis.settings(deadline=None, max_examples=25)
-@hypothesis.given(rows=rows, window=st.sampled_from([None, 1, 100]), ctas=st.sampled_from([1, 7]))
-def test_shares_cover_every_key_tile_once(rows, window, ctas):
+@hypothesis.given(
+    rows=rows,
+    window=st.sampled_from([None, 1, 100]),
+    ctas=st.sampled_from([1, 7]),
+    uncut=st.booleans(),
+)
+def test_shares_cover_every_key_tile_once(rows, window, ctas, uncut):
     """The shares, read one after another, are all key tiles of all segments in order."""
     lens, new = (np.array(x, np.int32) for x in zip(*rows, strict=True))
     lens, new = (np.concatenate([x, np.zeros(6 - len(x), np.int32)]) for x in (lens, new))
     indptr = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
     geom = Geometry(6 * 40, 8, 2, 64, 64, 99, 16, 6, 44, max_q=40, q_tokens=4)
-    tiles, shares, dead = map(np.asarray, _work_list(lens, indptr, geom, window, ctas))
+    tiles, shares, dead = map(np.asarray, _work_list(lens, indptr, geom, window, ctas, uncut))
     want, tokens = [], set()
     for r in range(6):
         for i in range(0, new[r], 4):
@@ -459,15 +476,18 @@ def test_shares_cover_every_key_tile_once(rows, window, ctas):
                 offset, head = 0, head + 1
             if head == 2:
                 head, u = 0, fact[wl.NEXT]
+        assert offset == 0 or not uncut
     assert got == want
     assert {t for t in range(240) if not dead[t]} == tokens
     lengths = shares[:, wl.LENGTH]
-    assert lengths.max() - lengths.min() <= 1
+    longest = tiles[:, wl.COUNT].max() if uncut else 1
+    assert lengths.max() - lengths.sum() // ctas <= longest
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _work_list(lens, indptr, geom, window, ctas):
-    return wl.make_work_list(lens, indptr, geom, key_tile=64, ctas=ctas, window=window)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _work_list(lens, indptr, geom, window, ctas, uncut):
+    options = dict(key_tile=64, ctas=ctas, window=window, uncut=uncut)
+    return wl.make_work_list(lens, indptr, geom, **options)
 
 
 # ------------------------------------------------------------------------------------ refusals

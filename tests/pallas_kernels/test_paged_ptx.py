@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import onebyte, quantised, rows
+from pallas_kernels.paged_attention import onebyte, quantised, rows, write
 
 E4M3 = ml_dtypes.float8_e4m3fn
 THREAD = np.arange(128)
@@ -82,29 +82,84 @@ class Machine:
     def bfe(self, _, target, a, begin, size):
         self.set(target, (self.value(a) >> int(begin)) & ((1 << int(size)) - 1))
 
-    def setp(self, name, target, a, b):
-        compare = dict(eq=np.equal, ne=np.not_equal, lt=np.less)[name.split(".")[1]]
-        self.set(target, compare(self.value(a), self.value(b)))
+    def setp(self, name, target, a, b, also=None):
+        compare = dict(eq=np.equal, ne=np.not_equal, lt=np.less, ge=np.greater_equal, gt=np.greater)
+        number = self.float if name.endswith("f32") else self.signed
+        result = compare[name.split(".")[1]](number(a), number(b))
+        self.set(target, result if also is None else result & self.value(also))
+
+    def bits(self, x):
+        """The 32 bits of a register."""
+        x = self.value(x)
+        return x.view(np.uint32).astype(np.int64) if x.dtype == np.float32 else x
+
+    def signed(self, x):
+        return (self.bits(x) & 0xFFFFFFFF ^ 1 << 31) - (1 << 31)
+
+    def float(self, x):
+        return self.bits(x).astype(np.uint32).view(np.float32)
+
+    def shfl_sync(self, name, target, source, apart, *_):
+        assert ".bfly." in name
+        self.set(target, self.value(source)[THREAD ^ int(apart)])
+
+    def floats(self, target, f, *sources):
+        with np.errstate(divide="ignore"):
+            self.set(target, f(*map(self.float, sources)).astype(np.float32))
+
+    def mul_f32(self, _, target, a, b):
+        self.floats(target, np.multiply, a, b)
+
+    def add_f32(self, _, target, a, b):
+        self.floats(target, np.add, a, b)
+
+    def sub_f32(self, _, target, a, b):
+        self.floats(target, np.subtract, a, b)
+
+    def abs_f32(self, _, target, a):
+        self.floats(target, np.abs, a)
+
+    def max_f32(self, _, target, a, b):
+        self.floats(target, np.maximum, a, b)
+
+    def min_f32(self, _, target, a, b):
+        self.floats(target, np.minimum, a, b)
+
+    def div_rn(self, _, target, a, b):
+        self.floats(target, np.divide, a, b)
+
+    def rcp_rn(self, _, target, a):
+        self.floats(target, np.reciprocal, a)
+
+    def fma_rn(self, _, target, a, b, c):
+        self.floats(target, lambda a, b, c: a.astype(np.float64) * b + c, a, b, c)
+
+    def selp_f32(self, _, target, a, b, where):
+        self.set(target, np.where(self.value(where), self.float(a), self.float(b)))
+
+    def place(self, address):
+        base, _, offset = address.strip("[]").partition("+")
+        return self.value(base) + int(offset or 0)
 
     def space(self, name):
         return self.memory if ".shared." in name else self.outside
 
     def ld(self, name, targets, address):
-        at = self.value(address.strip("[]"))
-        assert (at % 16 == 0).all()
-        for i, x in enumerate(self.names(targets)):
-            words = np.array(self.value(x) if x in self.registers else np.zeros(128, np.int64))
+        at, targets = self.place(address), self.names(targets)
+        assert (at % (4 * len(targets)) == 0).all()
+        for i, x in enumerate(targets):
+            words = np.array(self.bits(x) if x in self.registers else np.zeros(128, np.int64))
             for thread in np.flatnonzero(self.live):
                 octets = self.space(name)[at[thread] + 4 * i :][:4]
                 words[thread] = int.from_bytes(octets.tobytes(), "little")
             self.set(x, words)
 
     def st(self, name, address, sources):
-        at = self.value(address.strip("[]"))
-        assert (at % 16 == 0).all()
-        for i, x in enumerate(self.names(sources)):
+        at, sources = self.place(address), self.names(sources)
+        assert (at % (4 * len(sources)) == 0)[self.live].all()
+        for i, x in enumerate(sources):
             for thread in np.flatnonzero(self.live):
-                octets = int(self.value(x)[thread]).to_bytes(4, "little")
+                octets = int(self.bits(x)[thread]).to_bytes(4, "little")
                 self.space(name)[at[thread] + 4 * i :][:4] = np.frombuffer(octets, np.uint8)
 
     def mov(self, name, target, source):
@@ -112,8 +167,8 @@ class Machine:
             self.set(target, [self.value(x) for x in self.names(source)])
         elif target.startswith("{"):
             low, high = self.names(target)
-            self.set(low, self.value(source) & 0xFFFF)
-            self.set(high, self.value(source) >> 16)
+            self.set(low, self.bits(source) & 0xFFFF)
+            self.set(high, self.bits(source) >> 16)
         elif source.startswith("{"):
             low, high = (self.value(x) for x in self.names(source))
             self.set(target, low | high << 16)
@@ -121,7 +176,7 @@ class Machine:
             self.set(target, self.value(source))
 
     def prmt(self, _, target, a, b, order):
-        octets = [(self.value(x) >> 8 * i) & 255 for x in (a, b) for i in range(4)]
+        octets = [(self.bits(x) >> 8 * i) & 255 for x in (a, b) for i in range(4)]
         self.set(target, sum(octets[int(order, 0) >> 4 * i & 7] << 8 * i for i in range(4)))
 
     def matrices(self, address):
@@ -159,7 +214,7 @@ class Machine:
         elif name == "cvt.rn.f32.s32":
             out = np.asarray(a[0], np.uint32).view(np.int32).astype(np.float32)
         elif name == "cvt.rn.satfinite.e4m3x2.f32":
-            high, low = (bits(x.astype(np.float32), E4M3, np.uint8) for x in a)
+            high, low = (bits(np.clip(x, -448, 448), E4M3, np.uint8) for x in a)
             out = low | high << 8
         elif name == "cvt.rn.f16x2.e4m3x2":
             wide = lambda x: bits(x.astype(np.uint8).view(E4M3), np.float16, np.uint16)
@@ -299,3 +354,46 @@ def test_rows_of_a_chunk(dim, group):
     kept = np.zeros_like(x)
     kept[first : first + live, head] = x[first : first + live, head]
     np.testing.assert_array_equal(out.reshape(x.shape), kept)
+
+
+@pytest.mark.parametrize("dim,heads,fixed", [(64, 8, False), (128, 3, True), (256, 2, False)])
+@pytest.mark.parametrize("kind", [None, quantised.INT8, quantised.E4M3])
+def test_rows_of_a_write(kind, dim, heads, fixed):
+    """Rows end inside the CTA; a slot of -1 keeps what was there, and so do other slots."""
+    rng, tokens, blocks, size = np.random.default_rng(0), 64 // heads, 5, 16
+    first, width = 16, 2 if kind is None else 1
+    x = (rng.standard_normal((tokens * heads, dim)) * 5).astype(ml_dtypes.bfloat16)
+    slots = rng.permutation(blocks * size)[:tokens].astype(np.int32)
+    slots[-2] = -1
+    pool = np.full((blocks, heads, size, dim * width), 77, np.uint8)
+    scales = np.full(heads if fixed else pool.shape[:3], 0.02, np.float32)
+    arrays = [x, slots, pool, scales]
+    begin = np.cumsum([0] + [-(-a.nbytes // 16) * 16 for a in arrays])
+    outside = np.zeros(begin[-1], np.uint8)
+    for a, b in zip(arrays, begin, strict=False):
+        outside[b : b + a.nbytes] = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
+    operands = [np.full(128, int(b)) for b in (*begin[:4], first)] + [THREAD + 128]
+    part = write._Rows("k", dim, kind, not fixed and kind is not None, heads, size, len(x), 64)
+    machine = Machine(None, outside, **{f"o{i}": v for i, v in enumerate(operands)})
+    machine.run(part.ptx(jnp.dtype(jnp.bfloat16)))
+    own = lambda i: outside[begin[i] : begin[i] + arrays[i].nbytes]
+    want, want_scales = pool.copy(), scales.copy()
+    for row in range(first, min(first + 64, len(x))):
+        token, head = divmod(row, heads)
+        if slots[token] < 0:
+            continue
+        place = (slots[token] // size, head, slots[token] % size)
+        value = x[row]
+        if kind is not None:
+            top = np.float32(write.TOP[kind])
+            value = value.astype(np.float32)
+            scale = scales[head] if fixed else np.abs(value).max() / top
+            if not fixed:
+                want_scales[place] = scale
+            if not fixed and kind == quantised.INT8:
+                value = value.astype(np.float64)  # multiplied and rounded at once
+            value = np.clip(value * (np.float32(1) / scale), -top, top)
+            value = (np.rint(value) if kind == quantised.INT8 else value).astype(kind)
+        want[place] = value.view(np.uint8)
+    np.testing.assert_array_equal(own(2).reshape(pool.shape), want)
+    np.testing.assert_array_equal(own(3).view(np.float32).reshape(scales.shape), want_scales)
