@@ -46,6 +46,7 @@ from aidx.engine.ticket import (
     Ticket,
     beam_outputs,
     beam_search,
+    check_types,
     checked_prompt,
     mask_row,
     new_ticket,
@@ -165,12 +166,14 @@ class Engine:
 
         Raises:
             ValueError: it could never run, or asks for something that this engine cannot do.
+            TypeError: an argument of another type than it must have.
             EngineDeadError: the engine lost its device.
         """
         if self._dead:
             raise EngineDeadError(self._dead)
         params = params if params is not None else SamplingParams()
         name = request_id if request_id is not None else f"request-{next(self._names)}"
+        check_types(name, params, priority, user)
         if name in self._tickets:
             raise ValueError(f"request_id={name!r} is unfinished already")
         tokens = checked_prompt(prompt, self.config.vocab_size)

@@ -229,6 +229,7 @@ def test_bad_words_are_not_generated(length):
         ([1], SamplingParams(bad_words=["x"]), "need a tokenizer"),
         ([1], SamplingParams(allowed_token_ids=[100]), r"\[100\] outside a vocabulary"),
         ([1], SamplingParams(logit_bias={200: 1.0}), r"\[200\] outside a vocabulary"),
+        ([1], SamplingParams(stop_token_ids=[2, -3]), r"stop_token_ids \[-3\] are outside"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(prompt, params, message):
@@ -236,6 +237,25 @@ def test_a_request_that_makes_no_sense_is_refused(prompt, params, message):
     with pytest.raises(ValueError, match=message):
         made.add_request(prompt, params)
     assert not made.has_unfinished
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"params": {"temperature": 0}}, "{'temperature': 0} is neither SamplingParams nor"),
+        ({"priority": "high"}, "priority='high' must be an integer"),
+        ({"priority": float("nan")}, "priority=nan must be an integer"),
+        ({"user": None}, "user=None must be a string"),
+        ({"request_id": 5}, "request_id=5 must be a string"),
+    ],
+)
+def test_what_the_queues_could_not_sort_is_refused_and_harms_nobody(arguments, message):
+    made = engine(scheduling_policy="priority")
+    name = made.add_request(PROMPTS[0], GREEDY)
+    with pytest.raises(TypeError, match=message):
+        made.add_request(PROMPTS[1], **arguments)
+    done = run(made)
+    assert_same(PROMPTS[0], done[name].outputs[0].token_ids, FREE(PROMPTS[0], GREEDY))
 
 
 def test_a_name_in_use_is_refused_and_free_again_afterwards():
