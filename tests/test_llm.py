@@ -74,6 +74,22 @@ def test_prompts_are_ids_or_texts_one_or_many(llm):
     assert one.outputs[0].text == Letters().decode(one.outputs[0].token_ids)
 
 
+def test_what_is_no_prompt_is_refused_by_name(llm):
+    for prompts in (None, 5, {"prompt": "text"}):
+        with pytest.raises(TypeError, match=r"prompts=.* is neither a text"):
+            llm.generate(prompts, GREEDY)
+    for prompts in ([1.5, 2.0], [None], [{"prompt": "text"}]):
+        with pytest.raises(ValueError, match="a prompt is a non-empty list of token ids, not"):
+            llm.generate(prompts, GREEDY)
+    [one] = llm.generate(jax.numpy.array(PROMPTS[0]), GREEDY)
+    assert list(one.outputs[0].token_ids) == dense_tokens(PROMPTS[0], GREEDY)
+    with pytest.raises(TypeError, match="are no BeamSearchParams"):
+        llm.beam_search("text", GREEDY)
+    for messages in ("hi", {"role": "user", "content": "hi"}):
+        with pytest.raises(TypeError, match=r"messages=.* must be a list"):
+            llm.chat(messages)
+
+
 def test_each_prompt_has_its_parameters(llm):
     each = [dataclasses.replace(GREEDY, max_tokens=n) for n in (3, 5, 1)]
     outputs = llm.generate(PROMPTS[:3], each)
@@ -155,11 +171,28 @@ def test_options_that_contradict_one_another_are_refused(options, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"kv_cache_dtype": "int4"}, {"preemption_mode": "drop"}, {"scheduling_policy": "lifo"}],
+    [
+        {"kv_cache_dtype": "int4"},
+        {"preemption_mode": "drop"},
+        {"scheduling_policy": "lifo"},
+        {"warmup": "fast"},
+    ],
 )
 def test_what_no_model_could_mend_is_refused_before_one_is_loaded(options):
     [(name, value)] = options.items()
-    with pytest.raises(ValueError, match=rf"{name.removeprefix('scheduling_')}='{value}' is not"):
+    with pytest.raises(ValueError, match=rf"{name.removeprefix('scheduling_')}='{value}' is no"):
+        LLM("a directory that is not there", **options)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"implementation": "nope"}, "paged_attention has no implementation .'nope'."),
+        ({"block_size": 0}, "block_size=0 must be at least 1"),
+    ],
+)
+def test_nor_what_no_engine_could_do(options, message):
+    with pytest.raises(ValueError, match=message):
         LLM("a directory that is not there", **options)
 
 

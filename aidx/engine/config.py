@@ -7,6 +7,7 @@ import jax
 
 from aidx.engine import scheduler as scheduling
 from aidx.engine import step as stepping
+from aidx.ops import registry
 
 # Rows x shared tokens from which reading the prefix once gains on an H200 (docs/kernels_paged.md).
 CASCADE_TOKENS = 128 * 1024
@@ -40,7 +41,8 @@ class EngineConfig:
         cpu: whether the traces come in sizes for a CPU or for a GPU (`row_buckets`).
 
     Raises:
-        ValueError: from `SchedulerConfig`, or sizes below 1.
+        ValueError: from `SchedulerConfig`, sizes below 1 (2 blocks: block 0 holds nothing), or an
+            implementation that there is not.
     """
 
     num_layers: int
@@ -68,6 +70,11 @@ class EngineConfig:
     cpu: bool = True
 
     def __post_init__(self):
+        least = dict(num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, num_blocks=2)
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {value}")
+        registry.resolve("paged_attention", self.implementation)
         if self.vocab_size < 1 or self.max_logprobs < 0:
             raise ValueError(
                 f"{self.vocab_size=} must be positive, {self.max_logprobs=} not negative"

@@ -275,7 +275,15 @@ def test_a_request_larger_than_the_pool_is_refused():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"vocab_size": 0}, {"max_logprobs": -1}, {"scheduling_policy": "x"}]
+    "bad",
+    [
+        {"vocab_size": 0},
+        {"max_logprobs": -1},
+        {"scheduling_policy": "x"},
+        {"block_size": 0},
+        {"num_blocks": 1},
+        {"implementation": "nope"},
+    ],
 )
 def test_a_config_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
