@@ -546,14 +546,7 @@ def pool_size(model: Model, config: EngineConfig, utilization: float) -> int:
     """
     if not 0 < utilization <= 1:
         raise ValueError(f"gpu_memory_utilization={utilization} must be in (0, 1]")
-    per_block = (
-        2
-        * config.num_layers
-        * config.num_kv_heads
-        * config.head_dim
-        * config.block_size
-        * np.dtype(config.dtype).itemsize
-    )
+    per_block = config.block_bytes
     device = _device(model.params)
     if device.platform == "cpu":
         budget = CPU_POOL_BYTES

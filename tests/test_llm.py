@@ -214,6 +214,8 @@ def test_a_pool_on_a_cpu_takes_at_most_a_gibibyte_and_no_more_than_can_be_used()
         config, max_num_seqs=16, max_num_batched_tokens=16, max_model_len=10**8
     )
     assert pool_size(model(), large, 0.9) == (1 << 30) // block
+    quantised = dataclasses.replace(large, dtype="int8")  # one scale of 4 bytes for 8 values
+    assert pool_size(model(), quantised, 0.9) == (1 << 30) // (block // 4 + block // 8)
 
 
 def test_a_pool_on_a_gpu_takes_what_parameters_and_temporaries_leave(monkeypatch):
