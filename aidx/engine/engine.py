@@ -72,6 +72,17 @@ class _InFlight:
     epoch: int
 
 
+def described(params: Params) -> dict[str, str]:
+    """Shape and dtype of every leaf by its path.
+
+    Example:
+        >>> described({"norm": np.ones(3, np.float32)})
+        {"['norm']": 'float32[3]'}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
 class Engine:
     """Continuous batching over one model: requests go in, `step()` gives what they produced.
 
@@ -260,9 +271,13 @@ class Engine:
         Raises:
             ValueError: the tree, a shape or a dtype differs.
         """
-        describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
-        if describe(params) != describe(self._params):
-            raise ValueError("the new parameters differ in structure, shape or dtype")
+        wanted, found = (described(tree) for tree in (self._params, params))
+        if differ := sorted(wanted.items() ^ found.items()):
+            path = differ[0][0]
+            raise ValueError(
+                f"the new parameters differ: {path} is {found.get(path, 'absent')}, "
+                f"not {wanted.get(path, 'absent')}"
+            )
         self._read(self._in_flight)
         self._in_flight = None
         self._params = jax.tree.map(

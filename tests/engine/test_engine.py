@@ -420,8 +420,13 @@ def test_other_parameters_compile_nothing_and_forget_every_prefix():
     assert [o.num_cached_tokens for o in outputs[2:]] == [0] * 4
     [fresh] = generate([PROMPTS[2]], GREEDY, made=engine(params=other))
     assert tokens_of([fresh]) == tokens_of(outputs[2:3]) != [[FREE(PROMPTS[2], GREEDY)]]
-    with pytest.raises(ValueError, match="differ in structure"):
-        made.update_params({})
+    for wrong, message in (
+        ({}, r"\['embed'\] is absent, not float32\[97, 32\]"),
+        (other | {"norm": jnp.ones(3)}, r"\['norm'\] is float32\[3\], not float32\[32\]"),
+        (other | {"more": jnp.ones(3)}, r"\['more'\] is float32\[3\], not absent"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.update_params(wrong)
 
 
 class count_compilations:
