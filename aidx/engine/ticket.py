@@ -253,6 +253,7 @@ def request_output(
             first_token_time=first.first_token_time,
             finished_time=finished_time,
             num_generation_tokens=sum(len(sample.token_ids) for sample in samples),
+            longest_sample=max((len(sample.token_ids) for sample in samples), default=0),
             num_preemptions=first.num_preemptions,
         ),
         num_cached_tokens=ticket.num_cached,

@@ -493,6 +493,8 @@ def test_statistics_are_what_happened():
         assert m.num_generation_tokens == 12
     assert stats.time_to_first_token.mean > stats.queue_time.mean > 0
     assert stats.inter_token_latency.p99 >= stats.inter_token_latency.p50 > 0
+    [output] = generate(PROMPTS[:1], SamplingParams(n=3, max_tokens=5, seed=1), made=engine())
+    assert (output.metrics.num_generation_tokens, output.metrics.longest_sample) == (15, 5)
     generate(PROMPTS, GREEDY, made=made)
     assert made.stats().cache_hit_rate == pytest.approx(
         sum((len(p) - 1) // 4 * 4 for p in PROMPTS) / (2 * sum(map(len, PROMPTS)))
