@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from aidx.cache import KVCacheConfig
 from aidx.engine import scheduler as scheduling
 from aidx.engine import step as stepping
 from aidx.ops import registry
@@ -105,6 +106,40 @@ class EngineConfig:
             max_swapped_blocks=self.swap_space_bytes // self.block_bytes,
             window=self.window,
         )
+
+    @classmethod
+    def for_model(
+        cls, name: str, memory_bytes: int, *, vocab_size: int, **changes: Any
+    ) -> "EngineConfig":
+        """The geometry of a known model, and the blocks that fill `memory_bytes` of cache.
+
+        Args:
+            name: see `KVCacheConfig.for_model`; its context and window are taken too.
+            memory_bytes: for the pool alone.
+            vocab_size: width of the logits.
+            **changes: fields that replace the preset's; the dtype is bfloat16 else.
+
+        Raises:
+            ValueError: the name is unknown, or not even two blocks fit.
+
+        Example:
+            >>> config = EngineConfig.for_model("llama-3-8b", 1 << 30, vocab_size=128_256)
+            >>> config.num_blocks, config.max_model_len
+            (512, 8192)
+        """
+        cache = KVCacheConfig.for_model(name)
+        fields: dict[str, Any] = dict(
+            num_layers=cache.num_layers,
+            num_kv_heads=cache.num_kv_heads,
+            head_dim=cache.head_dim,
+            max_model_len=cache.max_seq_len,
+            window=cache.window,
+            dtype=cache.dtype,
+        )
+        if (blocks := changes.get("num_blocks")) is not None:
+            raise ValueError(f"num_blocks={blocks} and {memory_bytes=} both size the pool")
+        config = cls(vocab_size=vocab_size, num_blocks=2, **{**fields, **changes})
+        return dataclasses.replace(config, num_blocks=memory_bytes // config.block_bytes)
 
     @property
     def longest(self) -> int:

@@ -1,6 +1,7 @@
 """The engine as its callers see it: endings, logprobs, refusals, failures, cancellation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -288,6 +289,22 @@ def test_a_request_larger_than_the_pool_is_refused():
 def test_a_config_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         EngineConfig(**(LIMITS | bad))
+
+
+def test_an_engine_for_a_known_model_fills_the_memory_it_is_given():
+    make = functools.partial(EngineConfig.for_model, "mistral-7b", vocab_size=32_000)
+    config = make(1 << 30, block_size=32, dtype="int8", max_num_seqs=8)
+    geometry = (config.num_layers, config.num_kv_heads, config.head_dim, config.max_model_len)
+    assert geometry == (32, 8, 128, 32768)
+    assert (config.window, config.max_num_seqs, config.block_size) == (4096, 8, 32)
+    assert config.num_blocks == (1 << 30) // (2 * 32 * 8 * 32 * (128 + 4))
+    for wrong, message in (
+        (lambda: make(1 << 20), "num_blocks=0 must be at least 2"),
+        (lambda: make(1 << 30, num_blocks=9), "num_blocks=9 and memory_bytes=1073741824 both"),
+        (lambda: EngineConfig.for_model("bert", 1, vocab_size=1), "unknown model 'bert'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
 
 
 # Cancellation.
