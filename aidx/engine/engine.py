@@ -113,7 +113,8 @@ class Engine:
     ):
         self.config = config
         self._forward = forward
-        self._params = params
+        # Committed: arrays that JAX may move would compile every program once more.
+        self._params = jax.tree.map(lambda x: jax.device_put(x, x.sharding), params)
         self._tokenizer = tokenizer
         self._clock = clock
         self._swap_is_cheaper = False
@@ -263,7 +264,7 @@ class Engine:
         return self._report()
 
     def update_params(self, params: Params) -> None:
-        """Take other parameters of the same shapes; nothing compiles.
+        """Take other parameters of the same shapes, wherever they are; nothing compiles.
 
         What was computed with the old ones is worth nothing: the prefix cache is emptied, and the
         running sequences compute their tokens again.
@@ -281,11 +282,7 @@ class Engine:
         self._read(self._in_flight)
         self._in_flight = None
         self._params = jax.tree.map(
-            lambda new, old: (
-                new if isinstance(new, jax.Array) else jax.device_put(new, old.sharding)
-            ),
-            params,
-            self._params,
+            lambda new, old: jax.device_put(new, old.sharding), params, self._params
         )
         self._batch = scheduling.preempt_all(self._batch)
         self._swapped.clear()

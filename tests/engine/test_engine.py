@@ -437,6 +437,12 @@ def test_other_parameters_compile_nothing_and_forget_every_prefix():
     assert [o.num_cached_tokens for o in outputs[2:]] == [0] * 4
     [fresh] = generate([PROMPTS[2]], GREEDY, made=engine(params=other))
     assert tokens_of([fresh]) == tokens_of(outputs[2:3]) != [[FREE(PROMPTS[2], GREEDY)]]
+    host = jax.tree.map(np.asarray, other)
+    for same in (host, jax.device_put(other, jax.devices()[0]), jax.tree.map(jnp.asarray, host)):
+        with count_compilations() as count:
+            made.update_params(same)
+            assert tokens_of(generate([PROMPTS[2]], GREEDY, made=made)) == tokens_of([fresh])
+            assert count() == 0
     for wrong, message in (
         ({}, r"\['embed'\] is absent, not float32\[97, 32\]"),
         (other | {"norm": jnp.ones(3)}, r"\['norm'\] is float32\[3\], not float32\[32\]"),
