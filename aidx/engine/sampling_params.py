@@ -24,6 +24,8 @@ from ..ops.sampling import (
 # nothing.
 _NOT_BUILT = {
     "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
     "typical_p": 1.0,
     "top_h": None,
     "epsilon_cutoff": 0.0,
@@ -31,6 +33,8 @@ _NOT_BUILT = {
     "penalty_alpha": 0.0,
     "no_repeat_ngram_size": 0,
     "guidance_scale": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "watermarking_config": None,
     "exponential_decay_length_penalty": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
@@ -192,6 +196,8 @@ class SamplingParams:
             values["max_tokens"] = config["max_new_tokens"]
         if config.get("min_new_tokens") is not None:
             values["min_tokens"] = config["min_new_tokens"]
+        if config.get("stop_strings") is not None:
+            values["stop"] = config["stop_strings"]
         if not config.get("do_sample", False):
             values["temperature"] = 0.0
         return cls(**{**values, **overrides})

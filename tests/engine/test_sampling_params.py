@@ -174,11 +174,14 @@ def test_generation_config_gives_the_defaults():
     assert SamplingParams.from_generation_config({}).greedy
     assert SamplingParams.from_generation_config({"do_sample": False, "temperature": 0.6}).greedy
     assert SamplingParams.from_generation_config({"do_sample": True, "top_p": None}).top_p == 1.0
+    assert SamplingParams.from_generation_config({"stop_strings": ["a", "b"]}).stop == ("a", "b")
 
 
 def test_a_generation_config_that_cannot_be_honoured_is_refused():
     with pytest.raises(ValueError, match="num_beams=4"):
         SamplingParams.from_generation_config({"num_beams": 4})
+    with pytest.raises(ValueError, match="min_length=9"):
+        SamplingParams.from_generation_config({"min_length": 9})
     with pytest.raises(ValueError, match="typical_p=0"):
         SamplingParams.from_generation_config({"typical_p": 0.9})
     neutral = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "penalty_alpha": None}
