@@ -11,12 +11,13 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import numbers
 import os
 import pathlib
 import stat
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from aidx.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOut
 from aidx.engine.sampling_params import BeamSearchParams, SamplingParams
 from aidx.engine.stats import EngineStats
 from aidx.models import Model, load_model
-from aidx.ops.sampling import Variant
+from aidx.ops.sampling import VARIANTS, Variant
 from aidx.typing import Params
 
 Prompt = str | Sequence[int]
@@ -110,6 +111,8 @@ class LLM:
     ):
         if not 0 <= swap_space < float("inf"):
             raise ValueError(f"{swap_space=} GiB must be at least 0")
+        if warmup not in (None, True, False, *VARIANTS):
+            raise ValueError(f"{warmup=} is none of None, True, False, {', '.join(VARIANTS)}")
         cache_dtype = _cache_dtype(kv_cache_dtype)
         options: dict[str, Any] = dict(
             block_size=block_size,
@@ -183,7 +186,7 @@ class LLM:
             ValueError: a text, and the checkpoint has no tokenizer.
         """
         if not isinstance(prompt, str):
-            return list(prompt)
+            return np.asarray(prompt).tolist()
         if self.tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer: give token ids")
         return self.tokenizer.encode(prompt)
@@ -252,9 +255,12 @@ class LLM:
 
         Raises:
             ValueError: no tokenizer, or no chat template.
+            TypeError: messages are no list.
         """
         if self.tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer, hence no chat template")
+        if isinstance(messages, str | Mapping):
+            raise TypeError(f"{messages=} must be a list of {{'role': ..., 'content': ...}}")
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations = [messages] if one else messages
         prompts = [self.tokenizer.encode_chat(m, **options) for m in conversations]
@@ -274,7 +280,10 @@ class LLM:
 
         Raises:
             ValueError: a prompt is refused, or max_logprobs is too small for the beam width.
+            TypeError: other parameters.
         """
+        if not isinstance(params, BeamSearchParams):
+            raise TypeError(f"{params!r} are no BeamSearchParams")
         outputs = self.generate(prompts, params, progress=progress)
         return [
             BeamSearchOutput(
@@ -537,14 +546,7 @@ def pool_size(model: Model, config: EngineConfig, utilization: float) -> int:
     """
     if not 0 < utilization <= 1:
         raise ValueError(f"gpu_memory_utilization={utilization} must be in (0, 1]")
-    per_block = (
-        2
-        * config.num_layers
-        * config.num_kv_heads
-        * config.head_dim
-        * config.block_size
-        * np.dtype(config.dtype).itemsize
-    )
+    per_block = config.block_bytes
     device = _device(model.params)
     if device.platform == "cpu":
         budget = CPU_POOL_BYTES
@@ -641,8 +643,11 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     """A text or a list of ids is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise TypeError(f"{prompts=} is neither a text, nor token ids, nor a list of either")
     many = list(prompts)
-    return [many] if many and isinstance(many[0], (int, np.integer)) else many
+    one = many and isinstance(many[0], numbers.Number | jax.Array) and not np.ndim(many[0])
+    return [many] if one else many
 
 
 @contextlib.contextmanager

@@ -166,6 +166,10 @@ def test_info_names_what_is_taken_and_why_not(capsys):
         (["generate", ""], 1, "a prompt is empty"),
         (["bench", "--num-prompts", "2", "--concurrency", "4"], 1, "less than --concurrency 4"),
         (["bench", "--input-len", "9", "3"], 1, "give N, or LOW HIGH"),
+        (["bench", "--seed", "-1"], 1, "--seed -1 must be at least 0"),
+        (["demo", "--max-tokens", "961"], 1, "--max-tokens 961 is more than 960"),
+        (["generate", "--model", "no/such/place", "--top-p", "0", "x"], 1, "top_p must be in"),
+        (["chat", "--model", "no/such/place", "--top-k", "-7"], 1, "top_k must be a number"),
         (["info", "--heads", "3", "--kv-heads", "2"], 1, "multiple of --kv-heads 2"),
     ],
 )  # fmt: skip

@@ -74,6 +74,22 @@ def test_prompts_are_ids_or_texts_one_or_many(llm):
     assert one.outputs[0].text == Letters().decode(one.outputs[0].token_ids)
 
 
+def test_what_is_no_prompt_is_refused_by_name(llm):
+    for prompts in (None, 5, {"prompt": "text"}):
+        with pytest.raises(TypeError, match=r"prompts=.* is neither a text"):
+            llm.generate(prompts, GREEDY)
+    for prompts in ([1.5, 2.0], [None], [{"prompt": "text"}]):
+        with pytest.raises(ValueError, match="a prompt is a non-empty list of token ids, not"):
+            llm.generate(prompts, GREEDY)
+    [one] = llm.generate(jax.numpy.array(PROMPTS[0]), GREEDY)
+    assert list(one.outputs[0].token_ids) == dense_tokens(PROMPTS[0], GREEDY)
+    with pytest.raises(TypeError, match="are no BeamSearchParams"):
+        llm.beam_search("text", GREEDY)
+    for messages in ("hi", {"role": "user", "content": "hi"}):
+        with pytest.raises(TypeError, match=r"messages=.* must be a list"):
+            llm.chat(messages)
+
+
 def test_each_prompt_has_its_parameters(llm):
     each = [dataclasses.replace(GREEDY, max_tokens=n) for n in (3, 5, 1)]
     outputs = llm.generate(PROMPTS[:3], each)
@@ -155,11 +171,28 @@ def test_options_that_contradict_one_another_are_refused(options, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"kv_cache_dtype": "int4"}, {"preemption_mode": "drop"}, {"scheduling_policy": "lifo"}],
+    [
+        {"kv_cache_dtype": "int4"},
+        {"preemption_mode": "drop"},
+        {"scheduling_policy": "lifo"},
+        {"warmup": "fast"},
+    ],
 )
 def test_what_no_model_could_mend_is_refused_before_one_is_loaded(options):
     [(name, value)] = options.items()
-    with pytest.raises(ValueError, match=rf"{name.removeprefix('scheduling_')}='{value}' is not"):
+    with pytest.raises(ValueError, match=rf"{name.removeprefix('scheduling_')}='{value}' is no"):
+        LLM("a directory that is not there", **options)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"implementation": "nope"}, "paged_attention has no implementation .'nope'."),
+        ({"block_size": 0}, "block_size=0 must be at least 1"),
+    ],
+)
+def test_nor_what_no_engine_could_do(options, message):
+    with pytest.raises(ValueError, match=message):
         LLM("a directory that is not there", **options)
 
 
@@ -181,6 +214,8 @@ def test_a_pool_on_a_cpu_takes_at_most_a_gibibyte_and_no_more_than_can_be_used()
         config, max_num_seqs=16, max_num_batched_tokens=16, max_model_len=10**8
     )
     assert pool_size(model(), large, 0.9) == (1 << 30) // block
+    quantised = dataclasses.replace(large, dtype="int8")  # one scale of 4 bytes for 8 values
+    assert pool_size(model(), quantised, 0.9) == (1 << 30) // (block // 4 + block // 8)
 
 
 def test_a_pool_on_a_gpu_takes_what_parameters_and_temporaries_leave(monkeypatch):
@@ -267,7 +302,10 @@ def test_streams_run_side_by_side_and_grow(served):
 LONG = dataclasses.replace(GREEDY, max_tokens=60)
 
 
-def test_a_reader_that_leaves_cancels_running_and_waiting_requests(served):
+def test_a_reader_that_leaves_cancels_running_and_waiting_requests(served, monkeypatch):
+    slow_down(monkeypatch, served.llm.engine)
+    before = served.stats().finished
+
     async def main():
         streams = [served.stream([1 + i, 2], LONG) for i in range(6)]  # four seats
         first = [asyncio.create_task(anext(s)) for s in streams]
@@ -281,7 +319,9 @@ def test_a_reader_that_leaves_cancels_running_and_waiting_requests(served):
 
     output = asyncio.run(main())
     assert list(output.outputs[0].token_ids) == dense_tokens(PROMPTS[0], GREEDY)
-    assert served.stats().finished.get("abort", 0) >= 1
+    after = served.stats().finished
+    assert after["length"] == before.get("length", 0) + 1  # none of the six went on to its end
+    assert after["abort"] > before.get("abort", 0)
 
 
 def test_abort_ends_a_stream_with_a_reason(served):

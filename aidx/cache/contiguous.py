@@ -133,7 +133,7 @@ class KVCache:
                 are known; under `jit` what does not fit is dropped and `overflowed` becomes true).
             ValueError: shapes do not fit the cache.
         """
-        layer = static_layer(layer)
+        layer = static_layer(layer, len(self.k))
         counts = self._check(layer, k, v, counts)
         slots, lengths, starts = self._plan(layer, k.shape[1], counts)
         return dataclasses.replace(
@@ -149,7 +149,7 @@ class KVCache:
         `positions[b, s]` is the absolute position of what lies in slot s of row b, -1 where nothing
         does.  Quantised values come back in f32.
         """
-        layer = static_layer(layer)
+        layer = static_layer(layer, len(self.k))
         size = self.capacity(layer)
         slots = jnp.arange(size, dtype=jnp.int32)[None]
         lengths, starts = self.lengths[layer][:, None], self.starts[layer][:, None]
@@ -178,7 +178,7 @@ class KVCache:
             IndexError: a position is not held (under `jit` it is not written).
             ValueError: shapes do not fit the cache.
         """
-        layer = static_layer(layer)
+        layer = static_layer(layer, len(self.k))
         self._check(layer, k, v, None, room=False)
         positions = jnp.asarray(positions, jnp.int32)
         if positions.shape != k.shape[:2]:
@@ -428,20 +428,24 @@ def _traced(*values) -> bool:
     return any(isinstance(value, Tracer) for value in values)
 
 
-def static_layer(layer) -> int:
+def static_layer(layer, num_layers: int) -> int:
     """`layer` as an int.
 
     Raises:
         TypeError: it is traced.
+        IndexError: there is no such layer.
 
     Example:
-        >>> static_layer(np.int32(3))
+        >>> static_layer(np.int32(3), 4)
         3
     """
     try:
-        return operator.index(layer)
+        index = operator.index(layer)
     except TypeError as error:
         raise TypeError(
             f"{layer=} must be a Python int: a cache keeps one buffer per layer, so layers are "
             "unrolled, not scanned over"
         ) from error
+    if not 0 <= index < num_layers:
+        raise IndexError(f"layer {index} of a cache of {num_layers} layers")
+    return index

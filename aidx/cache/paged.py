@@ -10,9 +10,9 @@ import numpy as np
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aidx.cache.block_pool import BlockPool
+from aidx.cache.block_pool import NULL_BLOCK, BlockPool
 from aidx.cache.block_table import BlockTable
-from aidx.cache.config import KVCacheConfig
+from aidx.cache.config import STORAGE, KVCacheConfig
 from aidx.cache.contiguous import dequantize, static_layer
 from aidx.ops.write_kv import QUANTISED_MAX, write_kv
 
@@ -60,7 +60,7 @@ class PagedKVCache:
             sharding: of every pool; heads are axis 1 of `[P, K, block_size, H]`.
 
         Raises:
-            ValueError: a size below 1.
+            ValueError: a size below 1, or another dtype.
         """
         sizes = dict(
             num_layers=num_layers,
@@ -72,6 +72,8 @@ class PagedKVCache:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
+        if jnp.dtype(dtype).name not in STORAGE:
+            raise ValueError(f"{dtype=} is none of {', '.join(STORAGE)}")
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
 
         def pools(shape, dtype, sharding):
@@ -121,7 +123,7 @@ class PagedKVCache:
 
         In place when the cache is donated to the program that calls this.
         """
-        layer = static_layer(layer)
+        layer = static_layer(layer, len(self.k))
 
         def put(pools, new):
             return (*pools[:layer], new, *pools[layer + 1 :])
@@ -209,6 +211,9 @@ def defragment(
     The prefix cache follows its blocks.  With `shrink` the pool then ends at the last block in use
     (at least one block is kept), and the memory behind it is given back.  Donates `cache`.
 
+    Raises:
+        ValueError: a block has other holders than `tables`; nothing has been moved.
+
     Example:
         >>> pool = BlockPool.create(num_blocks=8, block_size=2)
         >>> cache = PagedKVCache.create(
@@ -221,6 +226,13 @@ def defragment(
         >>> b.blocks.tolist(), pool.num_blocks, cache.num_blocks
         ([1], 2, 2)
     """
+    tables, holders = list(tables), np.zeros(pool.num_blocks, np.int32)
+    for table in tables:
+        np.add.at(holders, table.blocks, 1)
+    holders[NULL_BLOCK] = 0
+    strange = np.flatnonzero(holders != pool.refs.to_numpy())
+    if len(strange):
+        raise ValueError(f"blocks {strange.tolist()} have other holders than the tables given")
     pool, moves = pool.defragment()
     src = np.flatnonzero(moves != np.arange(len(moves)))
     cache = cache.copy_blocks(src, moves[src])

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--num-prompts {args.num_prompts} is less than --concurrency {max(args.concurrency)}"
         )
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must be at least 0")
     for name in ("input_len", "output_len"):
         low_high = getattr(args, name)
         if len(low_high) > 2 or low_high[0] > low_high[-1]:

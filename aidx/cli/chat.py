@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.model in (EMBEDDED, DRAFT) and not args.stop:
         args.stop = [">>>"]
+    sampling_params(args)
     llm = LLM(resolve_model(args.model), warmup=False, **engine_options(args, max_num_seqs=1))
     if llm.tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, hence no chat template")

@@ -18,6 +18,7 @@ PROMPTS = (
     'def read_config(path):\n    """Parse the file at path and return a dictionary.\n',
 )
 MAX_NUM_BATCHED_TOKENS = 128  # more would prefill faster and compile longer
+MOST_TOKENS = 960  # two rounds of them and a prompt are what the embedded model can read
 
 
 def add_parser(commands: Any) -> None:
@@ -31,7 +32,12 @@ def add_parser(commands: Any) -> None:
         epilog="examples:\n  aidx demo\n  aidx demo --max-tokens 128 --seed 7\n  aidx demo | cat",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--max-tokens", type=positive, default=64, help="per prompt and round")
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=64,
+        help=f"per prompt and round, at most {MOST_TOKENS}",
+    )
     parser.add_argument("--seed", type=int, default=0, help="prompt i is sampled with seed + i")
     parser.set_defaults(run=run)
 
@@ -44,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from aidx.llm import LLM, AsyncLLM
 
     console = rich.console.Console()
+    if args.max_tokens > MOST_TOKENS:
+        raise ValueError(f"--max-tokens {args.max_tokens} is more than {MOST_TOKENS}")
     params = [
         SamplingParams(
             temperature=0.8, max_tokens=args.max_tokens, seed=args.seed + i, ignore_eos=True

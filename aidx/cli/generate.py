@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from aidx.llm import LLM, AsyncLLM
 
     few = min(args.n * len(prompts), 16)
+    sampling_params(args)
     llm = LLM(resolve_model(args.model), warmup=False, **engine_options(args, max_num_seqs=few))
     params = sampling_params(args, llm.model.generation_config)
     if len(prompts) == args.n == 1 and not args.json:

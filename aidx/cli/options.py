@@ -3,6 +3,7 @@
 import argparse
 import importlib.resources
 import pathlib
+from types import MappingProxyType
 from typing import Any
 
 EMBEDDED = "embedded"
@@ -117,10 +118,13 @@ SAMPLING_OPTIONS = (
     "stop",
     "n",
 )
+ANY = MappingProxyType({"do_sample": True})
 
 
-def sampling_params(args: argparse.Namespace, generation_config: Any) -> Any:
+def sampling_params(args: argparse.Namespace, generation_config: Any = ANY) -> Any:
     """`SamplingParams`: the checkpoint's defaults under what was given.
+
+    Without a checkpoint's it refuses what none could mend, before one is loaded.
 
     >>> args = argparse.Namespace(max_tokens=8, temperature=None, seed=3)
     >>> params = sampling_params(args, {"do_sample": True, "temperature": 0.6})

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 
+from aidx.cache import KVCacheConfig
 from aidx.engine import scheduler as scheduling
 from aidx.engine import step as stepping
+from aidx.ops import registry
 
 # Rows x shared tokens from which reading the prefix once gains on an H200 (docs/kernels_paged.md).
 CASCADE_TOKENS = 128 * 1024
@@ -40,7 +42,8 @@ class EngineConfig:
         cpu: whether the traces come in sizes for a CPU or for a GPU (`row_buckets`).
 
     Raises:
-        ValueError: from `SchedulerConfig`, or sizes below 1.
+        ValueError: from `SchedulerConfig`, sizes below 1 (2 blocks: block 0 holds nothing), or an
+            implementation that there is not.
     """
 
     num_layers: int
@@ -68,6 +71,11 @@ class EngineConfig:
     cpu: bool = True
 
     def __post_init__(self):
+        least = dict(num_layers=1, num_kv_heads=1, head_dim=1, block_size=1, num_blocks=2)
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {value}")
+        registry.resolve("paged_attention", self.implementation)
         if self.vocab_size < 1 or self.max_logprobs < 0:
             raise ValueError(
                 f"{self.vocab_size=} must be positive, {self.max_logprobs=} not negative"
@@ -98,6 +106,40 @@ class EngineConfig:
             max_swapped_blocks=self.swap_space_bytes // self.block_bytes,
             window=self.window,
         )
+
+    @classmethod
+    def for_model(
+        cls, name: str, memory_bytes: int, *, vocab_size: int, **changes: Any
+    ) -> "EngineConfig":
+        """The geometry of a known model, and the blocks that fill `memory_bytes` of cache.
+
+        Args:
+            name: see `KVCacheConfig.for_model`; its context and window are taken too.
+            memory_bytes: for the pool alone.
+            vocab_size: width of the logits.
+            **changes: fields that replace the preset's; the dtype is bfloat16 else.
+
+        Raises:
+            ValueError: the name is unknown, or not even two blocks fit.
+
+        Example:
+            >>> config = EngineConfig.for_model("llama-3-8b", 1 << 30, vocab_size=128_256)
+            >>> config.num_blocks, config.max_model_len
+            (512, 8192)
+        """
+        cache = KVCacheConfig.for_model(name)
+        fields: dict[str, Any] = dict(
+            num_layers=cache.num_layers,
+            num_kv_heads=cache.num_kv_heads,
+            head_dim=cache.head_dim,
+            max_model_len=cache.max_seq_len,
+            window=cache.window,
+            dtype=cache.dtype,
+        )
+        if (blocks := changes.get("num_blocks")) is not None:
+            raise ValueError(f"num_blocks={blocks} and {memory_bytes=} both size the pool")
+        config = cls(vocab_size=vocab_size, num_blocks=2, **{**fields, **changes})
+        return dataclasses.replace(config, num_blocks=memory_bytes // config.block_bytes)
 
     @property
     def longest(self) -> int:

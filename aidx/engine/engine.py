@@ -46,6 +46,7 @@ from aidx.engine.ticket import (
     Ticket,
     beam_outputs,
     beam_search,
+    check_types,
     checked_prompt,
     mask_row,
     new_ticket,
@@ -69,6 +70,17 @@ class _InFlight:
     rows: Rows
     out: jax.Array
     epoch: int
+
+
+def described(params: Params) -> dict[str, str]:
+    """Shape and dtype of every leaf by its path.
+
+    Example:
+        >>> described({"norm": np.ones(3, np.float32)})
+        {"['norm']": 'float32[3]'}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 class Engine:
@@ -101,7 +113,8 @@ class Engine:
     ):
         self.config = config
         self._forward = forward
-        self._params = params
+        # Committed: arrays that JAX may move would compile every program once more.
+        self._params = jax.tree.map(lambda x: jax.device_put(x, x.sharding), params)
         self._tokenizer = tokenizer
         self._clock = clock
         self._swap_is_cheaper = False
@@ -165,12 +178,14 @@ class Engine:
 
         Raises:
             ValueError: it could never run, or asks for something that this engine cannot do.
+            TypeError: an argument of another type than it must have.
             EngineDeadError: the engine lost its device.
         """
         if self._dead:
             raise EngineDeadError(self._dead)
         params = params if params is not None else SamplingParams()
         name = request_id if request_id is not None else f"request-{next(self._names)}"
+        check_types(name, params, priority, user)
         if name in self._tickets:
             raise ValueError(f"request_id={name!r} is unfinished already")
         tokens = checked_prompt(prompt, self.config.vocab_size)
@@ -249,7 +264,7 @@ class Engine:
         return self._report()
 
     def update_params(self, params: Params) -> None:
-        """Take other parameters of the same shapes; nothing compiles.
+        """Take other parameters of the same shapes, wherever they are; nothing compiles.
 
         What was computed with the old ones is worth nothing: the prefix cache is emptied, and the
         running sequences compute their tokens again.
@@ -257,17 +272,17 @@ class Engine:
         Raises:
             ValueError: the tree, a shape or a dtype differs.
         """
-        describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
-        if describe(params) != describe(self._params):
-            raise ValueError("the new parameters differ in structure, shape or dtype")
+        wanted, found = (described(tree) for tree in (self._params, params))
+        if differ := sorted(wanted.items() ^ found.items()):
+            path = differ[0][0]
+            raise ValueError(
+                f"the new parameters differ: {path} is {found.get(path, 'absent')}, "
+                f"not {wanted.get(path, 'absent')}"
+            )
         self._read(self._in_flight)
         self._in_flight = None
         self._params = jax.tree.map(
-            lambda new, old: (
-                new if isinstance(new, jax.Array) else jax.device_put(new, old.sharding)
-            ),
-            params,
-            self._params,
+            lambda new, old: jax.device_put(new, old.sharding), params, self._params
         )
         self._batch = scheduling.preempt_all(self._batch)
         self._swapped.clear()

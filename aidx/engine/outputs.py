@@ -50,7 +50,7 @@ class RequestMetrics:
     """When things happened to a request, in seconds of one monotonic clock; None: not yet.
 
     >>> m = RequestMetrics(1.0, first_scheduled_time=1.5, first_token_time=2.0, finished_time=4.0,
-    ...                    num_generation_tokens=5)
+    ...                    num_generation_tokens=10, longest_sample=5)
     >>> m.queue_time, m.time_to_first_token, m.inter_token_latency
     (0.5, 1.0, 0.5)
     """
@@ -59,7 +59,8 @@ class RequestMetrics:
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
-    num_generation_tokens: int = 0
+    num_generation_tokens: int = 0  # of all samples
+    longest_sample: int = 0  # tokens of it
     num_preemptions: int = 0
 
     @property
@@ -74,11 +75,14 @@ class RequestMetrics:
 
     @property
     def inter_token_latency(self) -> float | None:
-        """Mean seconds between tokens after the first; None for fewer than two."""
+        """Mean seconds between the tokens of a sample; None for fewer than two.
+
+        Samples run side by side, so the longest one's tokens are counted, not the sum.
+        """
         span = _difference(self.finished_time, self.first_token_time)
-        if span is None or self.num_generation_tokens < 2:
+        if span is None or self.longest_sample < 2:
             return None
-        return span / (self.num_generation_tokens - 1)
+        return span / (self.longest_sample - 1)
 
 
 def _difference(later: float | None, earlier: float | None) -> float | None:

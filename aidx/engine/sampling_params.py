@@ -5,6 +5,8 @@ them into what `aidx.ops.sampling.sample` takes.
 """
 
 import math
+import numbers
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,8 @@ from ..ops.sampling import (
 # nothing.
 _NOT_BUILT = {
     "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
     "typical_p": 1.0,
     "top_h": None,
     "epsilon_cutoff": 0.0,
@@ -29,6 +33,8 @@ _NOT_BUILT = {
     "penalty_alpha": 0.0,
     "no_repeat_ngram_size": 0,
     "guidance_scale": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "watermarking_config": None,
     "exponential_decay_length_penalty": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
@@ -37,6 +43,9 @@ _NOT_BUILT = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
 }
+_PENALTIES = ("repetition", "presence", "frequency")
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize")
+_LARGEST = 2**31 - 1  # what the device can count: more asks for the same
 
 
 @dataclass(frozen=True)
@@ -93,20 +102,26 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     allowed_token_ids: Sequence[int] | None = None
-    bad_words: Sequence[str] = ()
+    bad_words: str | Sequence[str] = ()
     skip_special_tokens: bool = True
     detokenize: bool = True
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)
-        put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        put("stop_token_ids", tuple(self.stop_token_ids or ()))
-        put("bad_words", tuple(self.bad_words or ()))
-        if self.allowed_token_ids is not None:
-            put("allowed_token_ids", tuple(self.allowed_token_ids))
+        for name in ("n", "top_k", "min_tokens"):
+            put(name, _integer(name, getattr(self, name)))
+        for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                put(name, _integer(name, getattr(self, name)))
+        for name in ("stop", "bad_words"):
+            value = getattr(self, name)
+            put(name, (value,) if isinstance(value, str) else _listed(name, value))
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            value = getattr(self, name)
+            if value is not None or name == "stop_token_ids":
+                put(name, tuple(_integer(name, token) for token in _listed(name, value)))
         if self.logit_bias is not None:
-            # JSON has string keys only.
-            put("logit_bias", {int(t): float(b) for t, b in self.logit_bias.items()})
+            put("logit_bias", _biases(self.logit_bias))
         if self.seed == -1:
             put("seed", None)
         _validate_ranges(self)
@@ -181,17 +196,19 @@ class SamplingParams:
             values["max_tokens"] = config["max_new_tokens"]
         if config.get("min_new_tokens") is not None:
             values["min_tokens"] = config["min_new_tokens"]
+        if config.get("stop_strings") is not None:
+            values["stop"] = config["stop_strings"]
         if not config.get("do_sample", False):
             values["temperature"] = 0.0
         return cls(**{**values, **overrides})
 
 
 def _validate_ranges(p: SamplingParams) -> None:
-    for name in ("n", "top_k", "min_tokens"):
-        _require_int(name, getattr(p, name))
-    for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
-        if getattr(p, name) is not None:
-            _require_int(name, getattr(p, name))
+    for name in ("temperature", "top_p", "min_p", *(f"{x}_penalty" for x in _PENALTIES)):
+        _require_number(name, getattr(p, name))
+    for name in _FLAGS:
+        if not isinstance(getattr(p, name), bool):
+            raise TypeError(f"{name} must be True or False, not {getattr(p, name)!r}")
     ranges = {
         "n": (p.n >= 1, "at least 1"),
         "temperature": (0 <= p.temperature < math.inf, "finite and at least 0"),
@@ -227,21 +244,42 @@ def _validate_lists(p: SamplingParams) -> None:
             raise ValueError(f"{name} holds an empty string: {getattr(p, name)!r}")
     if p.stop and not p.detokenize:
         raise ValueError(f"stop={p.stop!r} is looked for in the text: it needs detokenize=True")
-    for token in p.stop_token_ids:
-        _require_int("stop_token_ids", token)
-    if p.allowed_token_ids is not None:
-        if not p.allowed_token_ids:
-            raise ValueError("allowed_token_ids is empty: no token could be drawn; None allows all")
-        for token in p.allowed_token_ids:
-            _require_int("allowed_token_ids", token)
+    if p.allowed_token_ids is not None and not p.allowed_token_ids:
+        raise ValueError("allowed_token_ids is empty: no token could be drawn; None allows all")
     for token, bias in (p.logit_bias or {}).items():
         if not math.isfinite(bias):
             raise ValueError(f"logit_bias[{token}] must be finite, not {bias}")
 
 
-def _require_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _integer(name: str, value: Any) -> int:
+    """An int, also of NumPy."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, not {value!r}")
+    return operator.index(value)
+
+
+def _require_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+
+
+def _listed(name: str, value: Any) -> tuple[Any, ...]:
+    try:
+        return () if value is None else tuple(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a list, not {value!r}") from None
+
+
+def _biases(value: Any) -> dict[int, float]:
+    """Token id to bias; JSON has string keys only."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"logit_bias must map token ids to numbers, not {value!r}")
+    biases = {}
+    for token, bias in value.items():
+        number = int(token) if isinstance(token, str) and token.isdecimal() else token
+        _require_number(f"logit_bias[{token!r}]", bias)
+        biases[_integer("logit_bias: a token id", number)] = float(bias)
+    return biases
 
 
 def widest_variant(variants: Iterable[Variant]) -> Variant:
@@ -269,13 +307,13 @@ def params_row(
         seed=seed,
         sample=sample,
         temperature=params.temperature,
-        top_k=params.top_k,
+        top_k=min(params.top_k, _LARGEST),
         top_p=params.top_p,
         min_p=params.min_p,
         repetition_penalty=params.repetition_penalty,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
-        stop_from=prompt_length + params.min_tokens,
+        stop_from=min(prompt_length + params.min_tokens, _LARGEST),
     )
 
 
@@ -372,8 +410,9 @@ class BeamSearchParams:
 
     def __post_init__(self):
         for name in ("beam_width", "max_tokens"):
-            _require_int(name, getattr(self, name))
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        _require_number("length_penalty", self.length_penalty)
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty must be finite, not {self.length_penalty}")

@@ -53,7 +53,8 @@ class EngineStats:
         generated_tokens: handed out.
         tokens_per_second: generated_tokens over the time that some request was unfinished.
         time_to_first_token, inter_token_latency, queue_time: over the last finished requests.
-        cache_hit_rate: prompt tokens found in the prefix cache over prompt tokens admitted.
+        cache_hit_rate: prompt tokens found in the prefix cache, or shared with another sample of
+            the same request, over prompt tokens admitted.
         pool_use: held blocks over all blocks.
         pool_utilization: tokens stored over tokens that the held blocks have room for.
     """

@@ -1,6 +1,7 @@
 """What the engine keeps of a request, and what it reports of it: pure functions of both."""
 
 import dataclasses
+import numbers
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,6 +46,26 @@ class Ticket:
     metrics: RequestMetrics
     num_cached: int = 0
     beams: bool = False
+
+
+def check_types(name: Any, params: Any, priority: Any, user: Any) -> None:
+    """What a caller hands over is what the queues can sort and compare.
+
+    Raises:
+        TypeError: it is not, with the value.
+
+    Example:
+        >>> check_types("a", SamplingParams(), "high", "")
+        Traceback (most recent call last):
+        TypeError: priority='high' must be an integer
+    """
+    if not isinstance(params, SamplingParams | BeamSearchParams):
+        raise TypeError(f"{params!r} is neither SamplingParams nor BeamSearchParams")
+    if not isinstance(priority, numbers.Integral):
+        raise TypeError(f"{priority=} must be an integer")
+    for what, value in (("request_id", name), ("user", user)):
+        if not isinstance(value, str):
+            raise TypeError(f"{what}={value!r} must be a string")
 
 
 def checked_prompt(prompt: Sequence[int], vocab_size: int) -> np.ndarray:
@@ -122,6 +143,8 @@ def new_ticket(
         asked = getattr(params, name)
         if asked is not None and asked > config.max_logprobs:
             raise ValueError(f"{name}={asked} exceeds max_logprobs={config.max_logprobs}")
+    if bad := [t for t in params.stop_token_ids if not 0 <= t < config.vocab_size]:
+        raise ValueError(f"stop_token_ids {bad} are outside a vocabulary of {config.vocab_size}")
     text = params.detokenize and tokenizer is not None
     if (params.stop or params.bad_words) and tokenizer is None:
         raise ValueError(
@@ -230,6 +253,7 @@ def request_output(
             first_token_time=first.first_token_time,
             finished_time=finished_time,
             num_generation_tokens=sum(len(sample.token_ids) for sample in samples),
+            longest_sample=max((len(sample.token_ids) for sample in samples), default=0),
             num_preemptions=first.num_preemptions,
         ),
         num_cached_tokens=ticket.num_cached,

@@ -21,6 +21,13 @@ LLAMA_TYPES = {
 }
 ARCHITECTURES = {**LLAMA_TYPES, "gpt2": "GPT2LMHeadModel"}
 
+# Numbers of config.json that count something.
+_COUNTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+    *("n_embd", "n_inner", "n_layer", "n_head", "n_positions"),
+)
+
 # Keys of the rope dictionary that are understood; any other could change the maths unnoticed.
 _ROPE_FIELDS = {f.name for f in dataclasses.fields(Rope)} - {"theta", "type"}
 _ROPE_KEYS = _ROPE_FIELDS | {"rope_theta", "rope_type", "finetuned"}
@@ -44,10 +51,24 @@ def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig | GPT2Config:
             f"quantised checkpoints are not supported: {hf['quantization_config']=}; "
             "save a dequantised copy with transformers"
         )
+    _check_numbers(hf)
     try:
         return _gpt2_from_hf(hf) if model_type == "gpt2" else _llama_from_hf(hf, model_type)
     except KeyError as error:
         raise ValueError(f"config.json of a {model_type} model lacks {error}") from error
+
+
+def _check_numbers(hf: Mapping[str, Any]) -> None:
+    for name in _COUNTS:
+        said = hf.get(name)
+        if said is not None and (isinstance(said, bool) or not isinstance(said, int) or said < 1):
+            raise ValueError(f"config.json says {name}={said!r}, which is no positive integer")
+    for name in ("rms_norm_eps", "layer_norm_epsilon"):
+        if not isinstance(hf.get(name, 0.0), int | float):
+            raise ValueError(f"config.json says {name}={hf[name]!r}, which is no number")
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(hf.get(name) or {}, Mapping):
+            raise ValueError(f"config.json says {name}={hf[name]!r}, which is no object")
 
 
 def _model_type(hf: Mapping[str, Any]) -> str:

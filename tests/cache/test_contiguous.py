@@ -200,6 +200,8 @@ def test_a_window_cannot_be_taken_back_further_than_rollback():
             r"\[1, 4\] outside 0..3",
         ),
         (lambda c, k, v: c.append(jnp.array([0]), k, v), TypeError, "Python int"),
+        (lambda c, k, v: c.append(-1, k, v), IndexError, "layer -1 of a cache of 2 layers"),
+        (lambda c, k, v: c.get(2), IndexError, "layer 2 of a cache of 2 layers"),
         (lambda c, k, v: jax.jit(KVCache.append)(c, 0, k, v), TypeError, "Python int"),
         (lambda c, k, v: c.update_at(0, [[0, 1]], k, v), ValueError, r"\(1, 2\)"),
         (lambda c, k, v: c.update_at(0, [[0, 1, 2]] * 2, k, v), IndexError, "not 0"),

@@ -205,6 +205,9 @@ def test_defragmenting_and_shrinking_changes_no_answer():
     engine.step({0: 1, 2: 1})
     for row in rows:
         engine.check(row)
+    tables = list(engine.tables.values())
+    with pytest.raises(ValueError, match="have other holders than the tables given"):
+        defragment(engine.cache, engine.pool, tables[:1])
     engine.cache, engine.pool, tables = defragment(engine.cache, engine.pool, tables, shrink=True)
     assert engine.cache.num_blocks == engine.pool.num_blocks == 6
     for row, table in zip(rows, tables, strict=True):
@@ -285,6 +288,10 @@ def test_impossible_copies_are_refused(src, dst):
 def test_sizes_are_checked_and_the_geometry_is_the_pools():
     with pytest.raises(ValueError, match="num_blocks=0"):
         PagedKVCache.create(num_layers=1, num_blocks=0, block_size=2, num_kv_heads=1, head_dim=2)
+    with pytest.raises(ValueError, match="dtype='int4' is none of bfloat16"):
+        PagedKVCache.create(
+            num_layers=1, num_blocks=2, block_size=2, num_kv_heads=1, head_dim=2, dtype="int4"
+        )
     config = KVCacheConfig(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, dtype="int8")
     memory = 100_000
     pool = BlockPool.from_memory_size(memory, config, block_size=4)
@@ -314,6 +321,9 @@ def test_a_traced_layer_is_refused():
         jax.jit(PagedKVCache.write)(
             empty(), 0, jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)), jnp.array([4])
         )
+    for layer in (-1, len(empty().k)):
+        with pytest.raises(IndexError, match=f"layer {layer} of a cache of"):
+            empty().write(layer, jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)), jnp.array([4]))
 
 
 def test_resizing_keeps_the_front():

@@ -1,6 +1,7 @@
 """The engine as its callers see it: endings, logprobs, refusals, failures, cancellation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,7 @@ def test_bad_words_are_not_generated(length):
         ([1], SamplingParams(bad_words=["x"]), "need a tokenizer"),
         ([1], SamplingParams(allowed_token_ids=[100]), r"\[100\] outside a vocabulary"),
         ([1], SamplingParams(logit_bias={200: 1.0}), r"\[200\] outside a vocabulary"),
+        ([1], SamplingParams(stop_token_ids=[2, -3]), r"stop_token_ids \[-3\] are outside"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(prompt, params, message):
@@ -236,6 +238,25 @@ def test_a_request_that_makes_no_sense_is_refused(prompt, params, message):
     with pytest.raises(ValueError, match=message):
         made.add_request(prompt, params)
     assert not made.has_unfinished
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"params": {"temperature": 0}}, "{'temperature': 0} is neither SamplingParams nor"),
+        ({"priority": "high"}, "priority='high' must be an integer"),
+        ({"priority": float("nan")}, "priority=nan must be an integer"),
+        ({"user": None}, "user=None must be a string"),
+        ({"request_id": 5}, "request_id=5 must be a string"),
+    ],
+)
+def test_what_the_queues_could_not_sort_is_refused_and_harms_nobody(arguments, message):
+    made = engine(scheduling_policy="priority")
+    name = made.add_request(PROMPTS[0], GREEDY)
+    with pytest.raises(TypeError, match=message):
+        made.add_request(PROMPTS[1], **arguments)
+    done = run(made)
+    assert_same(PROMPTS[0], done[name].outputs[0].token_ids, FREE(PROMPTS[0], GREEDY))
 
 
 def test_a_name_in_use_is_refused_and_free_again_afterwards():
@@ -255,11 +276,35 @@ def test_a_request_larger_than_the_pool_is_refused():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"vocab_size": 0}, {"max_logprobs": -1}, {"scheduling_policy": "x"}]
+    "bad",
+    [
+        {"vocab_size": 0},
+        {"max_logprobs": -1},
+        {"scheduling_policy": "x"},
+        {"block_size": 0},
+        {"num_blocks": 1},
+        {"implementation": "nope"},
+    ],
 )
 def test_a_config_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         EngineConfig(**(LIMITS | bad))
+
+
+def test_an_engine_for_a_known_model_fills_the_memory_it_is_given():
+    make = functools.partial(EngineConfig.for_model, "mistral-7b", vocab_size=32_000)
+    config = make(1 << 30, block_size=32, dtype="int8", max_num_seqs=8)
+    geometry = (config.num_layers, config.num_kv_heads, config.head_dim, config.max_model_len)
+    assert geometry == (32, 8, 128, 32768)
+    assert (config.window, config.max_num_seqs, config.block_size) == (4096, 8, 32)
+    assert config.num_blocks == (1 << 30) // (2 * 32 * 8 * 32 * (128 + 4))
+    for wrong, message in (
+        (lambda: make(1 << 20), "num_blocks=0 must be at least 2"),
+        (lambda: make(1 << 30, num_blocks=9), "num_blocks=9 and memory_bytes=1073741824 both"),
+        (lambda: EngineConfig.for_model("bert", 1, vocab_size=1), "unknown model 'bert'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
 
 
 # Cancellation.
@@ -392,8 +437,19 @@ def test_other_parameters_compile_nothing_and_forget_every_prefix():
     assert [o.num_cached_tokens for o in outputs[2:]] == [0] * 4
     [fresh] = generate([PROMPTS[2]], GREEDY, made=engine(params=other))
     assert tokens_of([fresh]) == tokens_of(outputs[2:3]) != [[FREE(PROMPTS[2], GREEDY)]]
-    with pytest.raises(ValueError, match="differ in structure"):
-        made.update_params({})
+    host = jax.tree.map(np.asarray, other)
+    for same in (host, jax.device_put(other, jax.devices()[0]), jax.tree.map(jnp.asarray, host)):
+        with count_compilations() as count:
+            made.update_params(same)
+            assert tokens_of(generate([PROMPTS[2]], GREEDY, made=made)) == tokens_of([fresh])
+            assert count() == 0
+    for wrong, message in (
+        ({}, r"\['embed'\] is absent, not float32\[97, 32\]"),
+        (other | {"norm": jnp.ones(3)}, r"\['norm'\] is float32\[3\], not float32\[32\]"),
+        (other | {"more": jnp.ones(3)}, r"\['more'\] is float32\[3\], not absent"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.update_params(wrong)
 
 
 class count_compilations:
@@ -460,6 +516,8 @@ def test_statistics_are_what_happened():
         assert m.num_generation_tokens == 12
     assert stats.time_to_first_token.mean > stats.queue_time.mean > 0
     assert stats.inter_token_latency.p99 >= stats.inter_token_latency.p50 > 0
+    [output] = generate(PROMPTS[:1], SamplingParams(n=3, max_tokens=5, seed=1), made=engine())
+    assert (output.metrics.num_generation_tokens, output.metrics.longest_sample) == (15, 5)
     generate(PROMPTS, GREEDY, made=made)
     assert made.stats().cache_hit_rate == pytest.approx(
         sum((len(p) - 1) // 4 * 4 for p in PROMPTS) / (2 * sum(map(len, PROMPTS)))

@@ -29,9 +29,9 @@ def test_metrics_are_none_until_they_happened():
     assert m.queue_time is None and m.time_to_first_token is None and m.inter_token_latency is None
     m = dataclasses.replace(m, first_scheduled_time=10.25, first_token_time=11.0)
     assert m.queue_time == 0.25 and m.time_to_first_token == 1.0 and m.inter_token_latency is None
-    one = dataclasses.replace(m, finished_time=11.0, num_generation_tokens=1)
+    one = dataclasses.replace(m, finished_time=11.0, longest_sample=1)
     assert one.inter_token_latency is None
-    many = dataclasses.replace(m, finished_time=13.0, num_generation_tokens=5)
+    many = dataclasses.replace(m, finished_time=13.0, num_generation_tokens=15, longest_sample=5)
     assert many.inter_token_latency == 0.5
 
 

@@ -53,6 +53,19 @@ V = 40
         ({"allowed_token_ids": [1.0]}, TypeError, "allowed_token_ids"),
         ({"bad_words": [""]}, ValueError, "bad_words holds an empty string"),
         ({"logit_bias": {3: float("inf")}}, ValueError, r"logit_bias\[3\] must be finite"),
+        ({"logit_bias": [3]}, TypeError, r"logit_bias must map token ids to numbers, not \[3\]"),
+        ({"logit_bias": {"x": 1}}, TypeError, "logit_bias: a token id must be an integer, not 'x'"),
+        ({"logit_bias": {1.5: 1}}, TypeError, "must be an integer, not 1.5"),
+        ({"logit_bias": {3: "x"}}, TypeError, r"logit_bias\[3\] must be a number, not 'x'"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a number, not 'hot'"),
+        ({"top_p": None}, TypeError, "top_p must be a number, not None"),
+        ({"min_p": True}, TypeError, "min_p must be a number, not True"),
+        ({"presence_penalty": "1"}, TypeError, "presence_penalty must be a number, not '1'"),
+        ({"stop": 5}, TypeError, "stop must be a list, not 5"),
+        ({"stop_token_ids": 5}, TypeError, "stop_token_ids must be a list, not 5"),
+        ({"allowed_token_ids": 5}, TypeError, "allowed_token_ids must be a list, not 5"),
+        ({"ignore_eos": "no"}, TypeError, "ignore_eos must be True or False, not 'no'"),
+        ({"detokenize": None}, TypeError, "detokenize must be True or False, not None"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
@@ -77,6 +90,25 @@ def test_values_become_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         p.n = 2
     assert dataclasses.replace(p, n=2).stop == ("a",)
+
+
+def test_one_word_is_a_word_and_numpys_numbers_are_numbers():
+    p = SamplingParams(
+        n=np.int64(2),
+        top_p=np.float32(0.5),
+        bad_words="word",
+        stop_token_ids=np.array([1, 2]),
+        allowed_token_ids=np.array([3]),
+    )
+    assert p.bad_words == ("word",)  # not its letters
+    assert (p.n, p.stop_token_ids, p.allowed_token_ids) == (2, (1, 2), (3,))
+    assert {type(x) for x in (p.n, *p.stop_token_ids, *p.allowed_token_ids)} == {int}
+
+
+def test_more_than_the_device_can_count_is_all():
+    params = SamplingParams(top_k=2**40, min_tokens=2**40, max_tokens=None)
+    row = params_row(params, seed=1, sample=0, prompt_length=7)
+    assert row.top_k.tolist() == row.stop_from.tolist() == [2**31 - 1]
 
 
 @pytest.mark.parametrize(
@@ -142,11 +174,14 @@ def test_generation_config_gives_the_defaults():
     assert SamplingParams.from_generation_config({}).greedy
     assert SamplingParams.from_generation_config({"do_sample": False, "temperature": 0.6}).greedy
     assert SamplingParams.from_generation_config({"do_sample": True, "top_p": None}).top_p == 1.0
+    assert SamplingParams.from_generation_config({"stop_strings": ["a", "b"]}).stop == ("a", "b")
 
 
 def test_a_generation_config_that_cannot_be_honoured_is_refused():
     with pytest.raises(ValueError, match="num_beams=4"):
         SamplingParams.from_generation_config({"num_beams": 4})
+    with pytest.raises(ValueError, match="min_length=9"):
+        SamplingParams.from_generation_config({"min_length": 9})
     with pytest.raises(ValueError, match="typical_p=0"):
         SamplingParams.from_generation_config({"typical_p": 0.9})
     neutral = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "penalty_alpha": None}

@@ -209,6 +209,14 @@ def test_nobody_is_overtaken_more_often_than_the_bound(bound):
     assert admissions(schedules).index(1) == bound
 
 
+def test_who_was_overtaken_enough_is_seated_once():
+    batch = batch_of(policy="priority", max_num_seqs=2, max_overtaken=1)
+    batch = filled(batch, [sequence(0, 1, max_tokens=4, priority=1)])
+    batch = filled(batch, [sequence(1 + i, 2, max_tokens=1) for i in range(2)])
+    _, outputs, schedules = run(batch)
+    assert admissions(schedules) == [1, 2, 0] and set(outputs) == {0, 1, 2}
+
+
 def test_what_does_not_fit_waits_and_is_not_overtaken_for_being_large():
     batch = batch_of(num_blocks=9, enable_prefix_caching=False, max_num_batched_tokens=32)
     seqs = [sequence(0, 16, max_tokens=4), sequence(1, 24, max_tokens=2), sequence(2, 2)]

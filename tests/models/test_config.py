@@ -136,6 +136,11 @@ LINEAR = {"type": "linear", "factor": 2.0}
         (QWEN | {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window=False"),
         ({"num_attention_heads": 5}, "not a multiple"),
         ({"head_dim": 7}, "head_dim=7"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0, which is no positive integer"),
+        ({"hidden_size": "48"}, "hidden_size='48'"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small', which is no number"),
+        ({"rope_scaling": [2.0]}, "rope_scaling=[2.0], which is no object"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(change, message):
