@@ -142,7 +142,7 @@ class LLM:
             dtype=model.dtype if cache_dtype is None else cache_dtype,
             max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
-            eos_token_ids=model.eos_token_ids,
+            eos_token_ids=tuple(t for t in model.eos_token_ids if t < model.vocab_size),
             window=_widest(model.windows),
             cpu=cpu,
             **options,
@@ -409,6 +409,15 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> bool:
         """Cancel a request; its stream ends with finish_reason "abort".  False: no such request."""
         return await asyncio.wrap_future(self._submit(lambda: self.llm.engine.abort(request_id)))
+
+    async def update_params(self, params: Params) -> None:
+        """As `LLM.update_params`, between two steps: running requests go on under the new ones.
+
+        Raises:
+            ValueError: a leaf differs in path, shape or dtype; the old ones stay.
+            EngineDeadError: the engine is closed or lost its device.
+        """
+        await asyncio.wrap_future(self._submit(lambda: self.llm.update_params(params)))
 
     def stats(self) -> EngineStats:
         """See `EngineStats`."""

@@ -126,6 +126,12 @@ def test_chat_goes_through_the_template(llm):
         make().generate("text")
 
 
+def test_an_end_of_sequence_outside_of_the_vocabulary_is_none():
+    odd = LLM(model().replace(eos_token_ids=(10**6,)), warmup=False, **OPTIONS)
+    params = dataclasses.replace(GREEDY, ignore_eos=False, min_tokens=2)
+    assert tokens_of(odd.generate([[1, 2]], params)) == [[dense_tokens([1, 2], GREEDY)]]
+
+
 def test_beams_come_with_prompt_and_text(llm):
     params = BeamSearchParams(beam_width=2, max_tokens=4)
     [output] = llm.beam_search("ab", params)
@@ -322,6 +328,25 @@ def test_a_reader_that_leaves_cancels_running_and_waiting_requests(served, monke
     after = served.stats().finished
     assert after["length"] == before.get("length", 0) + 1  # none of the six went on to its end
     assert after["abort"] > before.get("abort", 0)
+
+
+def test_other_parameters_reach_running_streams(served):
+    old = served.llm.model.params
+
+    async def main():
+        stream = served.stream([3, 4], LONG)
+        await anext(stream)
+        await served.update_params(jax.tree.map(lambda x: x * 1.2, old))
+        changed = [output async for output in stream][-1]
+        with pytest.raises(ValueError, match="the new parameters differ"):
+            await served.update_params({})
+        await served.update_params(old)
+        return changed, await served.generate([3, 4], LONG)
+
+    changed, after = asyncio.run(main())
+    assert list(after.outputs[0].token_ids) == dense_tokens([3, 4], LONG)
+    assert changed.outputs[0].token_ids != after.outputs[0].token_ids
+    assert len(changed.outputs[0].token_ids) == 60
 
 
 def test_abort_ends_a_stream_with_a_reason(served):
