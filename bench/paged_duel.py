@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import paged_common as bench
+from device_time import alone
 
 from pallas_kernels import paged_attention as pa
 
@@ -133,25 +134,29 @@ def run(pattern, limit, sds, dry, rows_out):
                 job.result()
                 bench.say(name, label, "compiled")
             continue
-        if layout != (size, kind):
-            layout, pools = (size, kind), None
-            pools = bench.fresh_pools(size, kind)
-            if kind == "bf16":
-                rate = bench.copy_rate(pools[0])
-                bench.say(f"copy {rate:.2f} TB/s")
-                rows_out.append(bench.row("copy", "device", "bandwidth", rate, "TB/s"))
-        args = bench.arguments(rows, size, pools)
-        ready = right(name, jobs, args)
-        times = {label: [] for label in ready}
-        for _ in range(ROUNDS):
-            for label, (compiled, _) in ready.items():
-                us = bench.seconds(compiled, args) / (bench.CALLS + 1) * 1e6
-                times[label].append(us)
-        for label, (compiled, err) in ready.items():
-            report(name, rows, kind, label, compiled, args, err, times[label], rows_out)
+        for job in jobs.values():
+            job.exception()  # compiled, or not: what follows has the device to itself
+        with alone():
+            if layout != (size, kind):
+                layout, pools = (size, kind), None
+                pools = bench.fresh_pools(size, kind)
+                if kind == "bf16":
+                    rate = bench.copy_rate(pools[0])
+                    bench.say(f"copy {rate:.2f} TB/s")
+                    rows_out.append(bench.row("copy", "device", "bandwidth", rate, "TB/s"))
+            args = bench.arguments(rows, size, pools)
+            ready = right(name, jobs, args)
+            times = {label: [] for label in ready}
+            for _ in range(ROUNDS):
+                for label, (compiled, _) in ready.items():
+                    us = bench.seconds(compiled, args) / (bench.CALLS + 1) * 1e6
+                    times[label].append(us)
+            for label, (compiled, err) in ready.items():
+                report(name, rows, kind, label, compiled, args, err, times[label], rows_out)
         bench.write(rows_out, "paged_duel")
     if not dry and any(name.startswith("chunk") for name, *_ in chosen):
-        bench.dense(rows_out)
+        with alone():
+            bench.dense(rows_out)
         bench.write(rows_out, "paged_duel")
 
 
