@@ -9,9 +9,11 @@
 Some blocks of every pool belong to nobody and hold random bits, NaN among them: their bits must
 not change, and no answer may be made of them (a NaN would end its request with an error).  Greedy
 requests are asked again alone at the end: how many answers are the same is printed, since another
-batch may round a tie another way.  At the end nobody holds a block.  The second command runs the
-same under compute-sanitizer, with every array an allocation of its own (inside JAX's own pool the
-tool sees nothing).  The exit status is the number of soaks that went wrong.
+batch may round a tie another way, and how far a token of theirs ever was behind the best one when
+prompt and answer are read in one pass: more than GAP is no tie.  At the end nobody holds a block.
+The second command runs the same under compute-sanitizer, with every array an allocation of its own
+(inside JAX's own pool the tool sees nothing).  The exit status is the number of soaks that went
+wrong.
 """
 
 import argparse
@@ -25,10 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aidx.engine import BeamSearchParams, Engine, EngineConfig, SamplingParams
+from aidx.engine import BeamSearchParams, Engine, EngineConfig, RequestOutput, SamplingParams
 from aidx.models import LlamaConfig, Model, init_params
 
 GUARDS = 7  # blocks that belong to nobody
+GAP = 1.0  # nats, where logits have a standard deviation of 5
 MODEL = LlamaConfig(512, 256, 512, 2, 8, 2, 64)
 TINY = LlamaConfig(97, 32, 64, 2, 4, 2, 8)
 
@@ -40,6 +43,7 @@ class Soak:
     Attributes:
         reasons: requests by the finish_reason of their first sample.
         same, repeated: greedy answers that were the same alone, of how many.
+        gap: the most that a token of these answers was behind the best one, nats.
         wrong: what may not be, in words; empty: all is well.
     """
 
@@ -50,6 +54,7 @@ class Soak:
     cache_hit_rate: float
     same: int
     repeated: int
+    gap: float
     wrong: tuple[str, ...]
 
 
@@ -151,7 +156,9 @@ def soak(engine: Engine, *, seed: int, requests: int | None = None, seconds: flo
     if reasons["error"]:
         texts = {o.outputs[0].stop_reason for o in done.values() if o.outputs[0].stop_reason}
         wrong.append(f"{reasons['error']} requests failed: {sorted(map(str, texts))[:3]}")
-    same, repeated = repeat_alone(engine, asked, done)
+    same, repeated, gap = repeat_alone(engine, asked, done)
+    if gap > GAP:
+        wrong.append(f"an answer holds a token {gap:.2f} nats behind the best")
     return Soak(
         steps,
         dict(reasons),
@@ -160,12 +167,13 @@ def soak(engine: Engine, *, seed: int, requests: int | None = None, seconds: flo
         stats.cache_hit_rate,
         same,
         repeated,
+        gap,
         tuple(wrong),
     )
 
 
-def repeat_alone(engine: Engine, asked: dict, done: dict, most: int = 20) -> tuple[int, int]:
-    """(greedy answers that are the same alone, how many were asked again)."""
+def repeat_alone(engine: Engine, asked: dict, done: dict, most: int = 20) -> tuple[int, int, float]:
+    """(greedy answers that are the same alone, how many were asked again, `Soak.gap` of them)."""
     greedy = [
         name
         for name, (_, params) in asked.items()
@@ -174,14 +182,24 @@ def repeat_alone(engine: Engine, asked: dict, done: dict, most: int = 20) -> tup
         and name in done
         and done[name].outputs[0].finish_reason == "length"
     ][:most]
-    same = 0
+    same, gap = 0, 0.0
     for name in greedy:
-        engine.add_request(*asked[name], request_id="again")
-        alone = []
-        while engine.has_unfinished:
-            alone += engine.step()
-        same += alone[-1].outputs[0].token_ids == done[name].outputs[0].token_ids
-    return same, len(greedy)
+        prompt, answer = asked[name][0], list(done[name].outputs[0].token_ids)
+        same += alone(engine, *asked[name]).outputs[0].token_ids == done[name].outputs[0].token_ids
+        whole = [*prompt, *answer]
+        read = alone(engine, whole, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1))
+        for token, found in list(zip(whole, read.prompt_logprobs, strict=True))[len(prompt) :]:
+            gap = max(gap, max(x.logprob for x in found.values()) - found[token].logprob)
+    return same, len(greedy), gap
+
+
+def alone(engine: Engine, prompt: list[int], params: SamplingParams) -> RequestOutput:
+    """A request's last output, with nobody beside it."""
+    engine.add_request(prompt, params, request_id="alone")
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    return outputs[-1]
 
 
 def main() -> int:

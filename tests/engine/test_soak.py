@@ -29,6 +29,7 @@ def test_a_short_soak_leaves_no_trace(mode, dtype):
     assert found.preempted > 0 and (found.swapped > 0) == (mode == "swap")
     assert found.reasons["length"] > 30 and found.reasons["abort"] > 0
     assert found.cache_hit_rate > 0.05 and found.same == found.repeated == 20
+    assert found.gap < 1e-3
 
 
 def test_a_write_into_a_guard_block_is_noticed():
