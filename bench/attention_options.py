@@ -193,11 +193,18 @@ PACKED_TILES = {  # of the forward
     "default+q2": dict(**PACKED, **TWO_Q),
     "default+prefetch": dict(**PACKED, **AHEAD),
 }
-ORDERS = {  # of the backward
-    "tight": TIGHT,
-    "sequences 4": dict(by_sequence=4),
-    "sequences 4 tight": dict(by_sequence=4, **TIGHT),
-    "sequences 16 tight": dict(by_sequence=16, **TIGHT),
+ORDERS = {  # head_dim: tiles of the backward
+    128: {
+        "tight": TIGHT,
+        "sequences 4 tight": dict(by_sequence=4, **TIGHT),
+        "sequences 16 tight": dict(by_sequence=16, **TIGHT),
+        "sequences 4 tight 3": dict(by_sequence=4, stages=3, **TIGHT),
+    },
+    64: {
+        "sequences 4": dict(block_q=128, by_sequence=4),
+        "sequences 16": dict(block_q=128, by_sequence=16),
+        "sequences 4 tight": dict(block_q=128, by_sequence=4, **TIGHT),
+    },
 }
 WINDOW_TILES = {
     "base": PERSISTENT,
@@ -278,15 +285,12 @@ def packed_tile_cases():
         table = {n: c if c is None else more | c for n, c in PACKED_TILES.items()}
         chosen = {n: tiles(causal, cu, forward=c) for n, c in table.items()}
         yield Case(f"packed {name}", shape, pairs, chosen, ("fwd",), alike=True)
-        more = dict(block_q=128) if head_dim == 64 else {}
-        chosen = {"base": tiles(causal, cu, forward=table["base"]), "default": tiles(causal, cu)}
-        for order, change in ORDERS.items():
-            chosen[order] = tiles(causal, cu, more | change)
+        chosen = {"base": tiles(causal, cu, forward=table["base"])}
         chosen["door"] = aidx(causal=True, cu_seqlens=cu)
+        chosen |= {n: tiles(causal, cu, c) for n, c in ORDERS[head_dim].items()}
         yield Case(f"packed {name} both", shape, pairs, chosen, ("fwd+bwd",), alike=True)
         shape = (tokens // dense, dense, heads, kv_heads, head_dim)
-        chosen = {"door": aidx(causal=True), "default": tiles(causal)}
-        yield Case(f"dense {name}", shape, causal_pairs(dense), chosen)
+        yield Case(f"dense {name}", shape, causal_pairs(dense), {"door": aidx(causal=True)})
 
 
 def window_tile_cases():
