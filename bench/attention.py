@@ -72,24 +72,23 @@ WIDE = dict(block_kv=64, release="named", **LATE)
 COLUMNS = dict(split="columns", do_stages=1, dq_chunks=2)
 FORWARD_VARIANTS = {  # head_dim: {name: config}
     128: {
+        "default": None,
         "192": F(block_kv=192),
         "192+late": F(block_kv=192, **LATE),
-        "persistent": F(**PERSISTENT),
         "persistent+late": F(**PERSISTENT, **LATE),
-        "chained": F(**CHAINED),
+        "persistent+q2+late": F(q_stages=2, **PERSISTENT, **LATE),
+        "persistent+late+prefetch": F(prefetch=True, **PERSISTENT, **LATE),
         "chained+q2": F(q_stages=2, **CHAINED),
         "chained+q2+late": F(q_stages=2, **CHAINED, **LATE),
-        "chained 192": F(block_kv=192, direct=True, **CHAINED, **LATE),
+        "chained+q2+late+prefetch": F(q_stages=2, prefetch=True, **CHAINED, **LATE),
     },
     64: {
         "three": F(consumers=3),
-        "three+chained": F(consumers=3, **CHAINED),
-        "two+chained": F(**CHAINED),
+        "three+persistent": F(consumers=3, **PERSISTENT),
     },
     256: {
         "one tile": F(**WIDE),
         "persistent": F(**PERSISTENT, **WIDE),
-        "chained": F(**CHAINED, **WIDE),
     },
 }
 BACKWARD_VARIANTS = {

@@ -152,8 +152,8 @@ def measure(case, results, workers):
     results.write()
 
 
-def tiles(band, cu=None, backward=None, **config):
-    """Our kernels with tiles of one's own; `backward` are those of the backward."""
+def tiles(band, cu=None, backward=None, forward=None):
+    """Our kernels with changes of the tiles that they choose, the forward's and the backward's."""
 
     def call(q, k):
         lengths, bounds = (q.shape[1], k.shape[1]), None
@@ -161,20 +161,21 @@ def tiles(band, cu=None, backward=None, **config):
             bounds = fa.dynamic_bounds(band, *lengths, borders=(cu[None], cu[None]))
         return dict(band=band, bounds=bounds, scale=q.shape[-1] ** -0.5)
 
-    def forward(q, k, v):
-        return fa.flash_attention_fwd(q, k, v, config=fa.ForwardConfig(**config), **call(q, k))
+    def run(q, k, v):
+        config = None if forward is None else fa.ForwardConfig(**forward)
+        return fa.flash_attention_fwd(q, k, v, config=config, **call(q, k))
 
     @jax.custom_vjp
     def f(q, k, v):
-        return forward(q, k, v)[0]
+        return run(q, k, v)[0]
 
     def save(q, k, v):
-        out, lse = forward(q, k, v)
+        out, lse = run(q, k, v)
         return out, (q, k, v, out, lse)
 
     def pull(saved, d_out):
         q, k = saved[:2]
-        config = fa.BackwardConfig(**(backward or {}))
+        config = None if backward is None else fa.BackwardConfig(**backward)
         return fa.flash_attention_bwd(*saved, d_out, config=config, **call(q, k))[:3]
 
     f.defvjp(save, pull)
@@ -183,48 +184,36 @@ def tiles(band, cu=None, backward=None, **config):
 
 PERSISTENT = dict(persistent=True)
 CHAINED = dict(chained=True, **PERSISTENT)
-SORTED, TIGHT, TWO_Q = dict(longest_first=True), dict(tight_masks=True), dict(q_stages=2)
-LATE, HEADS = dict(late_sum=True), dict(by_heads=True)
-PACKED_TILES = {
+TIGHT, TWO_Q, AHEAD = dict(tight_masks=True), dict(q_stages=2), dict(prefetch=True)
+ROWS, LATE = dict(row_major=True), dict(late_sum=True)
+PACKED = dict(longest_first=True, **PERSISTENT, **TIGHT)
+PACKED_TILES = {  # of the forward
     "base": dict(),
-    "persistent": PERSISTENT,
-    "sorted": SORTED,
-    "sorted+tight": dict(**SORTED, **TIGHT),
-    "persistent+sorted": dict(**PERSISTENT, **SORTED),
-    "persistent+sorted+tight": dict(**PERSISTENT, **SORTED, **TIGHT),
-    "chained": CHAINED,
-    "chained+sorted": dict(**CHAINED, **SORTED),
-    "chained+sorted+tight": dict(**CHAINED, **SORTED, **TIGHT),
-    "chained+sorted+tight+q2": dict(**CHAINED, **SORTED, **TIGHT, **TWO_Q),
-    "chained+sorted+tight+q2+late": dict(**CHAINED, **SORTED, **TIGHT, **TWO_Q, **LATE),
+    "default": None,
+    "default+q2": dict(**PACKED, **TWO_Q),
+    "default+prefetch": dict(**PACKED, **AHEAD),
 }
-GROUPED_TILES = {
-    "persistent+sorted+tight+heads": dict(**PERSISTENT, **SORTED, **TIGHT, **HEADS),
-    "chained+sorted+tight+q2+heads": dict(**CHAINED, **SORTED, **TIGHT, **TWO_Q, **HEADS),
-    "chained+sorted+tight+q2+heads+64": dict(
-        block_kv=64, stages=4, **CHAINED, **SORTED, **TIGHT, **TWO_Q, **HEADS
-    ),
-}
-WIDE_TILES = {  # H64
-    "base": dict(consumers=3),
-    "sorted+tight": dict(consumers=3, **SORTED, **TIGHT),
-    "persistent+sorted+tight": dict(consumers=3, **PERSISTENT, **SORTED, **TIGHT),
-    "chained+sorted+tight": dict(consumers=3, **CHAINED, **SORTED, **TIGHT),
-    "two+chained+sorted+tight": dict(**CHAINED, **SORTED, **TIGHT),
+ORDERS = {  # head_dim: tiles of the backward
+    128: {
+        "tight": TIGHT,
+        "sequences 4 tight": dict(by_sequence=4, **TIGHT),
+        "sequences 16 tight": dict(by_sequence=16, **TIGHT),
+        "sequences 4 tight 3": dict(by_sequence=4, stages=3, **TIGHT),
+    },
+    64: {
+        "sequences 4": dict(block_q=128, by_sequence=4),
+        "sequences 16": dict(block_q=128, by_sequence=16),
+        "sequences 4 tight": dict(block_q=128, by_sequence=4, **TIGHT),
+    },
 }
 WINDOW_TILES = {
     "base": PERSISTENT,
-    "persistent+tight": dict(**PERSISTENT, **TIGHT),
-    "chained": CHAINED,
-    "chained+tight": dict(**CHAINED, **TIGHT),
-    "chained+tight+q2": dict(**CHAINED, **TIGHT, **TWO_Q),
-    "chained+tight+q2+late": dict(**CHAINED, **TIGHT, **TWO_Q, **LATE),
-}
-DENSE_TILES = {
-    "192": dict(block_kv=192),
-    "persistent": PERSISTENT,
-    "chained": CHAINED,
-    "chained+q2": dict(**CHAINED, **TWO_Q),
+    "rows": dict(**PERSISTENT, **ROWS),
+    "prefetch": dict(**PERSISTENT, **AHEAD),
+    "rows+prefetch": dict(**PERSISTENT, **ROWS, **AHEAD),
+    "rows+tight+late": dict(**PERSISTENT, **ROWS, **TIGHT, **LATE),
+    "rows+chained+q2": dict(**CHAINED, **ROWS, **TWO_Q),
+    "rows+chained+q2+tight+late": dict(**CHAINED, **ROWS, **TWO_Q, **TIGHT, **LATE),
 }
 
 
@@ -282,37 +271,26 @@ def varlen_cases():
 
 
 def packed_tile_cases():
-    """Tiles of packed sequences, forward; then the order of the backward's."""
+    """Tiles of packed sequences, the order of the backward's, and dense sequences beside them."""
     tokens, causal = 16384, fa.Band(right=0)
     lengths = packed_lengths(tokens)
     cu = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
     pairs = sum(causal_pairs(n) for n in lengths)
-    dense = 1064, causal_pairs(1064)
-    for name, heads, kv_heads, head_dim, table, back in (
-        ("gqa", 32, 8, 128, PACKED_TILES | GROUPED_TILES, {}),
-        ("H128", 16, 16, 128, PACKED_TILES, {}),
-        ("H64", 32, 32, 64, WIDE_TILES, dict(block_q=128)),
-    ):
+    dense = 1064
+    for name, heads, kv_heads, head_dim in (
+        ("gqa", 32, 8, 128), ("H128", 16, 16, 128), ("H64", 32, 32, 64),
+    ):  # fmt: skip
         shape = (1, tokens, heads, kv_heads, head_dim)
-        chosen = {n: tiles(causal, cu, **c) for n, c in table.items()}
+        more = dict(consumers=3) if head_dim == 64 else {}
+        table = {n: c if c is None else more | c for n, c in PACKED_TILES.items()}
+        chosen = {n: tiles(causal, cu, forward=c) for n, c in table.items()}
         yield Case(f"packed {name}", shape, pairs, chosen, ("fwd",), alike=True)
-        if head_dim == 128:
-            best = "chained+sorted+tight+q2"
-            chosen = {
-                "base": tiles(causal, cu),
-                "backward sorted": tiles(causal, cu, SORTED),
-                f"both sorted, {best}": tiles(causal, cu, SORTED, **table[best]),
-            }
-            yield Case(f"packed {name} both", shape, pairs, chosen, ("fwd+bwd",), alike=True)
-            shape = (tokens // dense[0], dense[0], heads, kv_heads, head_dim)
-            chosen = {"aidx": aidx(causal=True)}
-            yield Case(f"dense {name}", shape, dense[1], chosen)
-            chosen = {n: tiles(causal, **c) for n, c in DENSE_TILES.items()}
-            yield Case(f"dense {name} tiles", shape, dense[1], chosen, ("fwd",), alike=True)
-        else:
-            chosen = {"base": tiles(causal, cu, back, **table["base"])}
-            chosen["backward sorted"] = tiles(causal, cu, back | SORTED, **table["base"])
-            yield Case(f"packed {name} both", shape, pairs, chosen, ("fwd+bwd",), alike=True)
+        chosen = {"base": tiles(causal, cu, forward=table["base"])}
+        chosen["door"] = aidx(causal=True, cu_seqlens=cu)
+        chosen |= {n: tiles(causal, cu, c) for n, c in ORDERS[head_dim].items()}
+        yield Case(f"packed {name} both", shape, pairs, chosen, ("fwd+bwd",), alike=True)
+        shape = (tokens // dense, dense, heads, kv_heads, head_dim)
+        yield Case(f"dense {name}", shape, causal_pairs(dense), {"door": aidx(causal=True)})
 
 
 def window_tile_cases():
@@ -320,10 +298,7 @@ def window_tile_cases():
     tokens, band = 16384, fa.Band(left=1023, right=0)
     for name, heads, kv_heads in (("H128", 16, 16), ("gqa", 32, 8)):
         shape, pairs = (1, tokens, heads, kv_heads, 128), causal_pairs(tokens, 1024)
-        table = dict(WINDOW_TILES)
-        if heads != kv_heads:
-            table["chained+tight+q2+heads"] = dict(**CHAINED, **TIGHT, **TWO_Q, **HEADS)
-        chosen = {n: tiles(band, **c) for n, c in table.items()}
+        chosen = {n: tiles(band, forward=c) for n, c in WINDOW_TILES.items()}
         yield Case(f"window {name}", shape, pairs, chosen, ("fwd",), alike=True)
         plain = {"aidx": aidx(causal=True)}
         yield Case(f"no window {name}", shape, causal_pairs(tokens), plain, ("fwd",))

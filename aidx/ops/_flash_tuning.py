@@ -30,17 +30,23 @@ SHAPES = tuple(
     for causal in ("", " causal")
 )
 # What is changed of the heuristic's choice; what does not fit a shape is left out.
+GRID: dict[str, Any] = {"persistent": False, "chained": False, "q_stages": 1}
+WALK: dict[str, Any] = {"persistent": True, "chained": False, "q_stages": 1}
+CHAIN: dict[str, Any] = {"persistent": True, "chained": True, "q_stages": 2}
 FORWARD_CHANGES: tuple[dict[str, Any], ...] = (
-    {"block_kv": 64},
-    {"block_kv": 128},
-    {"block_kv": 192},
+    {"block_kv": 64, **GRID},
+    {"block_kv": 128, **GRID},
+    {"block_kv": 192, **GRID},
+    {"block_kv": 192, "late_sum": True, **GRID},
     {"stages": 3},
     {"late_sum": True},
     {"late_sum": False},
     {"release": "mbar"},
-    {"persistent": True},
-    {"persistent": True, "block_kv": 128},
-    {"persistent": True, "block_kv": 128, "late_sum": True},
+    WALK,
+    {"block_kv": 128, **WALK},
+    {"block_kv": 128, "late_sum": True, **WALK},
+    {"block_kv": 128, **CHAIN},
+    {"block_kv": 128, "late_sum": True, **CHAIN},
 )
 BACKWARD_CHANGES: tuple[dict[str, Any], ...] = (
     {"block_q": 64},

@@ -47,6 +47,7 @@ from pallas_kernels.flash_attention.problem import (
     statistics,
 )
 
+NONE, HIGH, BOTH = "", "high", "low and high"  # the borders that may cross a query tile
 DS_BARRIER = 5  # and 6: named barriers between the consumers (0..4 are Mosaic's)
 
 
@@ -98,6 +99,7 @@ class Consumer:
     b: Any
     kv_head: Any
     kv_tile: Any
+    key_rows: Any = None  # the query ranges of this warpgroup's keys, where they are at hand
 
     @property
     def ops(self) -> Ops:
@@ -120,18 +122,28 @@ class Consumer:
         """This warpgroup's first key."""
         return self.kv_tile * self.p.config.block_kv + self.rows.start
 
+    def load_rows(self):
+        """The query ranges of this warpgroup's keys, `(lo, hi)`."""
+        load = lambda x: plgpu.load(
+            self.refs.extra.rows.at[self.b, x, pl.ds(self.key0, 64)],
+            layout=plgpu.Layout.WGMMA.reduce(1),
+            optimized=False,
+        )
+        return load(0), load(1)
+
+    def with_rows(self):
+        """Knows its keys' ranges early, where that is asked for."""
+        if not self.p.dynamic or not self.p.config.tight_masks:
+            return self
+        return dataclasses.replace(self, key_rows=self.load_rows())
+
     def row_bounds(self, query0):
         """`(lo, hi)` for `tile.mask` on the query tile that starts at query0."""
         p = self.p
         column = tile.iota(64, 1) + query0
         if p.dynamic:
-            at = pl.ds(self.key0, 64)
-            load = lambda x: plgpu.load(
-                self.refs.extra.rows.at[self.b, x, at],
-                layout=plgpu.Layout.WGMMA.reduce(1),
-                optimized=False,
-            )
-            return tuple(tile.by_row(load(x), tile.GROUP) - column for x in (0, 1))
+            rows = self.key_rows or self.load_rows()
+            return tuple(tile.by_row(x, tile.GROUP) - column for x in rows)
         key = tile.iota(64, 0) + self.key0
         distance = key - column - p.band.offset
         lo = None if p.band.right is None else distance - p.band.right
@@ -142,7 +154,7 @@ class Consumer:
             hi = inside if hi is None else jnp.minimum(hi, inside)
         return lo, hi
 
-    def load(self, head, query0, masked: bool) -> Loaded:
+    def load(self, head, query0, masked: str) -> Loaded:
         """What the modifiers need of a query tile, loaded before the matmuls are awaited."""
         p, extra = self.p, self.refs.extra
         at = (self.b, head, query0, self.key0, p.config.block_q)
@@ -184,7 +196,7 @@ class Consumer:
             acc = self.ops.wgmma(acc, rows, ring.at[slot, part].T)
         return acc
 
-    def probabilities(self, s, slot, head, query0, masked: bool, loaded: Loaded):
+    def probabilities(self, s, slot, head, query0, masked: str, loaded: Loaded):
         """(P^T, factor that soft cap and score_mod put on dS or None, kept or None) a group.
 
         Each group of 8 queries is carried to its end before the next: whole tiles of what lies
@@ -196,7 +208,9 @@ class Consumer:
         program = lambda f, values: group_program(f, values, query0, self.key0, by_query=False)
         sloped = None if p.slope is None else program(p.slope, loaded.score)
         hidden = program(p.mask, loaded.mask) if masked and p.mask is not None else None
-        bounds = self.row_bounds(query0) if masked else (None, None)
+        lo, hi = self.row_bounds(query0) if masked else (None, None)
+        if p.config.tight_masks and masked == HIGH:
+            lo = None
         if p.alibi:
             shift = query0 + p.band.offset - self.key0
             distance = (tile.iota(64, 1) - tile.iota(64, 0) + shift).astype(jnp.float32)
@@ -216,7 +230,7 @@ class Consumer:
                 x, times = x * multiplier - jnp.abs(distance + float(c)) * per_key, 1.0
             if hidden is not None:
                 x = jnp.where(hidden(c, x)[0], x, MASKED)
-            yield jnp.exp2(tile.mask_group(x, c, *bounds) * times - lse), slack, keep
+            yield jnp.exp2(tile.mask_group(x, c, lo, hi) * times - lse), slack, keep
 
     def sync(self, which: int = 0) -> None:
         """All consumers have written what they share; `which` of the two barriers of a step."""
@@ -266,7 +280,7 @@ class Consumer:
         ds = [x * (y - z) for (_, x), (_, y), z in parts]
         return lax.concatenate(ds, 1).astype(self.p.dtype)
 
-    def own_rows(self, it, head, query0, masked: bool):
+    def own_rows(self, it, head, query0, masked: str):
         """`split="keys"`: P^T and dS^T of this warpgroup's keys, in registers."""
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
         q_slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
@@ -301,7 +315,7 @@ class Consumer:
         left = prob.astype(p.dtype) if left is None else left
         return left, self.softmax_gradient(dp, prob, q_slot)
 
-    def half_each(self, it, head, query0, masked: bool) -> None:
+    def half_each(self, it, head, query0, masked: str) -> None:
         """`split="columns"`: warpgroup 0 computes P^T, 1 takes it from memory and computes dS^T."""
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
         q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
@@ -347,7 +361,7 @@ class Consumer:
             r.ds_smem[0] = self.softmax_gradient(dp, prob, q_slot)
             plgpu.commit_smem()
 
-    def step(self, i, carry, head, before, dk_acc, dv_acc, masked: bool):
+    def step(self, i, carry, head, before, dk_acc, dv_acc, masked: str):
         """Step i of one head's walk, `before` + i steps into the ring."""
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
         dk, dv = ops.uncarry(dk_acc, carry[0]), ops.uncarry(dv_acc, carry[1])
@@ -409,12 +423,12 @@ class Consumer:
                     lo, hi, functools.partial(step, masked=masked), c
                 )
                 if p.masked_low:
-                    c = loop(first, full_first, True, c)
-                    c = loop(full_first, full_end, False, c)
+                    c = loop(first, full_first, BOTH, c)
+                    c = loop(full_first, full_end, NONE, c)
                 else:
-                    c = loop(first, full_end, False, c)
+                    c = loop(first, full_end, NONE, c)
                 if p.masked_high:
-                    c = loop(full_end, end, True, c)
+                    c = loop(full_end, end, HIGH, c)
                 return c, before + (end - first)
 
             state = (ops.carry(dk), ops.carry(dv)), jnp.int32(0)
@@ -587,7 +601,7 @@ def backward(
         @pl.when(wg < config.consumers)
         def _():
             plgpu.set_max_registers(_mgpu.registers(config.consumers)[0], action="increase")
-            Consumer(p, refs, wg, b, kv_head, kv_tile).run()
+            Consumer(p, refs, wg, b, kv_head, kv_tile).with_rows().run()
 
         @pl.when(wg == config.consumers)
         def _():

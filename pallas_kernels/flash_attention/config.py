@@ -23,13 +23,15 @@ class ForwardConfig:
         tile before, and its softmax runs under that: no tile begins or ends with idle tensor cores.
         Every consumer then visits every block of its tile.
       q_stages: tiles of Q in flight (2: of a persistent grid).
-      by_heads: the consumers take heads of one group over the same 64 queries, instead of 64
-        queries each of one head.
       longest_first: with bounds that only the device knows, tiles start in the order of their
         number of blocks (a table is made for each call).
       tight_masks: bounds that only the device knows are read before the matmuls are awaited, and a
         block takes only the comparison of the border that may cross it.
-      direct: O leaves from registers, without staging: for whole tiles.
+      row_major: with a window, tiles go row by row over all heads.  The first rows are short, so
+        the CTAs of a persistent grid are at different places of their tiles, and what each tile
+        reads anew does not come to all of them at once.
+      prefetch: of a persistent grid, Q and the first block of the next tile are brought to L2 while
+        this one is computed.
       num_sms: CTAs of a persistent grid.
 
     >>> ForwardConfig(block_kv=100)
@@ -47,10 +49,10 @@ class ForwardConfig:
     late_sum: bool = False
     chained: bool = False
     q_stages: int = 1
-    by_heads: bool = False
     longest_first: bool = False
     tight_masks: bool = False
-    direct: bool = False
+    row_major: bool = False
+    prefetch: bool = False
     num_sms: int = HOPPER_SMS
 
     def __post_init__(self):
@@ -64,8 +66,9 @@ class ForwardConfig:
             raise ValueError(f"release={self.release!r} is neither 'named' nor 'mbar'")
         if self.q_stages not in (1, 2):
             raise ValueError(f"q_stages={self.q_stages} is not 1 or 2")
-        if (self.chained or self.q_stages > 1) and not self.persistent:
-            raise ValueError(f"{self.chained=} and {self.q_stages=} need a persistent grid")
+        if (self.chained or self.q_stages > 1 or self.prefetch) and not self.persistent:
+            which = f"{self.chained=}, {self.q_stages=} and {self.prefetch=}"
+            raise ValueError(f"{which} need a persistent grid")
         if self.num_sms < 1:
             raise ValueError(f"num_sms={self.num_sms} is below 1")
         if self.release == "named" and self.first_named_id + 2 * self.stages > 16:
@@ -83,7 +86,7 @@ class ForwardConfig:
 
     def own_o(self, head_dim: int, head_dim_v: int) -> bool:
         """Whether O is staged apart from Q: Q of the next tile may land, or the widths differ."""
-        return not self.direct and (self.persistent or head_dim_v != head_dim)
+        return self.persistent or head_dim_v != head_dim
 
     def o_chunks(self, head_dim_v: int) -> int:
         """64-column slots through which a wide O of its own leaves (0: a whole tile)."""
@@ -124,8 +127,11 @@ class BackwardConfig:
       dq_chunks: pieces in which a consumer computes and stores its columns of dQ.
       early_free: wait for dV before dQ is begun, so that the next dO may load meanwhile: for a ring
         with one slot.
-      longest_first: with bounds that only the device knows, KV tiles start in the order of their
-        number of query tiles.
+      by_sequence: with bounds that only the device knows, KV heads whose tiles start sequence by
+        sequence, the longest first (a table is made for each call); 0 starts tiles as they lie.
+        Tiles of one sequence stay together: they read the same Q and dO and add to the same dQ,
+        which must be in L2 for that.
+      tight_masks: bounds that only the device knows are read once a KV tile.
 
     >>> BackwardConfig(block_q=32)
     Traceback (most recent call last):
@@ -140,7 +146,8 @@ class BackwardConfig:
     split: str = "keys"
     dq_chunks: int = 1
     early_free: bool = False
-    longest_first: bool = False
+    by_sequence: int = 0
+    tight_masks: bool = False
 
     def __post_init__(self):
         if self.split not in ("keys", "columns"):

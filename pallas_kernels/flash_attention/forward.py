@@ -447,10 +447,6 @@ class Consumer:
         """
         p, r, wg = self.p, self.refs, self.wg
         rows = pl.ds(self.base, TILE)
-        if p.config.direct:
-            self.ops.store_plain(r.o.at[self.b, rows, self.head], o)
-            self.ops.store_plain(r.lse.at[self.b, self.head, rows], lse)
-            return
         own = p.config.own_o(p.head_dim, p.head_dim_v)
         chunks = p.config.o_chunks(p.head_dim_v) if own else 0
         if p.config.persistent:
@@ -550,6 +546,18 @@ def consume(p: Problem, refs: Refs, wg) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
+def prefetch(p: Problem, refs: Refs, j) -> None:
+    """Brings what the j-th tile of this CTA starts with to L2."""
+    cta = lax.axis_index("cta")
+    j = lax.min(j, tile_count(p, cta) - 1)
+    b, head, q_tile, _, end, _ = find(p, refs, tile_of(p, cta, j))
+    plgpu.async_prefetch(refs.q.at[b, pl.ds(q_tile * p.tile_rows, p.tile_rows), head])
+    block = block_at(p, refs, b, head, q_tile, lax.max(end, jnp.int32(1)), jnp.int32(0))
+    rows = pl.ds(block * p.config.block_kv, p.config.block_kv)
+    for x in (refs.k, refs.v):
+        plgpu.async_prefetch(x.at[b, rows, div(head, p.group)])
+
+
 def produce(p: Problem, refs: Refs) -> None:
     """The warpgroup that loads: Q of every consumer, K and V from the last block to the first."""
     c = p.config
@@ -567,10 +575,9 @@ def produce(p: Problem, refs: Refs) -> None:
                 if c.persistent:
                     free = refs.q_free.at[to]
                     pl.when(j >= c.q_stages)(lambda free=free: plgpu.barrier_wait(free))
-                row, mine = (0, head + w) if c.by_heads else (w * TILE, head)
-                rows = pl.ds(q_tile * p.tile_rows + row, TILE)
+                rows = pl.ds(q_tile * c.block_q + w * TILE, TILE)
                 dst = refs.q_smem.at[to]
-                plgpu.copy_gmem_to_smem(refs.q.at[b, rows, mine], dst, refs.q_full.at[to])
+                plgpu.copy_gmem_to_smem(refs.q.at[b, rows, head], dst, refs.q_full.at[to])
 
         def load(which, i):
             slot = rem(done + i, c.stages)
@@ -594,6 +601,8 @@ def produce(p: Problem, refs: Refs) -> None:
         pl.when(blocks > 0)(lambda: load(0, jnp.int32(0)))
         load_q()
         pl.when(blocks > 0)(lambda: load(1, jnp.int32(0)))
+        if c.prefetch and not p.interpret:
+            prefetch(p, refs, j + 1)
 
         @pl.loop(1, blocks)
         def _(i):
@@ -659,10 +668,6 @@ def forward(
     p = Problem.of(q, v, options, config, interpret)
     config.check(p.head_dim, p.head_dim_v)
     q, k, v = (pad_tokens(x) for x in (q, k, v))
-    if config.direct and p.queries % p.tile_rows:
-        raise NotImplementedError(f"{config}: {p.queries} queries are no whole tiles")
-    if config.by_heads and (p.group % config.consumers or p.lists):
-        raise NotImplementedError(f"{config}: {p.group=} heads, or a list of blocks")
     extra = extra_operands(
         options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE
     )

@@ -3,7 +3,9 @@
 from pallas_kernels.flash_attention.config import BackwardConfig, ForwardConfig
 from pallas_kernels.flash_attention.problem import Options
 
-LONG = 8192  # keys from which a grouped causal call has tiles enough to hide their ends
+SHORT = 2048  # keys from which the blocks of a causal tile are worth chaining to the next tile's
+LONG = 8192  # keys from which the ends of tiles no longer count
+TABLE = 1024  # queries from which a table of packed tiles is worth the kernels that make it
 
 
 def forward_config(
@@ -15,17 +17,24 @@ def forward_config(
     >>> forward_config(64, 64, Options(Band(), 0.125)).consumers
     3
     >>> causal = Options(Band(right=0), 0.1)
-    >>> [forward_config(128, 128, causal, 4, keys).persistent for keys in (4096, 16384)]
-    [True, False]
+    >>> [forward_config(128, 128, causal, 4, keys).chained for keys in (1024, 4096, 16384)]
+    [False, True, False]
     """
-    bare = options.score is None and options.mask is None and options.dropout is None
-    bare = bare and options.bounds is None and options.band.left is None
+    plain = options.score is None and options.mask is None and options.dropout is None
+    bare = plain and options.bounds is None and options.band.left is None
+    if head_dim <= 128 and plain and options.bounds is not None and options.blocks is None:
+        return ForwardConfig(
+            consumers=3 if head_dim <= 64 else 2, persistent=True, tight_masks=True,
+            longest_first=options.bounds.key_lo.shape[-1] >= TABLE,
+        )  # fmt: skip
     if head_dim <= 64 and options.loads:
         return ForwardConfig()
     if head_dim <= 64:
         return ForwardConfig(consumers=3)
-    grouped = bare and options.band.right is not None and group > 1 and keys < LONG
-    if head_dim <= 128 and (options.even or grouped):
+    causal = bare and options.band.right is not None and keys < LONG
+    if head_dim <= 128 and causal and keys >= SHORT and options.alibi_slopes is None:
+        return ForwardConfig(persistent=True, chained=True, q_stages=2, late_sum=group == 1)
+    if head_dim <= 128 and (options.even or causal):
         return ForwardConfig(persistent=True)
     if head_dim <= 128 and bare:
         return ForwardConfig(block_kv=192, late_sum=keys >= LONG)

@@ -1,6 +1,7 @@
 """Which KV tile a CTA of the backward keeps, and which query tiles pass by it."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ class Problem(common.Problem):
     @property
     def sorted(self) -> bool:
         """Whether `Extra.work` lists the tiles."""
-        return self.dynamic and not self.lists and self.config.longest_first
+        return self.dynamic and not self.lists and self.config.by_sequence > 0
 
     @property
     def ragged_keys(self) -> bool:
@@ -74,8 +75,10 @@ def head_group(p: Problem) -> int:
 def decode(p: Problem, t, refs: Any = None):
     """Flat tile number to (batch, KV head, KV tile of this CTA); causal starts with the longest."""
     if p.sorted:
-        item = div(t, p.kv_heads)
-        return refs.extra.work[item, 0], rem(t, p.kv_heads), refs.extra.work[item, 1]
+        work, size = refs.extra.work, math.gcd(p.kv_heads, p.config.by_sequence)
+        group, r = div(t, size * work.shape[0]), rem(t, size * work.shape[0])
+        item = div(r, size)
+        return work[item, 0], group * size + rem(r, size), work[item, 1]
     if not p.dynamic and p.band.right is not None and p.band.left is None:
         size = head_group(p)
         group, r = div(t, size * p.kv_tiles), rem(t, size * p.kv_tiles)
@@ -122,11 +125,15 @@ def query_ranges(p: Problem, refs: Any, b, kv_tile):
 
 
 def work_table(p: Problem, ranges) -> Any:
-    """`Extra.work`: (b, KV tile), longest first; ranges is `Extra.ranges`."""
+    """`Extra.work`: (b, KV tile) by sequences, the longest walk first; ranges is `Extra.ranges`.
+
+    A tile belongs to the sequence that its last query ends.
+    """
     bq = p.config.block_q
     any_lo, any_hi = ranges[..., 0], ranges[..., 1]
     steps = jnp.where(any_lo < any_hi, (any_hi + (bq - 1)) // bq - any_lo // bq, 0)
-    return common.sorted_tiles(steps, [])
+    same = any_hi[:, :, None] == any_hi[:, None]
+    return common.sorted_tiles(jnp.where(same, steps[:, None], 0).max(-1), [])
 
 
 def walk(p: Problem, refs: Any, b, head, kv_tile):

@@ -145,7 +145,7 @@ class Extra(NamedTuple):
     mask: tuple[Any, ...] = ()
     order: Any = None  # [b, n, tiles, blocks] i32: what a tile of rows visits, partial blocks first
     counts: Any = None  # [b, n, tiles, 2] i32: partial blocks, blocks
-    work: Any = None  # [B * tiles, columns] i32: the tiles, longest first (`longest_first`)
+    work: Any = None  # [B * tiles, columns] i32: the tiles in the order in which they start
 
 
 def extra_operands(
@@ -160,9 +160,9 @@ def extra_operands(
         rows = jnp.broadcast_to(rows, (batch, *rows.shape[1:]))
         found["rows"], found["ranges"] = rows, tile_ranges(rows, tile_rows)
         found["key_end"] = _last(bounds.key_lo, bounds.key_hi, batch)
-        if by_query:  # the same number, in fewer kernels
-            found["key_end"] = found["ranges"][..., 1].max(-1)
         found["query_end"] = _last(bounds.query_lo, bounds.query_hi, batch)
+        # the same number, in fewer kernels
+        found["key_end" if by_query else "query_end"] = found["ranges"][..., 1].max(-1)
     if options.alibi_slopes is not None:
         found["slopes"] = options.alibi_slopes.astype(jnp.float32)
     if options.sinks is not None:

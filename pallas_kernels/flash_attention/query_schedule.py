@@ -26,12 +26,7 @@ class Problem(common.Problem):
     @property
     def tile_rows(self) -> int:
         """Query rows of one tile."""
-        return TILE if self.config.by_heads else self.config.block_q
-
-    @property
-    def heads_of_tile(self) -> int:
-        """Heads that a tile computes."""
-        return self.config.consumers if self.config.by_heads else 1
+        return self.config.block_q
 
     @property
     def q_tiles(self) -> int:
@@ -40,8 +35,8 @@ class Problem(common.Problem):
 
     @property
     def pairs(self) -> int:
-        """(batch, heads of a tile) pairs of the call."""
-        return self.batch * self.heads // self.heads_of_tile
+        """(batch, head) pairs of the call."""
+        return self.batch * self.heads
 
     @property
     def sorted(self) -> bool:
@@ -106,11 +101,11 @@ class Problem(common.Problem):
 
 def head_group(p: Problem) -> int:
     """(batch, head) pairs whose tiles run together, so that their K and V stay in L2."""
-    pairs, group = p.pairs, max(1, p.group // p.heads_of_tile)
+    pairs = p.pairs
     if p.config.persistent:
         return pairs
     per_head = p.keys * (p.head_dim + p.head_dim_v) * 2
-    most = max(group, (32 << 20) // max(per_head, 1) * group)
+    most = max(p.group, (32 << 20) // max(per_head, 1) * p.group)
     return max(x for x in range(1, pairs + 1) if pairs % x == 0 and (x <= most or x == 1))
 
 
@@ -126,10 +121,11 @@ def decode(p: Problem, t):
         group, r = div(t, size * p.q_tiles), rem(t, size * p.q_tiles)
         pair = group * size + rem(r, size)
         q_tile = p.q_tiles - 1 - div(r, size)
+    elif p.config.row_major and p.band.left is not None:
+        pair, q_tile = rem(t, p.pairs), div(t, p.pairs)
     else:
         pair, q_tile = div(t, p.q_tiles), rem(t, p.q_tiles)
-    units = p.heads // p.heads_of_tile
-    return div(pair, units), rem(pair, units) * p.heads_of_tile, q_tile
+    return div(pair, p.heads), rem(pair, p.heads), q_tile
 
 
 class Work(NamedTuple):
@@ -146,14 +142,12 @@ class Work(NamedTuple):
 def find(p: Problem, refs: Any, t, wg=None) -> Work:
     """Flat tile number to the tile; `wg` is the consumer that asks, None the one that loads."""
     if p.sorted:
-        units, work = p.heads // p.heads_of_tile, refs.extra.work
-        item = div(t, units)
+        item, work = div(t, p.heads), refs.extra.work
         b, q_tile, first, end = (work[item, i] for i in range(4))
         ranges = ()
         if wg is not None:
-            column = 4 if p.config.by_heads else 4 + 4 * wg
-            ranges = tuple(work[item, column + i] for i in range(4))
-        return Work(b, rem(t, units) * p.heads_of_tile, q_tile, first, end, ranges)
+            ranges = tuple(work[item, 4 + 4 * wg + i] for i in range(4))
+        return Work(b, rem(t, p.heads), q_tile, first, end, ranges)
     b, head, q_tile = decode(p, t)
     first, end = tile_blocks(p, refs, b, head, q_tile)
     if p.config.chained:
@@ -273,11 +267,7 @@ def tile_blocks(p: Problem, refs: Any, b, head, q_tile):
 
 def place(p: Problem, refs: Any, wg, b, head, q_tile, first, end, done, ranges=()) -> tuple:
     """The fields of a `Consumer` whose tile has the blocks `first..end`."""
-    base = q_tile * p.tile_rows
-    if p.config.by_heads:
-        head = head + wg
-    else:
-        base = base + wg * TILE
+    base = q_tile * p.tile_rows + wg * TILE
     where = (p, refs, wg, b, head, q_tile, base, end, done)
     if p.lists:
         counts = refs.extra.counts

@@ -106,23 +106,28 @@ def test_persistent_grid_reuses_its_buffers():
     check_forward((1, 130, 72, 1, 1, 64, 64), config=config, band=causal)
 
 
+def test_a_window_row_by_row():
+    config = fa.ForwardConfig(block_kv=64, consumers=1, persistent=True, row_major=True, num_sms=2)
+    check_forward((1, 130, 130, 2, 1, 64, 64), config=config, band=fa.Band(left=70, right=0))
+
+
 @pytest.mark.parametrize(
     ("shape", "change", "options"),
     [
         ((1, 200, 130, 2, 1, 64, 64), {}, dict(band=causal)),
         pytest.param(
             (1, 200, 200, 2, 2, 64, 64),
-            dict(tight_masks=True, q_stages=2, late_sum=True),
+            dict(tight_masks=True, q_stages=2, late_sum=True, row_major=True),
             dict(band=fa.Band(left=150, right=0)),
             marks=pytest.mark.slow,
         ),
         (
             (1, 110, 110, 4, 2, 64, 64),
-            dict(tight_masks=True, q_stages=2, longest_first=True, by_heads=True),
+            dict(tight_masks=True, q_stages=2, longest_first=True),
             dict(band=causal, bounds=ragged),
         ),
     ],
-    ids=["causal", "window", "packed-heads"],
+    ids=["causal", "window", "packed"],
 )
 def test_chained_tiles(shape, change, options):
     config = fa.ForwardConfig(block_kv=64, persistent=True, chained=True, num_sms=2, **change)
@@ -143,7 +148,8 @@ def test_chained_tiles(shape, change, options):
     ids=["causal-gqa", "packed", "window-cap-lse", "deterministic"],
 )
 def test_backward(shape, options):
-    check_backward(shape, config=fa.BackwardConfig(block_q=128, longest_first=True), **options)
+    config = fa.BackwardConfig(block_q=128, by_sequence=4, tight_masks=True)
+    check_backward(shape, config=config, **options)
 
 
 def test_wide_heads_send_p_unrounded():
