@@ -35,14 +35,20 @@ def reduce_scratch(cols: int) -> int:
     return 4 * 32 * 2 * (cols // 8)
 
 
-def clear_rows(ref, live, interpret: bool):
-    """Zero the rows of a tile in SMEM from `live` on, 64 x 64 at a time for want of registers."""
+def clear_rows(ref, live, interpret: bool, before=None):
+    """Zero the rows of a tile in SMEM from `live` on and before `before`.
+
+    64 x 64 at a time for want of registers.
+    """
     rows = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=ROWS)
     for r in range(0, ref.shape[0], 64):
         for c in range(0, ref.shape[1], 64):
             part = ref.at[pl.ds(r, 64), pl.ds(c, 64)]
             x = part[...] if interpret else plgpu.load(part, layout=ROWS)
-            part[...] = jnp.where(rows + r < live, x, jnp.zeros_like(x))
+            kept = rows + r < live
+            if before is not None:
+                kept = kept & (rows + r >= before)
+            part[...] = jnp.where(kept, x, jnp.zeros_like(x))
 
 
 def row_layout(size: int):
@@ -202,13 +208,15 @@ class Columns:
         begin = lax.min(lax.max(begin, -jnp.int32(self.tile)) + self.tile, last)
         rows = lambda x: spread_rows(self.load_keys(seg.new_keys.at[x], begin), shape)
         behind = key + rows(0) - spread(seg.query_positions, shape)
-        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=ROWS)
-        token = lax.div(column, jnp.int32(geom.group))
         bits = rows(1)
-        if geom.q_tokens > 32:
-            bits = jnp.where(token < 32, bits, rows(2))
-            token = jnp.where(token < 32, token, token - 32)
-        visible = ((bits >> token) & 1) == 1
+        if geom.q_tokens > 1:  # one token has all columns, wherever its group lies
+            column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=ROWS)
+            token = lax.div(column, jnp.int32(geom.group))
+            if geom.q_tokens > 32:
+                bits = jnp.where(token < 32, bits, rows(2))
+                token = jnp.where(token < 32, token, token - 32)
+            bits = bits >> token
+        visible = (bits & 1) == 1
         if window is not None:
             visible = visible & (behind > -window)
         if seg.first is not None:
@@ -342,8 +350,12 @@ class Columns:
         ops, v = self.ops, refs.v
         s, _ = self.scores(refs.q, refs.k)
         s = self.logits(s, first_key, seg)
-        live = seg.context - first_key
-        pl.when(live < self.tile)(lambda: clear_rows(v, live, ops.interpret))
+        live, before = seg.context - first_key, None
+        dead = live < self.tile
+        if seg.first is not None:  # what lies there repeats a later block, whose end may be dead
+            before = seg.first - first_key
+            dead = dead | (before > 0)
+        pl.when(dead)(lambda: clear_rows(v, live, ops.interpret, before))
         m_new = jnp.maximum(m, self.max(s, refs.scratch))
         alpha = jnp.exp2(m - m_new)
         p = jnp.exp2(s - spread(m_new, s.shape))

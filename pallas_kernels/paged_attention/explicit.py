@@ -54,9 +54,6 @@ def pack_new_keys(
         if positions is None
         else positions.astype(jnp.int32)[token]
     )
-    columns = jnp.repeat(stands, geom.group, axis=1)
-    columns = jnp.pad(columns, ((0, 0), (0, geom.cols - columns.shape[1])))
-
     j = jnp.arange(most, dtype=jnp.int32)[None]  # [1, max_q]
     is_new = j < count[row][:, None]
     moved = jnp.zeros((row.shape[0], most), jnp.int32)
@@ -78,7 +75,8 @@ def pack_new_keys(
     new_keys = jnp.stack(parts, axis=1)
     before = jnp.full((row.shape[0], len(parts), key_tile), ALL, jnp.int32).at[:, 0].set(0)
     after = jnp.zeros((row.shape[0], len(parts), key_tile), jnp.int32)
-    return Explicit(columns, jnp.concatenate([before, new_keys, after], axis=2), old, first)
+    new_keys = jnp.concatenate([before, new_keys, after], axis=2)
+    return Explicit(_columns(stands, geom), new_keys, old, first)
 
 
 def pack_old_keys(
@@ -86,9 +84,16 @@ def pack_old_keys(
 ) -> Explicit:
     """`Explicit` of query tiles that see every key of their row: the queries of a shared prefix."""
     index = tiles[:, wl.FIRST_TOKEN, None] + jnp.arange(geom.q_tokens, dtype=jnp.int32)[None]
-    columns = jnp.repeat(positions[jnp.clip(index, 0, geom.num_tokens - 1)], geom.group, axis=1)
-    columns = jnp.pad(columns, ((0, 0), (0, geom.cols - columns.shape[1])))
+    columns = _columns(positions[jnp.clip(index, 0, geom.num_tokens - 1)], geom)
     words = 1 + -(-geom.q_tokens // 32)
     seen = jnp.full((tiles.shape[0], words, key_tile), ALL, jnp.int32).at[:, 0].set(0)
     new_keys = jnp.concatenate([seen, jnp.zeros_like(seen)], axis=2)
     return Explicit(columns, new_keys, context_lens.astype(jnp.int32))
+
+
+def _columns(stands: jax.Array, geom: Geometry) -> jax.Array:
+    """Positions of tokens `[U, q_tokens]` as those of their columns `[U, cols]`."""
+    if geom.q_tokens == 1:  # a group may lie in any of the columns (`Geometry.packed`)
+        return jnp.repeat(stands, geom.cols, axis=1)
+    columns = jnp.repeat(stands, geom.group, axis=1)
+    return jnp.pad(columns, ((0, 0), (0, geom.cols - columns.shape[1])))

@@ -336,6 +336,27 @@ def test_a_shared_prefix_is_read_through_its_own_table(capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(8, 2), (8, 8)])
+def test_single_tokens_of_small_groups_share_a_prefix(heads, kv_heads, capfd):
+    """Eight columns hold the groups of several KV heads: every one sees its row's new key."""
+    lens = [40, 36, 20]
+    args = list(make(lens, [1, 1, 1], heads=heads, kv_heads=kv_heads, spare=0))
+    table = np.array(args[3])
+    table[1, :2] = table[0, :2]
+    args[3] = jnp.asarray(table)
+    cascade = (jnp.asarray(table[:1]), jnp.array([32]), jnp.array([0, 0, -1]))
+    slopes = jnp.linspace(0.1, 1, heads)
+    options = dict(config=SPLIT, alibi_slopes=slopes)
+    want, want_lse = pa.paged_attention_reference(*args, alibi_slopes=slopes)
+    out, lse = run(args, 1, cascade=cascade, **options)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-4)
+    np.testing.assert_allclose(out, want, atol=1.5e-2)
+    positions = jnp.array(lens) - 1
+    out, lse = run(args, 1, positions=positions, **options)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-4)
+    assert "RACE" not in capfd.readouterr().out
+
+
 # ------------------------------------------------------------------------------------ prefill
 
 
