@@ -36,7 +36,7 @@ from aidx.typing import Params
 Prompt = str | Sequence[int]
 AnyParams = SamplingParams | BeamSearchParams
 CPU_POOL_BYTES = 1 << 30
-CPU_BLOCK = 64  # tokens: a third less time a decode step than 16, whose blocks are many small copies
+CPU_BLOCK = 64  # tokens: many small copies are slower than few (docs/kernels_paged.md)
 
 
 class LLM:
@@ -161,7 +161,8 @@ class LLM:
         if max_model_len is not None and max_model_len > config.longest:
             raise ValueError(
                 f"{max_model_len=} does not fit the pool's {num_blocks - 1} blocks of "
-                f"{config.block_size} = {config.longest} tokens: lower it, or give the pool more memory"
+                f"{config.block_size} = {config.longest} tokens: lower it, or give the pool more "
+                "memory"
             )
         config = dataclasses.replace(config, max_model_len=config.longest)
         self.engine = Engine(model.forward, model.params, config, tokenizer=model.tokenizer)
