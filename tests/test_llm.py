@@ -163,6 +163,14 @@ def test_what_no_model_could_mend_is_refused_before_one_is_loaded(options):
         LLM("a directory that is not there", **options)
 
 
+def test_blocks_are_larger_on_a_cpu_unless_the_user_says_otherwise(llm):
+    default = make(block_size=None).engine.config
+    cpu = jax.default_backend() == "cpu"
+    assert default.block_size == (64 if cpu else 16)
+    assert default.num_blocks == llm.engine.config.num_blocks
+    assert llm.engine.config.block_size == OPTIONS["block_size"]
+
+
 def test_a_cache_of_one_byte_a_value_serves_and_preemption_is_the_users_choice(llm):
     small = make(kv_cache_dtype="fp8", preemption_mode="swap", swap_space=0.25)
     config = small.engine.config

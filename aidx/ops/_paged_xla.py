@@ -260,8 +260,8 @@ def _chunk(
 def _only(live: Array, x: Array) -> Array:
     """`x` where `live`, zero elsewhere.
 
-    As an `and` of bits, which XLA on a CPU vectorises with the gather that x comes from: a copy
-    with a select, and even a copy alone, take a third longer.
+    As an `and` of bits: XLA on a CPU makes one fast loop of it and the gather that x comes from,
+    but a slower one of the gather with a select, and even of the gather alone.
     """
     bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     mask = _apart(-live.astype(bits))  # -1 is all ones
