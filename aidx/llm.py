@@ -36,7 +36,9 @@ from aidx.typing import Params
 Prompt = str | Sequence[int]
 AnyParams = SamplingParams | BeamSearchParams
 CPU_POOL_BYTES = 1 << 30
-CPU_BLOCK = 64  # tokens: many small copies are slower than few (docs/kernels_paged.md)
+# Tokens of a block for so many sequences: many small copies are slower than few, but the prefix
+# of one chat is found in smaller steps.
+CPU_BLOCK, CPU_MANY = 64, 8
 
 
 class LLM:
@@ -50,7 +52,7 @@ class LLM:
         max_num_seqs: sequences that run at once; None: 256, on a CPU 16.
         max_num_batched_tokens: tokens of one step; None: 2048, on a CPU 256.
         block_size: tokens per block of the cache, and of a prefix that requests share; None: 16, on
-            a CPU 64 (docs/kernels_paged.md).
+            a CPU 64 from 8 sequences on (docs/kernels_paged.md).
         gpu_memory_utilization: share of JAX's memory limit for parameters, cache and temporaries.
         num_blocks: blocks of the pool, in place of gpu_memory_utilization.
         kv_cache_dtype: `auto` is the model's; `int8` and `fp8` (e4m3) store a byte a value, with
@@ -130,9 +132,9 @@ class LLM:
         self.model = _model(path_or_model, dtype, revision, mesh, max_model_len)
         model = self.model
         cpu = _device(model.params).platform == "cpu"
-        if block_size is None and cpu:
-            options["block_size"] = CPU_BLOCK
         seqs = max_num_seqs if max_num_seqs is not None else (16 if cpu else 256)
+        if block_size is None and cpu and seqs >= CPU_MANY:
+            options["block_size"] = CPU_BLOCK
         tokens = max_num_batched_tokens
         tokens = max(256 if cpu else 2048, seqs) if tokens is None else tokens
         limits: dict[str, Any] = dict(

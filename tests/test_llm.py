@@ -163,12 +163,17 @@ def test_what_no_model_could_mend_is_refused_before_one_is_loaded(options):
         LLM("a directory that is not there", **options)
 
 
-def test_blocks_are_larger_on_a_cpu_unless_the_user_says_otherwise(llm):
-    default = make(block_size=None).engine.config
-    cpu = jax.default_backend() == "cpu"
-    assert default.block_size == (64 if cpu else 16)
-    assert default.num_blocks == llm.engine.config.num_blocks
-    assert llm.engine.config.block_size == OPTIONS["block_size"]
+def test_blocks_are_larger_on_a_cpu_for_many_sequences():
+    many = dict(max_num_seqs=8, max_num_batched_tokens=16)
+    sizes = [
+        make(**options).engine.config.block_size
+        for options in (
+            dict(block_size=None, **many),
+            dict(block_size=None, max_num_seqs=1),
+            dict(block_size=8, **many),
+        )
+    ]
+    assert sizes == [64 if jax.default_backend() == "cpu" else 16, 16, 8]
 
 
 def test_a_cache_of_one_byte_a_value_serves_and_preemption_is_the_users_choice(llm):
