@@ -37,6 +37,9 @@ from aidx.typing import Params
 Prompt = str | Sequence[int]
 AnyParams = SamplingParams | BeamSearchParams
 CPU_POOL_BYTES = 1 << 30
+# Tokens of a block for so many sequences: many small copies are slower than few, but the prefix
+# of one chat is found in smaller steps.
+CPU_BLOCK, CPU_MANY = 64, 8
 
 
 class LLM:
@@ -49,7 +52,8 @@ class LLM:
             what the pool holds if that is less.
         max_num_seqs: sequences that run at once; None: 256, on a CPU 16.
         max_num_batched_tokens: tokens of one step; None: 2048, on a CPU 256.
-        block_size: tokens per block of the cache.
+        block_size: tokens per block of the cache, and of a prefix that requests share; None: 16, on
+            a CPU 64 from 8 sequences on (docs/kernels_paged.md).
         gpu_memory_utilization: share of JAX's memory limit for parameters, cache and temporaries.
         num_blocks: blocks of the pool, in place of gpu_memory_utilization.
         kv_cache_dtype: `auto` is the model's; `int8` and `fp8` (e4m3) store a byte a value, with
@@ -92,7 +96,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
-        block_size: int = 16,
+        block_size: int | None = None,
         gpu_memory_utilization: float | None = None,
         num_blocks: int | None = None,
         kv_cache_dtype: Any = "auto",
@@ -115,7 +119,7 @@ class LLM:
             raise ValueError(f"{warmup=} is none of None, True, False, {', '.join(VARIANTS)}")
         cache_dtype = _cache_dtype(kv_cache_dtype)
         options: dict[str, Any] = dict(
-            block_size=block_size,
+            block_size=16 if block_size is None else block_size,
             preemption_mode=preemption_mode,
             swap_space_bytes=int(swap_space * 2**30),
             scheduling_policy=scheduling_policy,
@@ -132,6 +136,8 @@ class LLM:
         model = self.model
         cpu = _device(model.params).platform == "cpu"
         seqs = max_num_seqs if max_num_seqs is not None else (16 if cpu else 256)
+        if block_size is None and cpu and seqs >= CPU_MANY:
+            options["block_size"] = CPU_BLOCK
         tokens = max_num_batched_tokens
         tokens = max(256 if cpu else 2048, seqs) if tokens is None else tokens
         limits: dict[str, Any] = dict(
@@ -159,8 +165,9 @@ class LLM:
         config = EngineConfig(**limits, num_blocks=num_blocks, max_model_len=wanted)
         if max_model_len is not None and max_model_len > config.longest:
             raise ValueError(
-                f"{max_model_len=} does not fit the pool's {num_blocks - 1} blocks of {block_size} "
-                f"= {config.longest} tokens: lower it, or give the pool more memory"
+                f"{max_model_len=} does not fit the pool's {num_blocks - 1} blocks of "
+                f"{config.block_size} = {config.longest} tokens: lower it, or give the pool more "
+                "memory"
             )
         config = dataclasses.replace(config, max_model_len=config.longest)
         self.engine = Engine(model.forward, model.params, config, tokenizer=model.tokenizer)

@@ -202,6 +202,19 @@ def test_nor_what_no_engine_could_do(options, message):
         LLM("a directory that is not there", **options)
 
 
+def test_blocks_are_larger_on_a_cpu_for_many_sequences():
+    many = dict(max_num_seqs=8, max_num_batched_tokens=16)
+    sizes = [
+        make(**options).engine.config.block_size
+        for options in (
+            dict(block_size=None, **many),
+            dict(block_size=None, max_num_seqs=1),
+            dict(block_size=8, **many),
+        )
+    ]
+    assert sizes == [64 if jax.default_backend() == "cpu" else 16, 16, 8]
+
+
 def test_a_cache_of_one_byte_a_value_serves_and_preemption_is_the_users_choice(llm):
     small = make(kv_cache_dtype="fp8", preemption_mode="swap", swap_space=0.25)
     config = small.engine.config

@@ -222,8 +222,11 @@ def _chunk(
         a = jnp.broadcast_to(a[:, :, :, None], (U, parts, Q, G, size // parts))
         return a.reshape(U, parts, 1, Q * G, size // parts)
 
+    # A slot nobody sees may hold NaN, and 0 * NaN is NaN.
+    live = seen.any(axis=1).reshape(U, parts, 1, size // parts, 1)
+
     with jax.named_scope("scores"):
-        k = _blocks(ops.k_pool, blocks, joined).astype(x.q.dtype)
+        k = _only(live, _blocks(ops.k_pool, blocks, joined).astype(x.q.dtype))
         q = jnp.broadcast_to(x.q[:, None], (U, parts, *x.q.shape[1:]))
         if not few:
             logits = _dot(q, k, "upkxh,upksh->upkxs")
@@ -245,15 +248,24 @@ def _chunk(
         p = _apart(jnp.exp(below.reshape(-1))).reshape(below.shape)  # flat: vectors of full length
         total = p.sum(axis=(1, 4))
     with jax.named_scope("values"):
-        # A slot nobody sees may hold NaN, and 0 * NaN is NaN.
-        live = seen.any(axis=1).reshape(U, parts, 1, 1, size // parts)
-        v = _blocks(ops.v_pool, blocks, joined).astype(x.q.dtype)
-        v = jnp.where(jnp.swapaxes(live, 3, 4), v, 0)
+        v = _only(live, _blocks(ops.v_pool, blocks, joined).astype(x.q.dtype))
         if ops.v_scale is not None:
-            p = p * jnp.where(live, _scale_of(ops.v_scale, blocks, joined), 0.0)
+            scale = _scale_of(ops.v_scale, blocks, joined)
+            p = p * jnp.where(jnp.swapaxes(live, 3, 4), scale, 0.0)
         acc = _apart(_dot(p.astype(v.dtype), v, "upkxs,upksh->upkxh"))
         acc = _apart(acc.sum(axis=1)) if parts > 1 else acc[:, 0]
     return Partial(m, total, acc)
+
+
+def _only(live: Array, x: Array) -> Array:
+    """`x` where `live`, zero elsewhere.
+
+    As an `and` of bits: XLA on a CPU makes one fast loop of it and the gather that x comes from,
+    but a slower one of the gather with a select, and even of the gather alone.
+    """
+    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    mask = _apart(-live.astype(bits))  # -1 is all ones
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, bits) & mask, x.dtype)
 
 
 def _apart(x: Array) -> Array:
