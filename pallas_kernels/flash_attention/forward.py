@@ -546,18 +546,6 @@ def consume(p: Problem, refs: Refs, wg) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def prefetch(p: Problem, refs: Refs, j) -> None:
-    """Brings what the j-th tile of this CTA starts with to L2."""
-    cta = lax.axis_index("cta")
-    j = lax.min(j, tile_count(p, cta) - 1)
-    b, head, q_tile, _, end, _ = find(p, refs, tile_of(p, cta, j))
-    plgpu.async_prefetch(refs.q.at[b, pl.ds(q_tile * p.tile_rows, p.tile_rows), head])
-    block = block_at(p, refs, b, head, q_tile, lax.max(end, jnp.int32(1)), jnp.int32(0))
-    rows = pl.ds(block * p.config.block_kv, p.config.block_kv)
-    for x in (refs.k, refs.v):
-        plgpu.async_prefetch(x.at[b, rows, div(head, p.group)])
-
-
 def produce(p: Problem, refs: Refs) -> None:
     """The warpgroup that loads: Q of every consumer, K and V from the last block to the first."""
     c = p.config
@@ -601,8 +589,6 @@ def produce(p: Problem, refs: Refs) -> None:
         pl.when(blocks > 0)(lambda: load(0, jnp.int32(0)))
         load_q()
         pl.when(blocks > 0)(lambda: load(1, jnp.int32(0)))
-        if c.prefetch and not p.interpret:
-            prefetch(p, refs, j + 1)
 
         @pl.loop(1, blocks)
         def _(i):
