@@ -72,11 +72,11 @@ def backward_config(head_dim: int, head_dim_v: int, options: Options) -> Backwar
     >>> backward_config(128, 128, Options(Band(), 0.125)).block_q
     64
     """
-    listed = options.bounds is None or options.blocks is not None
-    packed = not listed and options.bounds.query_lo.shape[-1] >= TABLE
+    bounds = options.bounds if options.blocks is None else None
+    packed = bounds is not None and bounds.query_lo.shape[-1] >= TABLE
     heads = 4 if packed else 0
     if max(head_dim, head_dim_v) <= 64:
-        return BackwardConfig(block_q=128, by_sequence=heads)  # tight masks: not yet timed without spills
+        return BackwardConfig(block_q=128, by_sequence=heads)
     if max(head_dim, head_dim_v) <= 128:
         tight = packed and _plain(options) and options.soft_cap is None
         return BackwardConfig(by_sequence=heads, tight_masks=tight)
