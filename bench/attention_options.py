@@ -184,18 +184,18 @@ def tiles(band, cu=None, backward=None, forward=None):
 
 PERSISTENT, LATE = dict(persistent=True), dict(late_sum=True)
 TIGHT, ROWS = dict(tight_masks=True), dict(row_major=True)
-PACKED_FORWARD = {"base": dict(), "door": None, "as they lie": dict(**PERSISTENT, **TIGHT)}
+PACKED_FORWARD = {"base": dict(), "default": None, "as they lie": dict(**PERSISTENT, **TIGHT)}
 PACKED_BACKWARD = {  # head_dim: tiles
-    128: {"base": dict(), "door": None, "as they lie": TIGHT},
+    128: {"base": dict(), "default": None, "as they lie": TIGHT},
     64: {
         "base": dict(block_q=128),
-        "door": None,
+        "default": None,
         "tight": dict(block_q=128, by_sequence=4, **TIGHT),
     },
 }
 WINDOW_FORWARD = {
     "base": PERSISTENT,
-    "door": None,
+    "default": None,
     "zigzag": dict(deal="zigzag", **PERSISTENT, **ROWS, **TIGHT, **LATE),
     "zigzag back": dict(deal="zigzag back", **PERSISTENT, **ROWS, **TIGHT, **LATE),
 }
