@@ -502,7 +502,7 @@ def consume(p: Problem, refs: Refs, wg) -> None:
 
     def consumer(work: Work, j, done):
         slot = wg if c.q_stages == 1 else wg + rem(j, c.q_stages) * c.consumers
-        return Consumer(*place(p, refs, wg, *work[:5], done, work.ranges), slot)
+        return Consumer(*place(p, refs, wg, *work[:5], done, work.ranges), q_slot=slot)
 
     def one(j, t, done):
         work = find(p, refs, t, wg)
@@ -520,7 +520,7 @@ def consume(p: Problem, refs: Refs, wg) -> None:
             if not p.sorted:  # cheaper to compute anew than to keep in registers
                 work = at(j)
             here = consumer(work, j, done)
-            next_work = at(lax.min(j + 1, count - 1)) if p.sorted else None
+            next_work = at(lax.min(j + 1, count - 1)) if p.sorted else work
             done = done + here.end_i
             state = here.with_rows().steps(state, oacc)
             more = j + 1 < count
