@@ -15,7 +15,8 @@ Stages, in this order and each only while `--limit` lasts:
   `attention_options.py`); aidx through its public door.
 * `memory`: the peak of forward + backward over 131072 tokens.
 
-Implementations and variants take turns and the median turn counts, since the clock drifts.  A
+Implementations and variants take turns and the median turn counts, since the clock drifts; every
+round has an order of its own, since what ran just before decides at what clock one starts.  A
 figure is device time: programs that chain their calls are queued, and the time of one program is
 taken off that of several, so that dispatch and wake-up do not count; torch gets bursts of as many
 calls, since a GPU runs faster for the first milliseconds after a pause.  Operations: 4*B*N*S^2*H
@@ -47,7 +48,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import attention_options  # noqa: E402
-from bench.device_time import alone, chained, seconds  # noqa: E402
+from bench.device_time import alone, chained, seconds, shuffled  # noqa: E402
 from pallas_kernels import flash_attention as fa  # noqa: E402
 
 F, B = fa.ForwardConfig, fa.BackwardConfig
@@ -66,21 +67,15 @@ ROWS = {
 }
 
 PERSISTENT = dict(persistent=True)
-CHAINED = dict(chained=True, **PERSISTENT)
 LATE = dict(late_sum=True)
 WIDE = dict(block_kv=64, release="named", **LATE)
 COLUMNS = dict(split="columns", do_stages=1, dq_chunks=2)
 FORWARD_VARIANTS = {  # head_dim: {name: config}
     128: {
         "default": None,
-        "192": F(block_kv=192),
         "192+late": F(block_kv=192, **LATE),
         "persistent+late": F(**PERSISTENT, **LATE),
-        "persistent+q2+late": F(q_stages=2, **PERSISTENT, **LATE),
-        "persistent+late+prefetch": F(prefetch=True, **PERSISTENT, **LATE),
-        "chained+q2": F(q_stages=2, **CHAINED),
-        "chained+q2+late": F(q_stages=2, **CHAINED, **LATE),
-        "chained+q2+late+prefetch": F(q_stages=2, prefetch=True, **CHAINED, **LATE),
+        "chained+q2+late": F(q_stages=2, chained=True, **PERSISTENT, **LATE),
     },
     64: {
         "three": F(consumers=3),
@@ -461,8 +456,8 @@ def measure(row, causal, programs, with_torch, results, rounds):
             print(f"  {case} torch: {refusal}", flush=True)
     times = {key: [] for key in timers}
     with alone():
-        for _ in range(rounds):
-            for key in sorted(timers):  # one metric after the other
+        for turn in range(rounds):
+            for key in sorted(shuffled(timers, turn), key=lambda key: key[0]):  # metric by metric
                 times[key].append(timers[key]())
     for (metric, name), taken in times.items():
         figures[metric, name] = work * share[metric] / sorted(taken)[len(taken) // 2]

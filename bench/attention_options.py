@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from aidx.ops.attention_mask import block_mask  # noqa: E402
 from aidx.ops.flash_attention import flash_attention  # noqa: E402
-from bench.device_time import alone, chained, seconds  # noqa: E402
+from bench.device_time import alone, chained, seconds, shuffled  # noqa: E402
 from pallas_kernels import flash_attention as fa  # noqa: E402
 from tests.ops.cases import packed_lengths  # noqa: E402
 
@@ -139,10 +139,10 @@ def measure(case, results, workers):
             else:
                 times[name] = []
         with alone():
-            for _ in range(ROUNDS):
-                for name, taken in times.items():
+            for turn in range(ROUNDS):
+                for name in shuffled(times, turn):
                     program = programs[metric, name]
-                    taken.append(seconds(program, given, case.calls(metric), repeats=1))
+                    times[name].append(seconds(program, given, case.calls(metric), repeats=1))
         line = []
         for name, taken in times.items():
             rate = case.operations(metric) / sorted(taken)[ROUNDS // 2] / 1e12
@@ -182,38 +182,22 @@ def tiles(band, cu=None, backward=None, forward=None):
     return f
 
 
-PERSISTENT = dict(persistent=True)
-CHAINED = dict(chained=True, **PERSISTENT)
-TIGHT, TWO_Q, AHEAD = dict(tight_masks=True), dict(q_stages=2), dict(prefetch=True)
-ROWS, LATE = dict(row_major=True), dict(late_sum=True)
-PACKED = dict(longest_first=True, **PERSISTENT, **TIGHT)
-PACKED_TILES = {  # of the forward
-    "base": dict(),
-    "default": None,
-    "default+q2": dict(**PACKED, **TWO_Q),
-    "default+prefetch": dict(**PACKED, **AHEAD),
-}
-ORDERS = {  # head_dim: tiles of the backward
-    128: {
-        "tight": TIGHT,
-        "sequences 4 tight": dict(by_sequence=4, **TIGHT),
-        "sequences 16 tight": dict(by_sequence=16, **TIGHT),
-        "sequences 4 tight 3": dict(by_sequence=4, stages=3, **TIGHT),
-    },
+PERSISTENT, LATE = dict(persistent=True), dict(late_sum=True)
+TIGHT, ROWS = dict(tight_masks=True), dict(row_major=True)
+PACKED_FORWARD = {"base": dict(), "default": None, "as they lie": dict(**PERSISTENT, **TIGHT)}
+PACKED_BACKWARD = {  # head_dim: tiles
+    128: {"base": dict(), "default": None, "as they lie": TIGHT},
     64: {
-        "sequences 4": dict(block_q=128, by_sequence=4),
-        "sequences 16": dict(block_q=128, by_sequence=16),
-        "sequences 4 tight": dict(block_q=128, by_sequence=4, **TIGHT),
+        "base": dict(block_q=128),
+        "default": None,
+        "tight": dict(block_q=128, by_sequence=4, **TIGHT),
     },
 }
-WINDOW_TILES = {
+WINDOW_FORWARD = {
     "base": PERSISTENT,
-    "rows": dict(**PERSISTENT, **ROWS),
-    "prefetch": dict(**PERSISTENT, **AHEAD),
-    "rows+prefetch": dict(**PERSISTENT, **ROWS, **AHEAD),
-    "rows+tight+late": dict(**PERSISTENT, **ROWS, **TIGHT, **LATE),
-    "rows+chained+q2": dict(**CHAINED, **ROWS, **TWO_Q),
-    "rows+chained+q2+tight+late": dict(**CHAINED, **ROWS, **TWO_Q, **TIGHT, **LATE),
+    "default": None,
+    "zigzag": dict(deal="zigzag", **PERSISTENT, **ROWS, **TIGHT, **LATE),
+    "zigzag back": dict(deal="zigzag back", **PERSISTENT, **ROWS, **TIGHT, **LATE),
 }
 
 
@@ -282,12 +266,10 @@ def packed_tile_cases():
     ):  # fmt: skip
         shape = (1, tokens, heads, kv_heads, head_dim)
         more = dict(consumers=3) if head_dim == 64 else {}
-        table = {n: c if c is None else more | c for n, c in PACKED_TILES.items()}
+        table = {n: c if c is None else more | c for n, c in PACKED_FORWARD.items()}
         chosen = {n: tiles(causal, cu, forward=c) for n, c in table.items()}
         yield Case(f"packed {name}", shape, pairs, chosen, ("fwd",), alike=True)
-        chosen = {"base": tiles(causal, cu, forward=table["base"])}
-        chosen["door"] = aidx(causal=True, cu_seqlens=cu)
-        chosen |= {n: tiles(causal, cu, c) for n, c in ORDERS[head_dim].items()}
+        chosen = {n: tiles(causal, cu, c) for n, c in PACKED_BACKWARD[head_dim].items()}
         yield Case(f"packed {name} both", shape, pairs, chosen, ("fwd+bwd",), alike=True)
         shape = (tokens // dense, dense, heads, kv_heads, head_dim)
         yield Case(f"dense {name}", shape, causal_pairs(dense), {"door": aidx(causal=True)})
@@ -298,7 +280,7 @@ def window_tile_cases():
     tokens, band = 16384, fa.Band(left=1023, right=0)
     for name, heads, kv_heads in (("H128", 16, 16), ("gqa", 32, 8)):
         shape, pairs = (1, tokens, heads, kv_heads, 128), causal_pairs(tokens, 1024)
-        chosen = {n: tiles(band, forward=c) for n, c in WINDOW_TILES.items()}
+        chosen = {n: tiles(band, forward=c) for n, c in WINDOW_FORWARD.items()}
         yield Case(f"window {name}", shape, pairs, chosen, ("fwd",), alike=True)
         plain = {"aidx": aidx(causal=True)}
         yield Case(f"no window {name}", shape, causal_pairs(tokens), plain, ("fwd",))

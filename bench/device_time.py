@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import random
 import time
 
 import jax
@@ -35,6 +36,13 @@ def alone():
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def shuffled(names, turn):
+    """The names in the order of a round: the same in every run, but other neighbours each time."""
+    names = sorted(names)
+    random.Random(turn).shuffle(names)
+    return names
 
 
 def side_by_side(f, args, calls):

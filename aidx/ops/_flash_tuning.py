@@ -36,16 +36,15 @@ CHAIN: dict[str, Any] = {"persistent": True, "chained": True, "q_stages": 2}
 FORWARD_CHANGES: tuple[dict[str, Any], ...] = (
     {"block_kv": 64, **GRID},
     {"block_kv": 128, **GRID},
-    {"block_kv": 192, **GRID},
+    {"block_kv": 192, "late_sum": False, **GRID},
     {"block_kv": 192, "late_sum": True, **GRID},
     {"stages": 3},
     {"late_sum": True},
     {"late_sum": False},
     {"release": "mbar"},
     WALK,
-    {"block_kv": 128, **WALK},
+    {"block_kv": 128, "late_sum": False, **WALK},
     {"block_kv": 128, "late_sum": True, **WALK},
-    {"block_kv": 128, **CHAIN},
     {"block_kv": 128, "late_sum": True, **CHAIN},
 )
 BACKWARD_CHANGES: tuple[dict[str, Any], ...] = (
@@ -103,8 +102,7 @@ def _forward_candidates(ops: FlashOperands, *, spec: FlashSpec) -> tuple[Any, ..
     kernels = _flash_peers._kernels()
     wide, wide_v = kernels.forward_widths(ops.q.shape[-1], ops.v.shape[-1])
     options = _options(kernels, spec)
-    group = ops.q.shape[2] // ops.k.shape[2]
-    default = kernels.forward_config(wide, wide_v, options, group, keys=ops.k.shape[1])
+    default = kernels.forward_config(wide, wide_v, options, keys=ops.k.shape[1])
     return _variants(default, FORWARD_CHANGES, (wide, wide_v))
 
 

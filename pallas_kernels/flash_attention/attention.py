@@ -181,8 +181,7 @@ def flash_attention_fwd(
     head_dim_v = v.shape[-1]
     wide, wide_v = forward_widths(q.shape[-1], head_dim_v)
     if config is None:
-        group = q.shape[2] // k.shape[2]
-        config = heuristics.forward_config(wide, wide_v, options, group, k.shape[1])
+        config = heuristics.forward_config(wide, wide_v, options, k.shape[1])
     with jax.named_scope("flash_attention_fwd"):
         out, lse = forward(
             _pad_heads(q, wide), _pad_heads(k, wide), _pad_heads(v, wide_v),

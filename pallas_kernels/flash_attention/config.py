@@ -30,8 +30,10 @@ class ForwardConfig:
       row_major: with a window, tiles go row by row over all heads.  The first rows are short, so
         the CTAs of a persistent grid are at different places of their tiles, and what each tile
         reads anew does not come to all of them at once.
-      prefetch: of a persistent grid, Q and the first block of the next tile are brought to L2 while
-        this one is computed.
+      deal: how a persistent grid with a window and `row_major` deals out tiles: "turns" from the
+        first row on, or from the last row on and back and forth over the CTAs, so that the short
+        first rows even out what the CTAs have ("zigzag"), each of which may walk its own in the
+        reverse order, the short ones first ("zigzag back").
       num_sms: CTAs of a persistent grid.
 
     >>> ForwardConfig(block_kv=100)
@@ -52,7 +54,7 @@ class ForwardConfig:
     longest_first: bool = False
     tight_masks: bool = False
     row_major: bool = False
-    prefetch: bool = False
+    deal: str = "turns"
     num_sms: int = HOPPER_SMS
 
     def __post_init__(self):
@@ -66,9 +68,12 @@ class ForwardConfig:
             raise ValueError(f"release={self.release!r} is neither 'named' nor 'mbar'")
         if self.q_stages not in (1, 2):
             raise ValueError(f"q_stages={self.q_stages} is not 1 or 2")
-        if (self.chained or self.q_stages > 1 or self.prefetch) and not self.persistent:
-            which = f"{self.chained=}, {self.q_stages=} and {self.prefetch=}"
-            raise ValueError(f"{which} need a persistent grid")
+        if (self.chained or self.q_stages > 1) and not self.persistent:
+            raise ValueError(f"{self.chained=} and {self.q_stages=} need a persistent grid")
+        if self.deal not in ("turns", "zigzag", "zigzag back"):
+            raise ValueError(f"deal={self.deal!r} is not 'turns', 'zigzag' or 'zigzag back'")
+        if self.deal != "turns" and not (self.persistent and self.row_major):
+            raise ValueError(f"{self.deal=} needs persistent and row_major")
         if self.num_sms < 1:
             raise ValueError(f"num_sms={self.num_sms} is below 1")
         if self.release == "named" and self.first_named_id + 2 * self.stages > 16:

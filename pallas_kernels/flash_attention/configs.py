@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.flash_attention import heuristics
 from pallas_kernels.flash_attention.attention import flash_attention_bwd, flash_attention_fwd
 from pallas_kernels.flash_attention.mask import Band, BlockKinds, Bounds
 from pallas_kernels.flash_attention.problem import Dropout, Modifier
@@ -51,6 +52,10 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
             yield f"{name} bwd deterministic", repeatable, grads
             if mask == "causal":
                 yield from modified_cases(head_dim)
+            if mask in ("full", "causal"):  # the tiles change with the length
+                for keys in (heuristics.SHORT, heuristics.LONG):
+                    x = shape(1, keys + 8, kv_heads, head_dim)
+                    yield f"{name} {keys} fwd", fwd, (x, x, x)
 
 
 def modified_cases(head_dim: int) -> Iterator[tuple[str, Callable, tuple]]:

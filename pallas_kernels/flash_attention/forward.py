@@ -502,7 +502,7 @@ def consume(p: Problem, refs: Refs, wg) -> None:
 
     def consumer(work: Work, j, done):
         slot = wg if c.q_stages == 1 else wg + rem(j, c.q_stages) * c.consumers
-        return Consumer(*place(p, refs, wg, *work[:5], done, work.ranges), slot)
+        return Consumer(*place(p, refs, wg, *work[:5], done, work.ranges), q_slot=slot)
 
     def one(j, t, done):
         work = find(p, refs, t, wg)
@@ -520,7 +520,7 @@ def consume(p: Problem, refs: Refs, wg) -> None:
             if not p.sorted:  # cheaper to compute anew than to keep in registers
                 work = at(j)
             here = consumer(work, j, done)
-            next_work = at(lax.min(j + 1, count - 1)) if p.sorted else None
+            next_work = at(lax.min(j + 1, count - 1)) if p.sorted else work
             done = done + here.end_i
             state = here.with_rows().steps(state, oacc)
             more = j + 1 < count
@@ -544,18 +544,6 @@ def consume(p: Problem, refs: Refs, wg) -> None:
     if c.pingpong and c.consumers > 1:
         pl.when(wg == 0)(lambda: take_turn(p, refs, wg))
     plgpu.wait_smem_to_gmem(0)
-
-
-def prefetch(p: Problem, refs: Refs, j) -> None:
-    """Brings what the j-th tile of this CTA starts with to L2."""
-    cta = lax.axis_index("cta")
-    j = lax.min(j, tile_count(p, cta) - 1)
-    b, head, q_tile, _, end, _ = find(p, refs, tile_of(p, cta, j))
-    plgpu.async_prefetch(refs.q.at[b, pl.ds(q_tile * p.tile_rows, p.tile_rows), head])
-    block = block_at(p, refs, b, head, q_tile, lax.max(end, jnp.int32(1)), jnp.int32(0))
-    rows = pl.ds(block * p.config.block_kv, p.config.block_kv)
-    for x in (refs.k, refs.v):
-        plgpu.async_prefetch(x.at[b, rows, div(head, p.group)])
 
 
 def produce(p: Problem, refs: Refs) -> None:
@@ -601,8 +589,6 @@ def produce(p: Problem, refs: Refs) -> None:
         pl.when(blocks > 0)(lambda: load(0, jnp.int32(0)))
         load_q()
         pl.when(blocks > 0)(lambda: load(1, jnp.int32(0)))
-        if c.prefetch and not p.interpret:
-            prefetch(p, refs, j + 1)
 
         @pl.loop(1, blocks)
         def _(i):

@@ -5,22 +5,22 @@ from pallas_kernels.flash_attention.problem import Options
 
 SHORT = 2048  # keys from which the blocks of a causal tile are worth chaining to the next tile's
 LONG = 8192  # keys from which the ends of tiles no longer count
-TABLE = 1024  # queries from which a table of packed tiles is worth the kernels that make it
+TABLE = 1024  # rows from which a table of packed tiles is worth the kernels that make it
 
 
 def forward_config(
-    head_dim: int, head_dim_v: int, options: Options, group: int = 1, keys: int = LONG
+    head_dim: int, head_dim_v: int, options: Options, keys: int = LONG
 ) -> ForwardConfig:
-    """Tiles of the forward for padded head widths; `group` query heads share a KV head.
+    """Tiles of the forward for padded head widths.
 
     >>> from pallas_kernels.flash_attention.mask import Band
     >>> forward_config(64, 64, Options(Band(), 0.125)).consumers
     3
     >>> causal = Options(Band(right=0), 0.1)
-    >>> [forward_config(128, 128, causal, 4, keys).chained for keys in (1024, 4096, 16384)]
+    >>> [forward_config(128, 128, causal, keys).chained for keys in (1024, 4096, 16384)]
     [False, True, False]
     """
-    plain = options.score is None and options.mask is None and options.dropout is None
+    plain, slopes = _plain(options), options.alibi_slopes is not None
     bare = plain and options.bounds is None and options.band.left is None
     if head_dim <= 128 and plain and options.bounds is not None and options.blocks is None:
         return ForwardConfig(
@@ -31,16 +31,26 @@ def forward_config(
         return ForwardConfig()
     if head_dim <= 64:
         return ForwardConfig(consumers=3)
-    causal = bare and options.band.right is not None and keys < LONG
-    if head_dim <= 128 and causal and keys >= SHORT and options.alibi_slopes is None:
-        return ForwardConfig(persistent=True, chained=True, q_stages=2, late_sum=group == 1)
-    if head_dim <= 128 and (options.even or causal):
+    if head_dim <= 128 and options.even:
+        light = plain and not slopes
+        return ForwardConfig(persistent=True, row_major=light, tight_masks=light, late_sum=light)
+    middle, causal = bare and keys < LONG, options.band.right is not None
+    if head_dim <= 128 and middle and causal and keys >= SHORT and not slopes:
+        return ForwardConfig(persistent=True, chained=True, q_stages=2, late_sum=True)
+    if head_dim <= 128 and middle and causal:
         return ForwardConfig(persistent=True)
+    if head_dim <= 128 and middle and not slopes:
+        return ForwardConfig(persistent=True, late_sum=True)
     if head_dim <= 128 and bare:
         return ForwardConfig(block_kv=192, late_sum=keys >= LONG)
     if head_dim <= 128:
         return ForwardConfig()
     return ForwardConfig(block_kv=64, release="named", late_sum=True)
+
+
+def _plain(options: Options) -> bool:
+    """Whether nothing but structure and scalars is asked for: no programs, no dropout."""
+    return options.score is None and options.mask is None and options.dropout is None
 
 
 def dq_config(head_dim: int, head_dim_v: int) -> ForwardConfig:
@@ -62,10 +72,14 @@ def backward_config(head_dim: int, head_dim_v: int, options: Options) -> Backwar
     >>> backward_config(128, 128, Options(Band(), 0.125)).block_q
     64
     """
+    bounds = options.bounds if options.blocks is None else None
+    packed = bounds is not None and bounds.query_lo.shape[-1] >= TABLE
+    heads = 4 if packed else 0
     if max(head_dim, head_dim_v) <= 64:
-        return BackwardConfig(block_q=128)
+        return BackwardConfig(block_q=128, by_sequence=heads)
     if max(head_dim, head_dim_v) <= 128:
-        return BackwardConfig()
+        tight = packed and _plain(options) and options.soft_cap is None
+        return BackwardConfig(by_sequence=heads, tight_masks=tight)
     stages = 1 if options.apart else 2
     early = options.band.right is None  # a causal mask is level or loses by it
     return BackwardConfig(

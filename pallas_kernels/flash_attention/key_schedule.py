@@ -78,7 +78,8 @@ def decode(p: Problem, t, refs: Any = None):
         work, size = refs.extra.work, math.gcd(p.kv_heads, p.config.by_sequence)
         group, r = div(t, size * work.shape[0]), rem(t, size * work.shape[0])
         item = div(r, size)
-        return work[item, 0], group * size + rem(r, size), work[item, 1]
+        at = work[item, 0]
+        return div(at, p.kv_tiles), group * size + rem(r, size), rem(at, p.kv_tiles)
     if not p.dynamic and p.band.right is not None and p.band.left is None:
         size = head_group(p)
         group, r = div(t, size * p.kv_tiles), rem(t, size * p.kv_tiles)
@@ -125,15 +126,17 @@ def query_ranges(p: Problem, refs: Any, b, kv_tile):
 
 
 def work_table(p: Problem, ranges) -> Any:
-    """`Extra.work`: (b, KV tile) by sequences, the longest walk first; ranges is `Extra.ranges`.
+    """`Extra.work` by sequences, the longest walk first; ranges is `Extra.ranges`.
 
-    A tile belongs to the sequence that its last query ends.
+    A tile belongs to the sequence that its last query ends.  Its row has one number for batch and
+    KV tile: what is loaded takes a register as long as it is needed.
     """
     bq = p.config.block_q
     any_lo, any_hi = ranges[..., 0], ranges[..., 1]
     steps = jnp.where(any_lo < any_hi, (any_hi + (bq - 1)) // bq - any_lo // bq, 0)
     same = any_hi[:, :, None] == any_hi[:, None]
-    return common.sorted_tiles(jnp.where(same, steps[:, None], 0).max(-1), [])
+    table = common.sorted_tiles(jnp.where(same, steps[:, None], 0).max(-1), [])
+    return table[:, :1] * p.kv_tiles + table[:, 1:]
 
 
 def walk(p: Problem, refs: Any, b, head, kv_tile):

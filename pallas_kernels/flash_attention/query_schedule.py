@@ -111,7 +111,8 @@ def head_group(p: Problem) -> int:
 
 def longest_first(p: Problem) -> bool:
     """Whether tiles differ in length by their place, so that long ones should start first."""
-    return not p.dynamic and p.band.right is not None and p.band.left is None
+    dealt = p.band.left is None or p.config.deal != "turns"
+    return not p.dynamic and p.band.right is not None and dealt
 
 
 def decode(p: Problem, t):
@@ -174,6 +175,8 @@ def tile_of(p: Problem, cta, j):
     if not p.config.persistent:
         return cta
     n = p.programs
+    if p.config.deal == "zigzag back" and p.band.left is not None:
+        j = tile_count(p, cta) - 1 - j
     if not longest_first(p) and not p.sorted:
         return j * n + cta
     return j * n + jnp.where(rem(j, 2) == 1, n - 1 - cta, cta)

@@ -106,8 +106,12 @@ def test_persistent_grid_reuses_its_buffers():
     check_forward((1, 130, 72, 1, 1, 64, 64), config=config, band=causal)
 
 
-def test_a_window_row_by_row():
-    config = fa.ForwardConfig(block_kv=64, consumers=1, persistent=True, row_major=True, num_sms=2)
+@pytest.mark.parametrize("deal", ["turns", "zigzag back"])
+def test_a_window_row_by_row(deal):
+    config = fa.ForwardConfig(
+        block_kv=64, consumers=1, persistent=True, row_major=True, deal=deal, num_sms=2,
+        tight_masks=True, late_sum=True,
+    )  # fmt: skip
     check_forward((1, 130, 130, 2, 1, 64, 64), config=config, band=fa.Band(left=70, right=0))
 
 
@@ -279,7 +283,8 @@ def test_refusals_carry_the_reason(case):
 @pytest.mark.parametrize(
     "change",
     [dict(block_kv=65), dict(stages=1), dict(consumers=4), dict(release="x"), dict(num_sms=0),
-     dict(stages=5, release="named"), dict(q_stages=3), dict(chained=True)],
+     dict(stages=5, release="named"), dict(q_stages=3), dict(chained=True),
+     dict(deal="x"), dict(deal="zigzag")],
     ids=str,
 )  # fmt: skip
 def test_forward_config_refuses(change):
