@@ -20,15 +20,15 @@ S, C, P = pa.SplitConfig, pa.ClusterConfig, pa.PrefillConfig
 
 # context lengths, new tokens, heads, KV heads, head size, block size, options, configurations
 CHECKS = [
-    ([5000, 1, 65, 64, 63, 0, 700, 17], None, 32, 8, 128, 16, {}, [S(), S(ctas=132, stages=6)]),
+    ([5000, 1, 65, 64, 63, 0, 700, 17], None, 32, 8, 128, 16, {}, [S(), S(uncut=True)]),
     ([5000, 0, 65, 640], None, 32, 8, 128, 64, {}, [C(8, 2, 3), C(8, 1, 2)]),
     ([3000, 100], None, 16, 16, 64, 32, dict(window=500), [C(2, 2, 2), S()]),
     ([1500, 2222, 9], None, 8, 1, 256, 256, dict(sinks=True, alibi=True), [S(ctas=132)]),
     ([5000, 1, 65, 640], [5, 1, 4, 0], 32, 8, 128, 16, {}, [S(), C(8, 2, 2)]),
-    ([900, 300, 64], [200, 1, 64], 24, 8, 128, 64, dict(window=333, sinks=True), [S(), P()]),
+    ([900, 300, 64], [200, 1, 64], 24, 8, 128, 64, dict(window=333, sinks=True), [S(), P(2, 192)]),
     ([3000, 700, 64, 0, 90], [600, 1, 64, 0, 2], 32, 8, 128, 16, {}, [None, P()]),
     ([900, 300], [200, 3], 8, 1, 256, 128, dict(logits_soft_cap=30.0), [P(block_kv=64)]),
-    ([900, 300], [200, 64], 4, 4, 64, 32, dict(alibi=True), [P()]),
+    ([900, 300], [200, 64], 4, 4, 64, 32, dict(alibi=True), [P(2, 192, 2, True)]),
     *[
         ([5000, 1, 65, 0, 700], [1, 1, 1, 0, 1], 32, 8, 128, size, dict(pool=pool), [None])
         for pool in ("int8", "float8_e4m3fn")

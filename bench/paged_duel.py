@@ -5,8 +5,7 @@
 Every variant of a case is compiled, gives its first output, which has to agree with the reference,
 and is then timed in turns with the others, so that clock and neighbours are the same for all: the
 time is the median of the rounds, `cupti` the sum of the kernels of a call.  A variant that fails
-says so and the rest go on.  Names of cases begin with the group: `narrow`, `row`, `chunk`,
-`few`.
+says so and the rest go on.  Names of cases begin with the group: `narrow`, `row`, `chunk`.
 """
 
 import concurrent.futures
@@ -22,32 +21,10 @@ from device_time import alone
 from pallas_kernels import paged_attention as pa
 
 ROUNDS = 3
-S, C, P = pa.SplitConfig, pa.ClusterConfig, pa.PrefillConfig
-NARROW = {
-    "default": None,
-    "a396s4 loads": S(ctas=396, stages=4, alone=True, loads=True),
-    "a264s3t128 loads": S(ctas=264, stages=3, key_tile=128, alone=True, loads=True),
-    "c264s6 loads": S(ctas=264, stages=6, loads=True),
-}
-ROWS = {
-    "default": None,
-    "uncut": S(uncut=True),
-    "uncut c132s6": S(ctas=132, stages=6, uncut=True),
-}
-CHUNKS = {
-    "default": None,
-    "kv128 late": P(2, 128, 2, late_sum=True),
-    "kv192": P(2, 192, 2),
-    "kv192 late": P(2, 192, 2, late_sum=True),
-}
-FEW = {
-    "default": None,
-    "c8w3s2": C(8, 3, 2),
-    "c16w1s4": C(16, 1, 4),
-    "c12w2s3": C(12, 2, 3),
-    "c11w2s3": C(11, 2, 3),
-    "c10w2s3": C(10, 2, 3),
-}
+S, P = pa.SplitConfig, pa.PrefillConfig
+NARROW = {"default": None, "c264s6": S(ctas=264, stages=6)}
+ROWS = {"default": None, "cut": S(), "uncut": S(uncut=True)}
+CHUNKS = {"default": None, "kv128": P(2, 128, 2), "kv192": P(2, 192, 2)}
 
 
 def decode(name):
@@ -71,9 +48,6 @@ def cases():
         calls = {x: bench.aidx_call(config, 512) for x, config in CHUNKS.items()}
         for name in list(bench.CHUNKS)[:2]:
             yield f"chunk{size} {name}", bench.CHUNKS[name], "bf16", size, calls
-    calls = {x: bench.aidx_call(config) for x, config in FEW.items()}
-    for name, lens in (("1x4k", [4096]), ("1x32k", [32768]), ("1x1k", [1024])):
-        yield f"few {name}", [(n, 1) for n in lens], "bf16", 64, calls
 
 
 def program(call):

@@ -4,7 +4,6 @@ python bench/paged_attention.py --sections write [--rows REGEX]
 python bench/paged_attention.py --sections swap
 """
 
-import functools
 import itertools
 import re
 import time
@@ -19,7 +18,6 @@ from pallas_kernels import paged_attention as pa
 
 WRITES = {"8k": 8192, "256": 256, "8": 8}
 WRITE_KINDS = ("bf16", *NARROW)
-ROWS = (32, 128)  # of a CTA, beside the default
 
 
 def write_calls(kind, rotate):
@@ -29,11 +27,11 @@ def write_calls(kind, rotate):
 
     scaled = kind in NARROW
 
-    def kernel(pools, k, v, q, cos, sin, slots, **options):
+    def kernel(pools, k, v, q, cos, sin, slots):
         if rotate:
             k, q = apply_rope(k, cos, sin), apply_rope(q, cos, sin)
         scales = dict(k_scale=pools[2], v_scale=pools[3]) if scaled else {}
-        out = pa.write_kv(*pools[:2], k, v, slots, **scales, **options)
+        out = pa.write_kv(*pools[:2], k, v, slots, **scales)
         return tuple(x for x in out if x is not None), q
 
     def xla(pools, k, v, q, cos, sin, slots):
@@ -43,8 +41,7 @@ def write_calls(kind, rotate):
         options = scales | dict(implementation="xla")
         return tuple(scatter(*pools[:2], k, v, slots, **options)), q
 
-    others = {} if rotate else {f"rows{n}": functools.partial(kernel, rows=n) for n in ROWS}
-    return {"aidx": kernel, **others, "xla": xla}
+    return {"aidx": kernel, "xla": xla}
 
 
 def write_arguments(tokens, kind, in_order):

@@ -62,9 +62,12 @@ def _candidates(ops: PagedOperands, *, spec: PagedSpec) -> tuple[Any, ...]:
     if spec.max_q * geom.group > 64:  # chunks: tiles of queries against blocks of keys
         for consumers, block_kv, stages in itertools.product((1, 2, 3), (64, 128), (2, 3)):
             found[kernels.PrefillConfig(consumers, block_kv, stages)] = None
+        for block_kv in (128, 192):
+            found[kernels.PrefillConfig(2, block_kv, 2, late_sum=True)] = None
     else:
         for ctas, stages in ((132, 3), (132, 4), (132, 6), (264, 2), (264, 3)):
             found[kernels.SplitConfig(ctas=ctas, stages=stages)] = None
+        found[kernels.SplitConfig(uncut=True)] = None  # nothing to merge: for rows of like lengths
         segments = geom.num_rows * geom.num_kv_heads
         for cluster, warpgroups, stages in itertools.product((2, 4, 8), (1, 2), (2, 3)):
             if segments * cluster <= 2 * 132:  # more would wait for each other

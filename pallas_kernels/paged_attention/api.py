@@ -23,6 +23,9 @@ Plan = tuple[Config] | tuple[SplitConfig, PrefillConfig]
 # a cluster serves one row: a long one beside short ones waits for its own few CTAs, so tables that
 # can hold more keys than this a row go to the kernel of equal shares
 MAX_UNEVEN = 4096
+# where rows hold no more keys and there are two segments or more an SM, segments stay whole: shares
+# are uneven by one segment at most, and there is no second kernel
+UNCUT = 1024
 FIXED_CHUNK = 4096  # keys between the borders of the deterministic mode
 MAX_COLS = 64  # query columns of a tile
 ACCUMULATOR = 8192  # values of a tile's output: beyond, it spills
@@ -296,22 +299,20 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
         work,
         config=config,
         explicit=_explicit(call, geom, work.tiles, config.key_tile),
-        **_scales(call, geom, config),
+        **_scales(call, geom),
         **call.options(geom, pack_columns),
     )
     count = jnp.where(work.tiles[:, wl.COUNT] > 0, work.tiles[:, wl.NUM_TOKENS], 0)
     return out, lambda: unpack_lse(lse, first, count, geom)
 
 
-def _scales(call: _Call, geom: Geometry, config: SplitConfig) -> dict[str, Any]:
+def _scales(call: _Call, geom: Geometry) -> dict[str, Any]:
     """The scales as the kernel takes them: `scales` of tokens or `gains` of heads."""
     if call.scales is None:
         return {}
     if call.scales[0].ndim == 1:
         return dict(gains=tuple(pack_columns(jnp.repeat(x, geom.group), geom) for x in call.scales))
-    pages = PageTiles(geom, config.key_tile)
-    pack = (lambda x: x) if config.loads else pages.pack_scales
-    return dict(scales=tuple(pack(x.astype(jnp.float32)) for x in call.scales))
+    return dict(scales=tuple(x.astype(jnp.float32) for x in call.scales))
 
 
 def _explicit(call: _Call, geom: Geometry, tiles: jax.Array, key_tile: int):
@@ -517,16 +518,19 @@ def few_tokens(geom: Geometry) -> int:
 def default_plan(geom: Geometry) -> Plan:
     """The kernels for these static shapes.
 
-    One launch for few segments; equal shares of all keys for many, and for rows of more tokens
-    than columns that together do not give every second SM a tile of the prefill kernel; the prefill
-    kernel alone for a few long chunks; for the rest both the split-KV and the prefill kernel, each
-    with its rows.
+    One launch for few segments; equal shares of all keys for many (of whole segments where rows are
+    short, see `UNCUT`), and for rows of more tokens than columns that together do not give every
+    second SM a tile of the prefill kernel; the prefill kernel alone for a few long chunks; for the
+    rest both the split-KV and the prefill kernel, each with its rows.
 
     >>> one = Geometry(1, 32, 8, 128, 128, 99, 64, 1, 64, max_q=1)
     >>> chunk = dataclasses.replace(one, num_tokens=512, max_q=512)
     >>> mixed = dataclasses.replace(chunk, num_tokens=576, num_rows=65)
     >>> [[type(c).__name__[:5] for c in default_plan(g)] for g in (one, chunk, mixed)]
     [['Clust'], ['Prefi'], ['Split', 'Prefi']]
+    >>> rows = [dataclasses.replace(one, num_rows=64, blocks_per_row=n) for n in (16, 64)]
+    >>> [default_plan(g)[0].uncut for g in rows]
+    [True, False]
     """
     if geom.max_q * geom.group <= MAX_COLS:
         columns = _in_columns(geom, geom.max_q)
@@ -534,7 +538,11 @@ def default_plan(geom: Geometry) -> Plan:
         even = geom.blocks_per_row * geom.block_size <= MAX_UNEVEN or 8 * segments <= HOPPER_SMS
         if 2 * segments <= HOPPER_SMS and even:
             return (cluster.pick_config(columns),)
-        return (_split_config(columns),)
+        config = _split_config(columns)
+        short = geom.blocks_per_row * geom.block_size <= UNCUT
+        if short and segments >= 2 * HOPPER_SMS:
+            config = dataclasses.replace(config, uncut=True)
+        return (config,)
     config = prefill.pick_prefill(geom)
     per_tile = prefill.prefill_geometry(geom, config).q_tokens
     if 2 * (geom.num_tokens // per_tile) * geom.num_kv_heads < HOPPER_SMS:
@@ -593,7 +601,7 @@ def _candidates(geom: Geometry, pool_dtype: Any) -> list[SplitConfig]:
         return one
     # 255 registers a thread for two CTAs of one warpgroup, 168 for three
     lone = [SplitConfig(ctas=3 * HOPPER_SMS, stages=s, alone=True) for s in (4, 3)]
-    if geom.block_size >= 64:
+    if geom.block_size % 128 == 0 or 128 % geom.block_size == 0:
         lone.insert(0, SplitConfig(key_tile=128, ctas=2 * HOPPER_SMS, alone=True))
     return [*lone, *one]
 

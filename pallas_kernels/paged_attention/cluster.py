@@ -36,8 +36,8 @@ class ClusterConfig:
     """How the single-launch kernel runs.
 
     `cluster` CTAs of `warpgroups` warpgroups share a row and KV head; each warpgroup keeps `stages`
-    tiles of `key_tile` keys in flight.  Clusters of more than 8 are beyond what CUDA guarantees to
-    place; an H200 places 16.
+    tiles of `key_tile` keys in flight.  Clusters of 16 are beyond what CUDA guarantees to place;
+    an H200 places them.
 
     >>> ClusterConfig(cluster=8).cluster
     8
@@ -49,8 +49,8 @@ class ClusterConfig:
     key_tile: int = 64
 
     def __post_init__(self):
-        if not 1 <= self.cluster <= 16:
-            raise ValueError(f"{self.cluster=} is not 1 to 16")
+        if self.cluster not in (1, 2, 4, 8, 16):
+            raise ValueError(f"{self.cluster=} is not 1, 2, 4, 8 or 16")
         if self.key_tile % 64 or self.key_tile <= 0:
             raise ValueError(f"{self.key_tile=} is not a positive multiple of 64")
         if not 1 <= self.warpgroups <= 4 or self.stages < 1:

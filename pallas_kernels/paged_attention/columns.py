@@ -82,14 +82,14 @@ class Segment(NamedTuple):
 
 
 class TileRefs(NamedTuple):
-    """One tile of keys and what works on it, in SMEM."""
+    """One tile of keys and what works on it, in SMEM but for the scales."""
 
     q: Any  # [terms * cols, H]
     k: Any  # [tile, H]
     v: Any  # [tile, Hv]
     p: Any  # [cols, tile]
     scratch: Any  # of the reductions over the keys
-    k_scale: Any = None  # f32 [tile], or by copies (`quantised.load_rows`)
+    k_scale: Any = None  # f32 [tile] in registers, of pools with scales of tokens
     v_scale: Any = None
 
 
@@ -269,20 +269,14 @@ class Columns:
         else:
             onebyte.store_terms(x, target, self.narrow, self.terms)
 
-    def scales(self, refs: TileRefs, head):
+    def scales(self, refs: TileRefs):
         """(scale of each key, log2 of that of each value, its inverse), `[tile]` each or None."""
         if refs.k_scale is None:
             return None, None, None
-        if isinstance(refs.k_scale, jax.Array):
-            k, v = refs.k_scale, refs.v_scale
-        else:
-            size = self.geom.block_size
-            offset = lax.rem(head, jnp.int32(max(quantised.SCALES_PER_ROW // size, 1))) * size
-            load = lambda ref: quantised.load_rows(ref, size, offset, self.tile, self.ops.interpret)
-            k, v = load(refs.k_scale), load(refs.v_scale)
         # also what a slot without a key may hold: NaN
+        v = refs.v_scale
         v = jnp.where(v > quantised.SMALLEST, v, jnp.full_like(v, quantised.SMALLEST))
-        return k, jnp.log2(v), 1.0 / v
+        return refs.k_scale, jnp.log2(v), 1.0 / v
 
     def with_output(self, f):
         """`f(O [Hv, cols])`, zeroed: an accumulator, or a value that loops carry."""
@@ -303,7 +297,7 @@ class Columns:
         """The value of O once no wgmma is in flight."""
         return acc if self.narrow is not None else self.ops.load(acc)
 
-    def step_narrow(self, o, m, sums, refs: TileRefs, first_key, seg: Segment, head, release):
+    def step_narrow(self, o, m, sums, refs: TileRefs, first_key, seg: Segment, release):
         """As `step`, with P in terms of V's type; `release` when the tile may be overwritten.
 
         P is relative to the maximum of its tile, so that few bits are enough: what matters for the
@@ -324,7 +318,7 @@ class Columns:
             return refs.v[...].T if ops.interpret else onebyte.load_transposed(refs.v)
 
         s, words = self.scores(refs.q, refs.k, meanwhile)
-        k_scale, shift, inverse = self.scales(refs, head)
+        k_scale, shift, inverse = self.scales(refs)
         s = self.logits(s, first_key, seg, k_scale, shift)
         top = self.max(s, refs.scratch)
         m_new = jnp.maximum(m, top)

@@ -48,7 +48,9 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
                 ("decode mha", arguments(64, 64, kv_heads=32), dict(max_q=1)),
                 ("decode mqa16", arguments(64, 64, heads=16, kv_heads=1), dict(max_q=1)),
                 ("decode options", shapes(64, 64), dict(max_q=1, **everything)),
+                ("decode short", shapes(64, 64, width=16), dict(max_q=1)),
                 ("chunk options", shapes(2048, 4), dict(max_q=512, **everything)),
+                ("chunk b128", shapes(2048, 4, size=128), dict(max_q=512)),
                 ("deterministic", shapes(64, 64), dict(max_q=1, deterministic=True)),
                 ("decode tokens first", turned(64, 64), dict(max_q=1, tokens_first=True)),
                 ("mixed tokens first", turned(576, 65), dict(max_q=512, tokens_first=True)),
@@ -65,6 +67,8 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
                 f = functools.partial(scaled, **{"max_q": 1, **options})
                 scale = jax.ShapeDtypeStruct(args[1].shape[:3], jnp.float32)
                 yield f"paged/{name} h{dim} {jnp.dtype(dtype).name}", f, (*args, scale, scale)
+    slopes = jax.ShapeDtypeStruct((32,), jnp.float32)
+    yield "paged/chunk slopes", functools.partial(sloped, max_q=512), (*arguments(2048, 4), slopes)
     sds, bits = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((320, 1), jnp.uint32)
     args = arguments(320, 64)
     yield "paged/tree", functools.partial(tree, max_q=5), (*args, bits)
@@ -84,6 +88,12 @@ def scaled(*args, **options):
     """The call with the scales of K and V as its last arguments."""
     *args, k_scale, v_scale = args
     return paged_attention(*args, k_scale=k_scale, v_scale=v_scale, **options)
+
+
+def sloped(*args, **options):
+    """The call with ALiBi's slopes, which serve as sinks too, as its last argument."""
+    *args, slopes = args
+    return paged_attention(*args, alibi_slopes=slopes, sinks=slopes, **options)
 
 
 def tree(*args, **options):

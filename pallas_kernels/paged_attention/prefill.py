@@ -85,12 +85,15 @@ def pick_prefill(geom: Geometry, pool_bytes: int = 2) -> PrefillConfig:
 
     >>> geom = Geometry(512, 32, 8, 128, 128, 999, 64, 1, 128, max_q=512)
     >>> pick_prefill(geom)
-    PrefillConfig(consumers=2, block_kv=128, stages=2)
+    PrefillConfig(consumers=2, block_kv=192, stages=2, late_sum=True)
     >>> pick_prefill(geom, pool_bytes=1)
-    PrefillConfig(consumers=2, block_kv=64, stages=3)
+    PrefillConfig(consumers=2, block_kv=64, stages=3, late_sum=False)
     """
     wide = geom.head_dim + geom.value_dim > 256
-    config = PrefillConfig(block_kv=64 if wide else 128)
+    fits = 192 % geom.block_size == 0
+    config = PrefillConfig(block_kv=192 if fits else 128, late_sum=True)
+    if wide:
+        config = PrefillConfig(block_kv=64)
     if pool_bytes == 1:  # registers for the conversion: fewer for the scores
         config = PrefillConfig(block_kv=64, stages=3)
     if smem_bytes(config, geom, pool_bytes) > SMEM_BYTES:

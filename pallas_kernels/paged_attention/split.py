@@ -33,7 +33,7 @@ from . import worklist as wl
 from .columns import Columns, Segment, TileRefs, reduce_scratch, spread
 from .explicit import Explicit
 from .geometry import Geometry, Scoring
-from .pages import PageTiles, scale_words
+from .pages import PageTiles
 from .worklist import WorkList
 
 STARTED, ENDED = 0, 1  # which partial of a share: goes on in the next share, or ends here
@@ -59,7 +59,6 @@ class SplitConfig:
     fixed_chunk: int | None = None
     alone: bool = False
     uncut: bool = False  # segments are whole: there is nothing to merge, and no second kernel
-    loads: bool = False  # scales of tokens come by plain loads, a tile ahead of their use
 
     def __post_init__(self):
         if self.key_tile % 64 or self.key_tile <= 0:
@@ -78,8 +77,6 @@ def smem_bytes(config: SplitConfig, geom: Geometry, pool_bytes: int = 2) -> int:
     """Shared memory of one CTA, for pools of `pool_bytes` a value."""
     h, hv, cols, tile = geom.head_dim, geom.value_dim, geom.cols, config.key_tile
     ring = config.stages * tile * (h + hv) * pool_bytes
-    if pool_bytes == 1 and not config.loads:
-        ring += config.stages * 2 * scale_words(geom, tile) * 4
     if pool_bytes == 1:  # queries and P in up to three terms
         small = 3 * cols * (h + tile) + cols * hv * 2
     else:
@@ -127,7 +124,7 @@ def split_attention(
 
     `q` is packed (`pack_queries`).  `slopes`, `sinks` and, for one-byte pools with a scale per
     head, the two `gains` (of scores and values) are f32 `[blocks, cols]` (`pack_columns`).
-    `scales` of tokens are those of K and V, packed by `pages.pack_scales`.
+    `scales` of tokens are those of K and V, f32 `[P, K, block_size]`: plain loads, a tile ahead.
     """
     _check(config, geom, k_pool.dtype)
     cols, hv, ctas = geom.cols, geom.value_dim, num_shares(config, geom)
@@ -145,8 +142,6 @@ def split_attention(
     )
     if not config.uncut:
         out_type += sds((ctas, 2, hv, cols), jnp.float32), sds((ctas, 2, cols), jnp.float32)
-    by_copies = scales is not None and not config.loads
-    copies = (4 if by_copies else 2) * pages.per_tile
     scratch = dict(
         q=smem(
             (query_slots(config) if narrow is None else 1, terms * cols, geom.head_dim),
@@ -160,12 +155,9 @@ def split_attention(
         red=smem((reduce_scratch(cols),), jnp.float32),
         q_full=plgpu.Barrier(num_barriers=2),
         q_free=plgpu.Barrier(num_barriers=2),
-        kv_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        kv_full=plgpu.Barrier(num_arrivals=2 * pages.per_tile, num_barriers=stages),
         kv_free=plgpu.Barrier(num_barriers=stages),
     )
-    if by_copies:
-        words = scale_words(geom, tile)
-        scratch["k_scale"] = scratch["v_scale"] = smem((stages, words), jnp.float32)
     inputs = dict(
         q=q,
         k=k_pool,
@@ -253,11 +245,8 @@ def _read(ref, row, *columns):
 
 def _tile(smem: Namespace, q_slot, slot, ahead) -> TileRefs:
     """Ring slot `slot` against the queries of `q_slot`."""
-    at = lambda ref: None if ref is None else ref.at[slot]
-    own = (smem.q.at[q_slot], at(smem.k), at(smem.v), smem.p, smem.red)
-    if ahead is not None:
-        return TileRefs(*own, *ahead[0])
-    return TileRefs(*own, at(smem.k_scale), at(smem.v_scale))
+    own = (smem.q.at[q_slot], smem.k.at[slot], smem.v.at[slot], smem.p, smem.red)
+    return TileRefs(*own) if ahead is None else TileRefs(*own, *ahead[0])
 
 
 def _facts_of(tiles_ref, u):
@@ -336,7 +325,7 @@ class _Split:
                     own = _tile(smem, q_slot, slot, now)
                     given = (math.uncarry(acc, a), m, sums, own, key, seg)
                     if math.narrow is not None:
-                        a, m, sums = math.step_narrow(*given, head, release)
+                        a, m, sums = math.step_narrow(*given, release)
                     else:
                         a, m, sums = math.step(*given)
                         ops.load(a)
@@ -388,7 +377,7 @@ class _Split:
 
     def first_scales(self, refs: Namespace, head, fact, offset):
         """((scales of K, of V) of a segment's tile, the blocks of the keys of the next)."""
-        if refs.k_scale is None or not self.config.loads:
+        if refs.k_scale is None:
             return None
         blocks = self.blocks_of_keys(refs, fact, offset)
         return self.next_scales(refs, head, fact, offset - 1, (None, blocks))
@@ -516,9 +505,6 @@ class _Split:
         """
         u, head, offset, fact, ids = place
         slot = lax.rem(i, jnp.int32(self.config.stages))
-        scales = ()
-        if smem.k_scale is not None:
-            scales = tuple((refs.refs[x], smem.refs[x].at[slot]) for x in ("k_scale", "v_scale"))
         last = offset + 1 == fact[wl.COUNT]
         next_head = jnp.where(last, head + 1, head)
         wrap = next_head == self.math.geom.num_kv_heads
@@ -532,7 +518,6 @@ class _Split:
             head,
             ((refs.k, smem.k.at[slot]), (refs.v, smem.v.at[slot])),
             smem.kv_full.at[slot],
-            scales=scales,
         )
         return next_u, jnp.where(wrap, 0, next_head), next_offset, next_fact, next_ids
 

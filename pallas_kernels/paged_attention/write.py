@@ -4,6 +4,10 @@ A row is one head of one token.  Eight neighbouring threads take a row, 16 bytes
 that a warp moves whole lines, finds the largest magnitude of a row by three shuffles and needs no
 shared memory; all loads of a thread are under way before the first is used.  The rows of K and of V
 are the two parts of one grid.
+
+A CTA takes rows that lie side by side, or, where their scales are written too, those of one head
+of neighbouring tokens: a block holds the scales of a head side by side, so that a warp's 16 go out
+together, 64 bytes where the slots are in order.
 """
 
 import dataclasses
@@ -20,8 +24,9 @@ from pallas_kernels._mgpu import WARPGROUP, cdiv, div, in_place, interpret_param
 
 from . import quantised
 
-ROWS = 64  # of a CTA
 LANES = 8  # threads of a row
+ROWS = 64  # of a CTA
+PASSES = ROWS * LANES // WARPGROUP  # rows of a thread
 TOP = {quantised.INT8: 127.0, quantised.E4M3: 448.0}  # the largest value that is stored
 SMALLEST = 2.0**-120  # a scale below counts as this much: its inverse is finite
 MAGIC = 1.5 * 2.0**23  # x + MAGIC has the nearest integer to x in its last bits
@@ -45,7 +50,6 @@ def write_kv(
     *,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
-    rows: int = ROWS,
     interpret: Any = None,
 ) -> Written:
     """Write token t's key and value into slot `slots[t]` = block * block_size + offset, on Hopper.
@@ -61,7 +65,6 @@ def write_kv(
       k_scale: f32 `[P, K, block_size]`, written beside the values: the largest magnitude of a token
         and head over the largest one stored.  Or `[K]`, fixed.
       v_scale: as k_scale.
-      rows: rows of a CTA, a multiple of 16.
       interpret: True runs the GPU interpreter.
 
     Raises:
@@ -73,7 +76,7 @@ def write_kv(
     >>> jax.eval_shape(write_kv, pool, pool, x, x, slots).k_pool.shape
     (3, 8, 16, 64)
     """
-    _check(k_pool, v_pool, k, v, slots, k_scale, v_scale, rows)
+    _check(k_pool, v_pool, k, v, slots, k_scale, v_scale)
     scaled = k_scale is not None and k_scale.ndim == 3
     inputs = dict(slots=slots.astype(jnp.int32))
     inputs |= {name: x.reshape(-1, x.shape[-1]) for name, x in (("k", k), ("v", v))}
@@ -84,8 +87,9 @@ def write_kv(
     kind = None if k_scale is None else k_pool.dtype
     _, heads, size, _ = k_pool.shape
     total = k.shape[0] * heads
-    part = lambda name, x: _Rows(name, x.shape[2], kind, scaled, heads, size, total, rows)
-    parts, ctas = (part("k", k), part("v", v)), cdiv(total, rows)
+    part = lambda name, x: _Rows(name, x.shape[2], kind, scaled, heads, size, total)
+    parts = part("k", k), part("v", v)
+    ctas = parts[0].ctas
     with jax.named_scope("write_kv"):
         state = {name: in_place(x) for name, x in targets.items()}
         names = (*inputs, *targets)
@@ -93,7 +97,7 @@ def write_kv(
         def body(*refs):
             refs, cta = dict(zip(names, refs, strict=True)), lax.axis_index("cta")
             for i, part in enumerate(parts):
-                first = (cta - i * ctas) * rows
+                first = part.first(cta - i * ctas)
                 move = part.interpreted if interpret else part.move
                 pl.when(div(cta, ctas) == i)(lambda move=move, first=first: move(refs, first))
 
@@ -108,7 +112,7 @@ def write_kv(
         return Written(**{name: taken(ref) for name, ref in state.items()})
 
 
-def _check(k_pool, v_pool, k, v, slots, k_scale, v_scale, rows) -> None:
+def _check(k_pool, v_pool, k, v, slots, k_scale, v_scale) -> None:
     """What the shapes and dtypes have to be."""
     p, heads, size, _ = k_pool.shape
     if v_pool.shape[:3] != (p, heads, size) or slots.shape != k.shape[:1]:
@@ -116,8 +120,6 @@ def _check(k_pool, v_pool, k, v, slots, k_scale, v_scale, rows) -> None:
     for name, pool, x in (("k", k_pool, k), ("v", v_pool, v)):
         if x.shape != (*slots.shape, heads, pool.shape[3]):
             raise ValueError(f"{name} of {x.shape} does not fit {pool.shape} and {slots.shape}")
-    if rows <= 0 or rows * LANES % WARPGROUP:
-        raise ValueError(f"{rows=} is not a positive multiple of {WARPGROUP // LANES}")
     narrow = quantised.is_quantised(k_pool.dtype)
     if narrow != (k_scale is not None) or narrow != (v_scale is not None):
         raise ValueError(f"scales go with int8 and float8_e4m3fn, not {k_pool.dtype=}")
@@ -142,10 +144,23 @@ class _Rows:
     heads: int
     block_size: int
     total: int
-    rows: int  # of a CTA
+
+    @property
+    def step(self) -> int:
+        """From a row of a CTA to its next."""
+        return self.heads if self.scaled else 1
+
+    @property
+    def ctas(self) -> int:
+        """CTAs that it takes."""
+        return self.step * cdiv(self.total // self.step, ROWS)
+
+    def first(self, cta):
+        """First row of a CTA."""
+        return div(cta, self.step) * (ROWS * self.step) + rem(cta, self.step)
 
     def move(self, refs: dict[str, Any], first) -> None:
-        """Rows `first ...` to their slots."""
+        """Rows `first`, `first + step` ... to their slots."""
         source, slots, pool = refs[self.name], refs["slots"], refs[f"{self.name}_pool"]
         arrays = [source, slots, pool, refs.get(f"{self.name}_scale", slots)]
         ptx = self.ptx(jnp.dtype(source.dtype))
@@ -162,17 +177,20 @@ class _Rows:
 
     def ptx(self, dtype: Any) -> str:
         """PTX of operands: rows, slots, pool, scales, first row, thread."""
-        passes, chunks = self.rows * LANES // WARPGROUP, self.features // (8 * LANES)
+        passes, chunks = PASSES, self.features // (8 * LANES)
         words = lambda i, j: [f"x{4 * (i * chunks + j) + n}" for n in range(4)]
         lines = [
             f".reg .b32 own, r, head, t, u, row<{passes}>, slot<{passes}>, w<2>;",
             f".reg .b32 x<{4 * passes * chunks}>; .reg .pred live<{passes}>, lead, some;",
             f".reg .f32 f<{8 * chunks}>, top, a, s; .reg .b64 at, off; .reg .b16 h<4>;",
-            "and.b32 own, $5, 7; bfe.u32 r, $5, 3, 4; add.u32 r, r, $4;",
+            ".reg .b32 place; .reg .f32 kept;",
+            "and.b32 own, $5, 7; bfe.u32 r, $5, 3, 2; bfe.u32 t, $5, 5, 2;",
+            f"mad.lo.u32 r, t, {4 * passes}, r; mad.lo.u32 r, r, {self.step}, $4;",
+            "mov.b32 place, -1; mov.f32 kept, 0f00000000;",
         ]
         for i in range(passes):
             lines += [
-                f"add.u32 row{i}, r, {i * WARPGROUP // LANES};",
+                f"add.u32 row{i}, r, {4 * i * self.step};",
                 f"setp.lt.u32 live{i}, row{i}, {self.total};",
                 f"div.u32 t, row{i}, {self.heads}; mul.wide.u32 at, t, 4; add.u64 at, at, $1;",
                 f"mov.b32 slot{i}, -1; @live{i} ld.global.b32 slot{i}, [at];",
@@ -203,6 +221,11 @@ class _Rows:
                     out = ["w0", "w1"]
                 to = f"st.global.v{len(out)}.b32 [at+{each * LANES * j}]"
                 lines.append(f"@live{i} {to}, {{{', '.join(out)}}};")
+        if self.scaled:
+            lines += [
+                "setp.ge.s32 lead, place, 0; mul.wide.u32 at, place, 4; add.u64 at, at, $3;",
+                "@lead st.global.f32 [at], kept;",
+            ]
         return "{\n" + "\n".join(lines) + "\n}"
 
     def scale_ptx(self, i: int, words: list[list[str]], dtype: Any) -> list[str]:
@@ -226,8 +249,8 @@ class _Rows:
                 ]
             lines += [
                 f"div.rn.f32 s, top, {_hex(TOP[self.kind])};",
-                f"setp.eq.and.u32 lead, own, 0, live{i};",
-                f"mul.wide.u32 at, row{i}, 4; add.u64 at, at, $3; @lead st.global.f32 [at], s;",
+                f"setp.eq.and.u32 lead, own, {i}, live{i};",
+                f"@lead mov.b32 place, row{i}; @lead mov.f32 kept, s;",
             ]
         else:
             lines.append("mul.wide.u32 at, head, 4; add.u64 at, at, $3; ld.global.f32 s, [at];")
@@ -265,9 +288,9 @@ class _Rows:
         """As `move`, row after row."""
         slots, pool = refs["slots"], refs[f"{self.name}_pool"]
 
-        @pl.loop(0, self.rows)
+        @pl.loop(0, ROWS)
         def _(r):
-            row = first + r
+            row = first + r * self.step
             slot = slots[div(lax.min(row, jnp.int32(self.total - 1)), self.heads)]
 
             @pl.when((row < self.total) & (slot >= 0))

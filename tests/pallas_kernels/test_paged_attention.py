@@ -194,18 +194,18 @@ def test_int8_verification_with_options(capfd):
 
 
 @pytest.mark.parametrize(
-    "stages,key_tile,size,dtype,loads",
+    "stages,key_tile,size,dtype",
     [
-        (1, 64, 32, jnp.float8_e4m3fn, True),
-        (2, 128, 64, jnp.int8, False),
-        pytest.param(2, 64, 16, jnp.int8, True, marks=pytest.mark.slow),
-        pytest.param(1, 128, 256, jnp.float8_e4m3fn, True, marks=pytest.mark.slow),
+        (1, 64, 32, jnp.float8_e4m3fn),
+        (2, 128, 16, jnp.int8),
+        pytest.param(2, 64, 16, jnp.int8, marks=pytest.mark.slow),
+        pytest.param(1, 128, 256, jnp.float8_e4m3fn, marks=pytest.mark.slow),
     ],
 )
-def test_a_warpgroup_alone_feeds_itself(stages, key_tile, size, dtype, loads, capfd):
+def test_a_warpgroup_alone_feeds_itself(stages, key_tile, size, dtype, capfd):
     """Shares that begin and end inside rows, and rows of one tile after another."""
     args = make([130, 0, 1, 300], [1, 1, 0, 1], size=size)
-    config = pa.SplitConfig(ctas=3, stages=stages, key_tile=key_tile, alone=True, loads=loads)
+    config = pa.SplitConfig(ctas=3, stages=stages, key_tile=key_tile, alone=True)
     check_quantised(args, 1, dtype, capfd, config=config)
 
 

@@ -50,9 +50,10 @@ def test_tokens_go_to_their_slots(capfd):
     check(*operands(12, 8, 64, jnp.bfloat16), capfd)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
-def test_a_token_is_quantised_as_by_xla(dtype, capfd):
-    check(*operands(5, 8, 64, dtype), capfd)
+@pytest.mark.parametrize("tokens,heads,dtype", [(5, 8, jnp.int8), (70, 3, jnp.float8_e4m3fn)])
+def test_a_token_is_quantised_as_by_xla(tokens, heads, dtype, capfd):
+    """Few tokens, and more than a CTA takes of a head."""
+    check(*operands(tokens, heads, 64, dtype), capfd)
 
 
 def test_fixed_scales_of_heads(capfd):
