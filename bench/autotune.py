@@ -27,6 +27,7 @@ from aidx.cli.tune import MODULES, row, short  # noqa: E402
 from aidx.ops.autotune import Tuning  # noqa: E402
 from aidx.ops.autotune.tune import START_SECONDS, table, tune  # noqa: E402
 from aidx.ops.autotune.worker import Worker  # noqa: E402
+from bench.device_time import alone  # noqa: E402
 
 ROWS = "8192x4096:bfloat16"
 CASES = (  # what a run without arguments times, the most telling first
@@ -66,7 +67,7 @@ def main():
     begun, outcomes = time.monotonic(), []
     folder = pathlib.Path(os.environ.get("OUT") or ROOT / "bench" / "results" / options.device)
     modules = (*MODULES, *options.modules)
-    cases, device, output = queue.SimpleQueue(), threading.Lock(), threading.Lock()
+    cases, device, output = queue.SimpleQueue(), OneAtATime(), threading.Lock()
     for case in listed(options, modules):
         cases.put(case)
 
@@ -91,6 +92,22 @@ def main():
         thread.start()
     for thread in threads:
         thread.join()
+
+
+class OneAtATime:
+    """The device, for one of our threads and for one of the processes of AIDX_BENCH_LOCK."""
+
+    def __init__(self):
+        self.threads, self.held = threading.Lock(), None
+
+    def __enter__(self):
+        self.threads.acquire()
+        self.held = alone()
+        self.held.__enter__()
+
+    def __exit__(self, *_):
+        self.held.__exit__(None, None, None)
+        self.threads.release()
 
 
 def listed(options, modules):

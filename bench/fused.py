@@ -20,6 +20,7 @@ import statistics
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from device_time import alone
 
 from aidx.ops.norm import layer_norm, rms_norm
 from aidx.ops.rope import apply_rope
@@ -272,7 +273,8 @@ def measured(job, variants, say):
     """Rows of the table for one case."""
     case, traffic, own, configs, peers, args = job
     in_place = "cross_entropy" in case and "backward" in case
-    copy = copying(traffic)
+    with alone():
+        copy = copying(traffic)
     rate = lambda us: traffic / us / 1e6
     say(case, "copy", rate(copy), "TB/s", "")
     want = jax.jit(peers["xla"])(*args)
@@ -282,8 +284,9 @@ def measured(job, variants, say):
         skip = "copy" if in_place and label.startswith("aidx") else None
         try:
             compiled = jax.jit(f).lower(*args).compile()
-            far = error(compiled(*args), want)
-            us, parts = microseconds(compiled, args, skip)
+            with alone():
+                far = error(compiled(*args), want)
+                us, parts = microseconds(compiled, args, skip)
         except Exception as problem:  # a peer that fails is a row too
             print(f"{case} {label}: {type(problem).__name__} {str(problem)[:150]}", flush=True)
             continue

@@ -23,7 +23,8 @@ write   (alone) new keys and values into their slots by one kernel and by XLA, t
 duel    (alone) variants in turns, each checked before its time counts: `paged_duel.py`
 peer    the rows of `large` by JAX's own op (deprecated)
 `--variants` times other configurations too; `--dry` compiles everything for sm_90a without a GPU.
-Writes bench/results/<device>/paged_attention.json, or into $OUT where that is set.
+Writes bench/results/<device>/paged_attention.json, or into $OUT where that is set.  Several
+processes may compile beside one another and time in turns: AIDX_BENCH_LOCK, see `device_time.py`.
 """
 
 import argparse
@@ -41,6 +42,7 @@ import numpy as np
 import paged_checks
 import paged_duel
 import paged_memory
+from device_time import alone
 from paged_common import (
     CALLS,
     CHUNKS,
@@ -196,20 +198,24 @@ def timed(sections, variants, pattern, limit, sds, dry, rows_out):
             compiled = future.result()
             if dry:
                 continue
-            if layout != (size, kind):
-                layout, pools, last = (size, kind), None, None
-                pools = fresh_pools(size, kind)
-                if kind == "bf16":
-                    rate = copy_rate(pools[0])
-                    say(f"copy {rate:.2f} TB/s")
-                    rows_out.append(row(f"copy block {size}", "device", "bandwidth", rate, "TB/s"))
-            if last != (name, layout):
-                last, args = (name, layout), arguments(rows, size, pools)
-            one_row(section, f"{name} block {size}", label, rows, compiled, args, rows_out)
+            with alone():
+                if layout != (size, kind):
+                    layout, pools, last = (size, kind), None, None
+                    pools = fresh_pools(size, kind)
+                    if kind == "bf16":
+                        rate = copy_rate(pools[0])
+                        say(f"copy {rate:.2f} TB/s")
+                        rows_out.append(
+                            row(f"copy block {size}", "device", "bandwidth", rate, "TB/s")
+                        )
+                if last != (name, layout):
+                    last, args = (name, layout), arguments(rows, size, pools)
+                one_row(section, f"{name} block {size}", label, rows, compiled, args, rows_out)
         except Exception as e:
             say(size, name, label, "FAIL", type(e).__name__, str(e)[:300])
     if "chunk" in sections and not dry:
-        dense(rows_out)
+        with alone():
+            dense(rows_out)
     if "fixed" in sections and not dry:
         fixed_bits(rows_out)
 
