@@ -1,6 +1,7 @@
 """What tuning gains over the heuristics: the default configuration beside the fastest.
 
     python bench/autotune.py [--op OP ...] [--shapes TEXT ...] [--limit SECONDS] [--workers COUNT]
+        [--memory SHARE]
 
 Every configuration is timed in a worker process (`aidx.ops.autotune`): device time, operands
 rotated, only where its result is within tolerance of the reference.  Several workers, each with a
@@ -62,6 +63,7 @@ def main():
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds, of everything")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds, of a configuration")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--memory", type=float, default=0.8, help="of the device, of all workers")
     parser.add_argument("--device", default="h200", help="folder of the results")
     options = parser.parse_args()
     begun, outcomes = time.monotonic(), []
@@ -72,7 +74,7 @@ def main():
         cases.put(case)
 
     def work():
-        share = 0.8 / options.workers
+        share = options.memory / options.workers
         with Worker(modules, memory_fraction=share) as worker:
             while True:
                 try:
