@@ -196,8 +196,7 @@ PACKED_BACKWARD = {  # head_dim: tiles
 WINDOW_FORWARD = {
     "base": PERSISTENT,
     "default": None,
-    "zigzag": dict(deal="zigzag", **PERSISTENT, **ROWS, **TIGHT, **LATE),
-    "zigzag back": dict(deal="zigzag back", **PERSISTENT, **ROWS, **TIGHT, **LATE),
+    "turns": dict(**PERSISTENT, **ROWS, **TIGHT, **LATE),
 }
 
 

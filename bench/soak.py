@@ -2,18 +2,13 @@
 
     python bench/soak.py [--seconds 60] [--requests N] [--seed 0] [--modes swap,recompute]
         [--dtypes bfloat16,int8,float8_e4m3fn]
-    XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS=--xla_gpu_enable_command_buffer= \\
-        compute-sanitizer --tool memcheck --error-exitcode 9 \\
-        python bench/soak.py --requests 24 --modes swap --dtypes bfloat16
 
 Some blocks of every pool belong to nobody and hold random bits, NaN among them: their bits must
 not change, and no answer may be made of them (a NaN would end its request with an error).  Greedy
 requests are asked again alone at the end: how many answers are the same is printed, since another
 batch may round a tie another way, and how far a token of theirs ever was behind the best one when
 prompt and answer are read in one pass: more than GAP is no tie.  At the end nobody holds a block.
-The second command runs the same under compute-sanitizer, with every array an allocation of its own
-(inside JAX's own pool the tool sees nothing).  The exit status is the number of soaks that went
-wrong.
+The exit status is the number of soaks that went wrong.
 """
 
 import argparse

@@ -31,9 +31,9 @@ class ForwardConfig:
         the CTAs of a persistent grid are at different places of their tiles, and what each tile
         reads anew does not come to all of them at once.
       deal: how a persistent grid with a window and `row_major` deals out tiles: "turns" from the
-        first row on, or from the last row on and back and forth over the CTAs, so that the short
-        first rows even out what the CTAs have ("zigzag"), each of which may walk its own in the
-        reverse order, the short ones first ("zigzag back").
+        first row on; "zigzag back" from the last row on, back and forth over the CTAs, so that the
+        short first rows even out what the CTAs have, each of which walks its own in the reverse
+        order, the short ones first.
       num_sms: CTAs of a persistent grid.
 
     >>> ForwardConfig(block_kv=100)
@@ -70,8 +70,8 @@ class ForwardConfig:
             raise ValueError(f"q_stages={self.q_stages} is not 1 or 2")
         if (self.chained or self.q_stages > 1) and not self.persistent:
             raise ValueError(f"{self.chained=} and {self.q_stages=} need a persistent grid")
-        if self.deal not in ("turns", "zigzag", "zigzag back"):
-            raise ValueError(f"deal={self.deal!r} is not 'turns', 'zigzag' or 'zigzag back'")
+        if self.deal not in ("turns", "zigzag back"):
+            raise ValueError(f"deal={self.deal!r} is neither 'turns' nor 'zigzag back'")
         if self.deal != "turns" and not (self.persistent and self.row_major):
             raise ValueError(f"{self.deal=} needs persistent and row_major")
         if self.num_sms < 1:

@@ -33,7 +33,10 @@ def forward_config(
         return ForwardConfig(consumers=3)
     if head_dim <= 128 and options.even:
         light = plain and not slopes
-        return ForwardConfig(persistent=True, row_major=light, tight_masks=light, late_sum=light)
+        return ForwardConfig(
+            persistent=True, row_major=light, tight_masks=light, late_sum=light,
+            deal="zigzag back" if light else "turns",
+        )  # fmt: skip
     middle, causal = bare and keys < LONG, options.band.right is not None
     if head_dim <= 128 and middle and causal and keys >= SHORT and not slopes:
         return ForwardConfig(persistent=True, chained=True, q_stages=2, late_sum=True)

@@ -284,7 +284,7 @@ def test_refusals_carry_the_reason(case):
     "change",
     [dict(block_kv=65), dict(stages=1), dict(consumers=4), dict(release="x"), dict(num_sms=0),
      dict(stages=5, release="named"), dict(q_stages=3), dict(chained=True),
-     dict(deal="x"), dict(deal="zigzag")],
+     dict(deal="x"), dict(deal="zigzag back")],
     ids=str,
 )  # fmt: skip
 def test_forward_config_refuses(change):

@@ -174,7 +174,8 @@ def check_quantised(
     seen = np.isfinite(want_lse)
     np.testing.assert_allclose(out, want, atol=1e-2 * np.abs(want).max())
     np.testing.assert_array_equal(np.isfinite(lse), seen)
-    np.testing.assert_allclose(lse[seen], want_lse[seen], atol=5e-3 if rounded else 1e-3, rtol=1e-4)
+    # int8 takes queries in two terms: what they lack grows with the head
+    np.testing.assert_allclose(lse[seen], want_lse[seen], atol=5e-3 if rounded else 1e-3, rtol=3e-4)
     assert "RACE" not in capfd.readouterr().out
 
 
