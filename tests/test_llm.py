@@ -343,13 +343,15 @@ def test_a_reader_that_leaves_cancels_running_and_waiting_requests(served, monke
     assert after["abort"] > before.get("abort", 0)
 
 
-def test_other_parameters_reach_running_streams(served):
+def test_other_parameters_reach_running_streams(served, monkeypatch):
+    slow_down(monkeypatch, served.llm.engine)
     old = served.llm.model.params
+    new = jax.tree.map(lambda x: x * 1.2, old)
 
     async def main():
         stream = served.stream([3, 4], LONG)
         await anext(stream)
-        await served.update_params(jax.tree.map(lambda x: x * 1.2, old))
+        await served.update_params(new)
         changed = [output async for output in stream][-1]
         with pytest.raises(ValueError, match="the new parameters differ"):
             await served.update_params({})
