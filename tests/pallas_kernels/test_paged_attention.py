@@ -174,8 +174,7 @@ def check_quantised(
     seen = np.isfinite(want_lse)
     np.testing.assert_allclose(out, want, atol=1e-2 * np.abs(want).max())
     np.testing.assert_array_equal(np.isfinite(lse), seen)
-    # int8 takes queries in two terms: what they lack grows with the head
-    np.testing.assert_allclose(lse[seen], want_lse[seen], atol=5e-3 if rounded else 1e-3, rtol=3e-4)
+    np.testing.assert_allclose(lse[seen], want_lse[seen], atol=5e-3 if rounded else 1e-3, rtol=1e-4)
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -502,8 +501,10 @@ def test_shares_cover_every_key_tile_once(rows, window, ctas, uncut):
     assert got == want
     assert {t for t in range(240) if not dead[t]} == tokens
     lengths = shares[:, wl.LENGTH]
-    longest = tiles[:, wl.COUNT].max() if uncut else 1
-    assert lengths.max() - lengths.sum() // ctas <= longest
+    if uncut:
+        assert lengths.max() - lengths.sum() // ctas <= tiles[:, wl.COUNT].max()
+    else:
+        assert lengths.max() - lengths.min() <= 1
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
