@@ -196,7 +196,7 @@ PACKED_BACKWARD = {  # head_dim: tiles
 WINDOW_FORWARD = {
     "base": PERSISTENT,
     "default": None,
-    "turns": dict(**PERSISTENT, **ROWS, **TIGHT, **LATE),
+    "whole blocks": dict(deal="zigzag back", **PERSISTENT, **ROWS, **TIGHT, **LATE),
 }
 
 

@@ -21,7 +21,7 @@ from jax import lax
 
 from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import MASKED, SMEM_BYTES, div, rem
-from pallas_kernels.flash_attention import forward as fwd
+from pallas_kernels.flash_attention import consumer as fwd
 from pallas_kernels.flash_attention import query_schedule as schedule
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.config import ForwardConfig
