@@ -23,24 +23,6 @@ def chained(f, calls):
     return lambda *args: jax.lax.fori_loop(0, calls, body, (jnp.float32(0), *args))[0]
 
 
-def unrolled(f, calls):
-    """As `chained` without a loop, whose counter and sum are two kernels more for every call.
-
-    For calls of several hundred microseconds: XLA may remake the graph of a program without a loop
-    whenever its buffers move, which a queue of longer programs hides.
-    """
-    call = jax.jit(f)  # lowered once
-
-    def program(*args):
-        total = jnp.float32(0)
-        for _ in range(calls):
-            out, args = jax.lax.optimization_barrier((call(*args), args))
-            total += sum(x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(out))
-        return total
-
-    return program
-
-
 @contextlib.contextmanager
 def alone():
     """No other process that shares the file `AIDX_BENCH_LOCK` times anything meanwhile.

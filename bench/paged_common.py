@@ -21,7 +21,7 @@ from pallas_kernels import paged_attention as pa  # noqa: E402
 T0 = time.time()
 N, K, H = 32, 8, 128
 POOL_TOKENS = 256 * 4096 + 4096
-SETS, CALLS = 8, 16
+SETS, CALLS = 16, 16  # as many layers of a step share a work list
 LARGE = {
     "1x32k": [32768],
     "64x1k": [1024] * 64,

@@ -5,7 +5,7 @@
 Every variant of a case is compiled, gives its first output, which has to agree with the reference,
 and is then timed in turns with the others, so that clock and neighbours are the same for all: the
 time is the median of the rounds, `cupti` the sum of the kernels of a call.  A variant that fails
-says so and the rest go on.  Names of cases begin with the group: `narrow`, `row`, `chunk`.
+says so and the rest go on.  Names of cases begin with the group: `narrow`, `small`, `row`, `chunk`.
 """
 
 import concurrent.futures
@@ -24,13 +24,12 @@ ROUNDS = 3
 S, C, P = pa.SplitConfig, pa.ClusterConfig, pa.PrefillConfig
 NARROW = {"default": None, "c264s6": S(ctas=264, stages=6)}
 ROWS = {"default": None, "cut": S(), "uncut": S(uncut=True)}
-SHORT_ROWS = {  # no persistent grid: the machine deals out the segments
-    "uncut 256": S(uncut=True, ctas=256),
-    "1 CTA x 3": C(1, 1, 3),
-    "1 CTA x 2": C(1, 1, 2),
-    "2 CTAs x 3": C(2, 1, 3),
-    "2 CTAs x 2": C(2, 1, 2),
-    "2 warpgroups": C(1, 2, 3),
+SMALL = {
+    "default": None,
+    "stages 3": C(8, 2, 3),
+    "4 warpgroups": C(8, 4, 1),
+    "3 warpgroups": C(8, 3, 2),
+    "1 warpgroup": C(8, 1, 4),
 }
 CHUNKS = {"default": None, "kv128": P(2, 128, 2), "kv192": P(2, 192, 2)}
 
@@ -50,9 +49,10 @@ def cases():
                 calls = {x: bench.narrow_call(config) for x, config in NARROW.items()}
                 yield f"narrow{size} {name} {kind}", decode(name), kind, size, calls
     for size in (64, 16):
+        calls = {x: bench.aidx_call(config) for x, config in SMALL.items()}
+        yield f"small{size} 1x4k", [(4096, 1)], "bf16", size, calls
+        calls = {x: bench.aidx_call(config) for x, config in ROWS.items()}
         for name in ("64x1k", "256x1k", "64x4k"):
-            chosen = ROWS | (SHORT_ROWS if name == "64x1k" else {})
-            calls = {x: bench.aidx_call(config) for x, config in chosen.items()}
             yield f"row{size} {name}", decode(name), "bf16", size, calls
         calls = {x: bench.aidx_call(config, 512) for x, config in CHUNKS.items()}
         for name in list(bench.CHUNKS)[:2]:

@@ -4,6 +4,9 @@ Two consumers share a tile of 128 rows.  Where the window and the diagonal begin
 the lower 64 rows see nothing of the upper half of the tile's first block (the diagonal's), and the
 upper 64 rows nothing of the lower half of its last.  Either consumer leaves its half out: of the
 9 blocks that a window of 1024 touches it computes 8.5, where 8 are visible.
+
+Both consumers run one loop over the blocks between, since code of their own for these was slower
+than the halves are worth.  Tiles that the first key cuts short take the usual way.
 """
 
 import dataclasses
@@ -25,42 +28,46 @@ class HalfBlocks(Consumer):
 
     def run(self, blocks) -> None:
         """The whole tile; both consumers visit all `blocks` of it."""
-        plgpu.barrier_wait(self.refs.q_full.at[self.q_slot])
+        band, block = self.p.band, self.p.config.block_kv
+        most = (band.left + band.right + 1) // block + 1
         shape = (TILE, self.p.head_dim_v)
-        pl.when(self.wg == 0)(lambda: self.ops.with_acc(self.lower_rows, shape))
-        pl.when(self.wg == 1)(lambda: self.ops.with_acc(self.upper_rows, shape))
+        whole = super().run
+        pl.when(blocks < most)(lambda: whole(blocks))
+        pl.when(blocks == most)(lambda: self.ops.with_acc(lambda o: self.halves(most, o), shape))
 
-    def whole(self, lo, hi, c, oacc, masked):
-        """Blocks lo <= i < hi."""
-        return lax.fori_loop(lo, hi, lambda i, c: self.step(i, c, oacc, masked), c)
+    def halves(self, blocks: int, oacc) -> None:
+        """A tile of so many blocks, the first and the last without a half."""
+        plgpu.barrier_wait(self.refs.q_full.at[self.q_slot])
+        one, last = jnp.int32(1), jnp.int32(blocks - 1)
+        lower = (self.wg == 0).astype(jnp.int32)
 
-    def lower_rows(self, oacc) -> None:
-        """Half of the first block, then the others; only the last may need the low border."""
-        one, end = jnp.int32(1), self.end_i
-        c = self.first_block(oacc, LOWER)
+        def begin_lower(_, c):
+            c = self.first_block(oacc, LOWER)
+            return self.step(one, c, oacc, NONE, before=LOWER)
 
-        @pl.when(end == one)
+        # branches whose results have the layouts of a loop's
+        c = lax.fori_loop(jnp.int32(0), lower, begin_lower, self.nothing(oacc))
+        c = lax.fori_loop(lower, one, lambda _, c: self.first_block(oacc), c)
+        c = lax.fori_loop(one + lower, last, lambda i, c: self.step(i, c, oacc, NONE), c)
+
+        @pl.when(self.wg == 0)
         def _():
-            self.finish(*self.last(c, oacc, LOWER))
+            self.finish(*self.last(self.step(last, c, oacc, LOW), oacc))
 
-        @pl.when(end > one)
-        def _():
-            after = self.step(one, c, oacc, NONE, before=LOWER)
-            after = self.whole(one + 1, self.low_i, after, oacc, NONE)
-            after = self.whole(lax.max(self.low_i, one + 1), end, after, oacc, LOW)
-            self.finish(*self.last(after, oacc))
-
-    def upper_rows(self, oacc) -> None:
-        """All blocks, half of the last where the low border crosses it."""
-        border = self.low_i
-        c = self.first_block(oacc)
-        c = self.whole(jnp.int32(1), border, c, oacc, NONE)
-
-        @pl.when(border == self.end_i)
-        def _():
-            self.finish(*self.last(c, oacc))
-
-        @pl.when(border < self.end_i)
+        @pl.when(self.wg == 1)
         def _():
             half = dataclasses.replace(self, shift=TILE)
-            self.finish(*half.last(half.step(border, c, oacc, LOW, part=UPPER), oacc, UPPER))
+            self.finish(*half.last(half.step(last, c, oacc, LOW, part=UPPER), oacc, UPPER))
+
+    def nothing(self, oacc):
+        """What a loop may begin with in the place of a block's results."""
+        p, layout = self.p, plgpu.Layout.WGMMA
+
+        def zeros(shape, layout):
+            x = jnp.zeros(shape, jnp.float32)
+            return x if p.interpret else plgpu.layout_cast(x, layout)
+
+        rows = zeros((TILE,), layout.reduce(1))
+        total = zeros((TILE, 8), layout) if p.config.late_sum else rows
+        prob = zeros((TILE, p.config.block_kv), layout).astype(p.dtype)
+        return rows, total, prob, self.ops.carry(oacc)

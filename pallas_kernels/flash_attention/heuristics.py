@@ -78,10 +78,10 @@ def backward_config(head_dim: int, head_dim_v: int, options: Options) -> Backwar
     bounds = options.bounds if options.blocks is None else None
     packed = bounds is not None and bounds.query_lo.shape[-1] >= TABLE
     heads = 4 if packed else 0
+    tight = packed and _plain(options) and options.soft_cap is None
     if max(head_dim, head_dim_v) <= 64:
-        return BackwardConfig(block_q=128, by_sequence=heads)
+        return BackwardConfig(block_q=128, by_sequence=heads, tight_masks=tight)
     if max(head_dim, head_dim_v) <= 128:
-        tight = packed and _plain(options) and options.soft_cap is None
         return BackwardConfig(by_sequence=heads, tight_masks=tight)
     stages = 1 if options.apart else 2
     early = options.band.right is None  # a causal mask is level or loses by it

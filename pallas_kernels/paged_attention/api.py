@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES
+from pallas_kernels._mgpu import HOPPER_SMS, SMEM_BYTES, cdiv
 
 from . import cluster, explicit, prefill, quantised, split
 from . import worklist as wl
@@ -540,8 +540,9 @@ def default_plan(geom: Geometry) -> Plan:
             return (cluster.pick_config(columns),)
         config = _split_config(columns)
         short = geom.blocks_per_row * geom.block_size <= UNCUT
-        if short and segments >= 2 * HOPPER_SMS:
-            config = dataclasses.replace(config, uncut=True)
+        if short and segments >= 2 * HOPPER_SMS:  # as many to every CTA, where they are alike
+            ctas = cdiv(segments, cdiv(segments, config.ctas))
+            config = dataclasses.replace(config, uncut=True, ctas=ctas)
         return (config,)
     config = prefill.pick_prefill(geom)
     per_tile = prefill.prefill_geometry(geom, config).q_tokens
