@@ -34,8 +34,8 @@ class ForwardConfig:
         first row on; "zigzag back" from the last row on, back and forth over the CTAs, so that the
         short first rows even out what the CTAs have, each of which walks its own in the reverse
         order, the short ones first.
-      half_blocks: with a window whose borders lie at multiples of 128, a consumer leaves out the
-        half of a block of 128 keys that none of its 64 rows sees (`half_blocks.py`).
+      lazy_rescale: row maxima follow only where they grow by more than a factor of 2^8, and a warp
+        none of whose rows do leaves O as it is (FlashAttention-4).
       num_sms: CTAs of a persistent grid.
 
     >>> ForwardConfig(block_kv=100)
@@ -57,7 +57,7 @@ class ForwardConfig:
     tight_masks: bool = False
     row_major: bool = False
     deal: str = "turns"
-    half_blocks: bool = False
+    lazy_rescale: bool = False
     num_sms: int = HOPPER_SMS
 
     def __post_init__(self):

@@ -16,7 +16,7 @@ from pallas_kernels.flash_attention.mask import TILE
 from pallas_kernels.flash_attention.problem import LN2, LOG2E, Extra, load_values, run_program
 from pallas_kernels.flash_attention.query_schedule import Problem, block_at
 
-ALL = slice(None)  # the keys of a block
+LAZY = 8.0  # powers of two by which P may exceed 1 before sums are rescaled (`lazy_rescale`)
 NONE, LOW, HIGH, BOTH = "", "low", "high", "low and high"  # the borders that may cross a block
 
 
@@ -117,7 +117,6 @@ class Consumer:
     full_i: Any  # blocks full_i <= i < low_i need no mask
     low_i: Any
     q_slot: Any = None  # of this warpgroup's Q
-    shift: int = 0  # the first of a block's keys that counts: see `half_blocks.py`
     rows: Any = None  # the key ranges of this warpgroup's rows, where they are at hand
 
     @property
@@ -133,7 +132,7 @@ class Consumer:
         """First key of block i."""
         p = self.p
         block = block_at(p, self.refs, self.b, self.head, self.q_tile, self.end, i)
-        return block * p.config.block_kv + self.shift
+        return block * p.config.block_kv
 
     def operands(self, i, masked: bool):
         """What the modifiers and dropout need of block i, loaded before the matmuls are awaited."""
@@ -220,10 +219,18 @@ class Consumer:
         return tile.fold(x) if self.p.config.late_sum else x.sum(axis=1)
 
     def softmax(self, s, m, total, i, block):
-        """Online softmax step: new maximum (base 2), sum, rescale factor and P after dropout."""
+        """Online softmax step: new maximum (base 2), sum, rescale factor and P after dropout.
+
+        With `lazy_rescale` the maximum stays what it was until one exceeds it by `LAZY`.
+        """
         p = self.p
         block_max = s.max(axis=1) * p.multiplier
-        m_new = block_max if m is None else jnp.maximum(m, block_max)
+        if m is None:
+            m_new = block_max
+        elif p.config.lazy_rescale:
+            m_new = jnp.where(block_max > m + LAZY, block_max, m)
+        else:
+            m_new = jnp.maximum(m, block_max)
         prob = jnp.exp2(s * p.multiplier - tile.by_row(m_new, s.shape[1]))
         fresh = self.row_sum(prob)
         if p.rate:
@@ -249,17 +256,7 @@ class Consumer:
             return BOTH if p.low_in_high else HIGH
         return LOW if p.masked_low else NONE
 
-    def keys(self, smem, slot, part: slice):
-        """K or V of a slot, all keys or those of `part`."""
-        if part == ALL:
-            return smem.at[slot]
-        return smem.at[slot, pl.ds(part.start, part.stop - part.start)]
-
-    def width(self, part: slice) -> int:
-        """Keys of a part."""
-        return len(range(self.p.config.block_kv)[part])
-
-    def first_block(self, oacc, part: slice = ALL):
+    def first_block(self, oacc):
         """Q K^T and softmax of the first block: nothing to overlap with yet."""
         p, r, i = self.p, self.refs, self.begin_i
         slot = self.slot(i)
@@ -267,11 +264,10 @@ class Consumer:
 
         def scores(acc):
             plgpu.barrier_wait(r.k_full.at[slot])
-            keys = self.keys(r.k_smem, slot, part)
-            acc = self.ops.wgmma(acc, r.q_smem.at[self.q_slot], keys.T)
+            acc = self.ops.wgmma(acc, r.q_smem.at[self.q_slot], r.k_smem.at[slot].T)
             return self.ops.load(acc)
 
-        s = self.ops.with_acc(scores, (TILE, self.width(part)))
+        s = self.ops.with_acc(scores, (TILE, p.config.block_kv))
         free_slot(p, r, 0, slot)
         self.release_q(i)
         s = self.logits(s, i, self.first_mask, block)
@@ -280,11 +276,8 @@ class Consumer:
         pl.when(i + 1 < self.end_i)(lambda: plgpu.barrier_wait(r.k_full.at[nxt]))
         return m, total, prob.astype(p.dtype), self.ops.carry(oacc)
 
-    def step(self, i, carry, oacc, masked: str, part: slice = ALL, before: slice = ALL):
-        """Block i: issue Q K^T, then P V of block i-1, and run the softmax under it.
-
-        `part` and `before` are the keys that count of block i and of block i-1.
-        """
+    def step(self, i, carry, oacc, masked: str):
+        """Block i: issue Q K^T, then P V of block i-1, and run the softmax under it."""
         p, r, ops = self.p, self.refs, self.ops
         m, total, prob, o_carry = carry
         cur, prev, nxt = self.slot(i), self.slot(i - 1), self.slot(i + 1)
@@ -294,23 +287,26 @@ class Consumer:
         def scores(acc):
             nonlocal o
             take_turn(p, r, self.wg)
-            acc = ops.wgmma(acc, r.q_smem.at[self.q_slot], self.keys(r.k_smem, cur, part).T)
+            acc = ops.wgmma(acc, r.q_smem.at[self.q_slot], r.k_smem.at[cur].T)
             plgpu.barrier_wait(r.v_full.at[prev])
-            o = ops.wgmma(o, prob, self.keys(r.v_smem, prev, before))
+            o = ops.wgmma(o, prob, r.v_smem.at[prev])
             give_turn(p, r, self.wg)
             s = ops.load(acc, 1)
             free_slot(p, r, 0, cur)
             self.release_q(i)
             return s
 
-        s = self.logits(ops.with_acc(scores, (TILE, self.width(part))), i, masked, block)
+        s = self.logits(ops.with_acc(scores, (TILE, p.config.block_kv)), i, masked, block)
         m, total, rescale, prob = lax.optimization_barrier(self.softmax(s, m, total, i, block))
         # a basic-block border: ptxas may not hoist the wait for P V above the softmax
         pl.when(i + 1 < self.end_i)(lambda: plgpu.barrier_wait(r.k_full.at[nxt]))
         value = ops.load(o, 0)
         free_slot(p, r, 1, prev)
-        o = ops.store(o, value * tile.by_row(rescale, value.shape[1]))
-        return m, total, prob.astype(p.dtype), ops.carry(o)
+        if p.config.lazy_rescale:
+            value = tile.rescaled(value, rescale, p.interpret)
+        else:
+            value = value * tile.by_row(rescale, value.shape[1])
+        return m, total, prob.astype(p.dtype), ops.carry(ops.store(o, value))
 
     def steps(self, c, oacc):
         """All blocks of this warpgroup but the first."""
@@ -329,14 +325,13 @@ class Consumer:
             return loop(border, self.end_i, LOW, c)
         return loop(i, self.end_i, NONE, c)
 
-    def last(self, c, oacc, part: slice = ALL):
+    def last(self, c, oacc):
         """P V of the last block: O (not normalised), row maximum (base 2) and row sum."""
         p, r, ops = self.p, self.refs, self.ops
         m, total, prob, o_carry = c
         last = self.slot(self.end_i - 1)
         plgpu.barrier_wait(r.v_full.at[last])
-        o = ops.uncarry(oacc, o_carry)
-        o = ops.wgmma(o, prob, self.keys(r.v_smem, last, part))
+        o = ops.wgmma(ops.uncarry(oacc, o_carry), prob, r.v_smem.at[last])
         if p.config.late_sum:
             total = total.sum(axis=1)
         value = ops.load(o)

@@ -27,7 +27,6 @@ from pallas_kernels.flash_attention.consumer import (
     give_turn,
     take_turn,
 )
-from pallas_kernels.flash_attention.half_blocks import HalfBlocks
 from pallas_kernels.flash_attention.mask import TILE
 from pallas_kernels.flash_attention.problem import Options, extra_operands, pad_tokens
 from pallas_kernels.flash_attention.query_schedule import (
@@ -52,8 +51,7 @@ def consume(p: Problem, refs: Refs, wg) -> None:
 
     def consumer(work: Work, j, done):
         slot = wg if c.q_stages == 1 else wg + rem(j, c.q_stages) * c.consumers
-        kind = HalfBlocks if p.half_blocks else Consumer
-        return kind(*place(p, refs, wg, *work[:5], done, work.ranges), q_slot=slot)
+        return Consumer(*place(p, refs, wg, *work[:5], done, work.ranges), q_slot=slot)
 
     def one(j, t, done):
         work = find(p, refs, t, wg)

@@ -35,7 +35,7 @@ def forward_config(
         light = plain and not slopes
         return ForwardConfig(
             persistent=True, row_major=light, tight_masks=light, late_sum=light,
-            deal="zigzag back" if light else "turns", half_blocks=light,
+            deal="zigzag back" if light else "turns",
         )  # fmt: skip
     middle, causal = bare and keys < LONG, options.band.right is not None
     if head_dim <= 128 and middle and causal and keys >= SHORT and not slopes:

@@ -90,21 +90,6 @@ class Problem(common.Problem):
         return not self.dynamic and not self.lists and self.mask is None and aligned
 
     @property
-    def half_blocks(self) -> bool:
-        """Whether the borders of a window cut the blocks of every tile as `half_blocks.py` says."""
-        band, c, size = self.band, self.config, 2 * TILE
-        if not c.half_blocks or self.dynamic or self.lists or band.left is None:
-            return False
-        if band.right is None or (c.consumers, c.block_kv) != (2, size) or not c.tight_masks:
-            return False
-        if self.mask is not None or self.score is not None or c.chained or self.rate:
-            return False
-        aligned = (band.offset + band.right, band.offset - band.left - 1, self.queries, self.keys)
-        inside = 0 <= band.offset + band.right <= self.keys - self.queries
-        deep = band.left + band.right + 1 >= 2 * size
-        return inside and deep and all(x % size == 0 for x in aligned)
-
-    @property
     def low_in_high(self) -> bool:
         """Whether the first block, which the diagonal crosses, may need the low border as well."""
         left, right = self.band.left, self.band.right

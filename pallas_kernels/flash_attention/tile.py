@@ -73,6 +73,53 @@ def fold(p):
     return parts[0]
 
 
+def rescaled(x, by, interpret: bool):
+    """`[rows, columns]` times `[rows]`, where a warp whose factors are all 1 does nothing.
+
+    x and the result are f32 in the wgmma layout, `by` in that of its rows.
+    """
+    if interpret:
+        return x * by_row(by, x.shape[1])
+    layout = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout.reduce(1)), return_type=result)
+    def multiply(_, x, by):
+        from jax.experimental.mosaic import gpu as mgpu
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, nvvm, scf
+
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        one, changes = mgpu.c(1.0, f32), mgpu.c(False, ir.IntegerType.get_signless(1))
+        for factor in by.registers.flat:
+            number = _only(factor)
+            changes = arith.ori(changes, arith.cmpf(arith.CmpFPredicate.UNE, number, one))
+        changes = nvvm.vote_sync(mgpu.c(0xFFFFFFFF, i32), changes, "any")
+        kept = list(x.registers.flat)
+        branch = scf.IfOp(changes, [register.type for register in kept], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            times = x * by.broadcast_in_dim(x.shape, (0,), x.layout)
+            scf.yield_(list(times.registers.flat))
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(kept)
+        registers = x.registers.copy()
+        registers.flat[:] = list(branch.results)
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return multiply(x, by)  # pyright: ignore[reportCallIssue]
+
+
+def _only(register):
+    """The number in a register that is a vector of one, or the number itself."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector
+
+    if not isinstance(register.type, ir.VectorType):
+        return register
+    (_,) = ir.VectorType(register.type).shape
+    return vector.extract(register, dynamic_position=[], static_position=[0])
+
+
 def evaluator(
     program: Program,
     values: Sequence[Any],

@@ -116,21 +116,6 @@ def test_a_window_row_by_row(deal):
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "band"),
-    [
-        pytest.param(512, 512, fa.Band(left=255, right=0), marks=pytest.mark.smoke),
-        (256, 640, fa.Band(left=255, right=128, offset=256)),
-    ],
-)
-def test_a_window_leaves_out_the_halves_of_blocks(queries, keys, band):
-    config = fa.ForwardConfig(
-        persistent=True, row_major=True, deal="zigzag back", tight_masks=True, late_sum=True,
-        half_blocks=True, num_sms=2,
-    )  # fmt: skip
-    check_forward((1, queries, keys, 2, 1, 64, 64), config=config, band=band)
-
-
-@pytest.mark.parametrize(
     ("shape", "change", "options"),
     [
         ((1, 200, 130, 2, 1, 64, 64), {}, dict(band=causal)),
