@@ -23,8 +23,8 @@ class ForwardConfig:
         tile before, and its softmax runs under that: no tile begins or ends with idle tensor cores.
         Every consumer then visits every block of its tile.
       q_stages: tiles of Q in flight (2: of a persistent grid).
-      longest_first: with bounds that only the device knows, tiles start in the order of their
-        number of blocks (a table is made for each call).
+      longest_first: with bounds that only the device knows, or listed blocks, tiles start in the
+        order of their number of blocks (a table is made for each call).
       tight_masks: bounds that only the device knows are read before the matmuls are awaited, and a
         block takes only the comparison of the border that may cross it.
       row_major: with a window, tiles go row by row over all heads.  The first rows are short, so

@@ -208,7 +208,7 @@ def forward(
     )
     extra = extra._replace(query_end=None)
     if p.sorted:
-        extra = extra._replace(work=work_table(p, extra.ranges), ranges=None)
+        extra = extra._replace(work=work_table(p, extra), ranges=None)
     leaves, tree = jax.tree.flatten(extra)
 
     def body(q, k, v, *rest):

@@ -41,7 +41,7 @@ class Problem(common.Problem):
     @property
     def sorted(self) -> bool:
         """Whether `Extra.work` lists the tiles."""
-        return self.dynamic and not self.lists and self.config.longest_first
+        return (self.dynamic or self.lists) and self.config.longest_first
 
     @property
     def total(self) -> int:
@@ -143,12 +143,15 @@ class Work(NamedTuple):
 def find(p: Problem, refs: Any, t, wg=None) -> Work:
     """Flat tile number to the tile; `wg` is the consumer that asks, None the one that loads."""
     if p.sorted:
-        item, work = div(t, p.heads), refs.extra.work
+        item, work, head = div(t, p.heads), refs.extra.work, rem(t, p.heads)
+        if p.lists:
+            b, q_tile = work[item, 0], work[item, 1]
+            return Work(b, head, q_tile, *tile_blocks(p, refs, b, head, q_tile))
         b, q_tile, first, end = (work[item, i] for i in range(4))
         ranges = ()
         if wg is not None:
             ranges = tuple(work[item, 4 + 4 * wg + i] for i in range(4))
-        return Work(b, rem(t, p.heads), q_tile, first, end, ranges)
+        return Work(b, head, q_tile, first, end, ranges)
     b, head, q_tile = decode(p, t)
     first, end = tile_blocks(p, refs, b, head, q_tile)
     if p.config.chained:
@@ -156,8 +159,15 @@ def find(p: Problem, refs: Any, t, wg=None) -> Work:
     return Work(b, head, q_tile, first, end)
 
 
-def work_table(p: Problem, ranges: jax.Array) -> jax.Array:
-    """`Extra.work`: (b, query tile, first, end) and each consumer's row range, longest first."""
+def work_table(p: Problem, extra: Any) -> jax.Array:
+    """`Extra.work`: (b, query tile, first, end) and each consumer's row range, longest first.
+
+    Of listed blocks b and the tile alone: a head may have a list of its own.
+    """
+    if p.lists:
+        most = extra.counts[..., 1].max(1)
+        return sorted_tiles(jnp.broadcast_to(most, (p.batch, p.q_tiles)), [])
+    ranges = extra.ranges
     wgs = p.tile_rows // TILE
     ranges = ranges.reshape(p.batch, p.q_tiles, wgs, 4)
     lo, end, full_lo, full_hi = blocks_of(p, *(ranges[..., i] for i in range(4)))

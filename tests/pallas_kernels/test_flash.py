@@ -106,6 +106,19 @@ def test_persistent_grid_reuses_its_buffers():
     check_forward((1, 130, 72, 1, 1, 64, 64), config=config, band=causal)
 
 
+@pytest.mark.parametrize("growth", [0.1, 3.0, 40.0])
+def test_lazy_rescaling(growth):
+    """Row maxima that creep, that jump by less than 2^8 and by more, from block to block."""
+    config = fa.ForwardConfig(block_kv=64, consumers=1, lazy_rescale=True)
+    q, k, v, _ = arrays(1, 64, 260, 1, 1, 64, 64)
+    q = q.at[..., 0].set(1.0)
+    k = k.at[..., 0].set(-growth * jnp.arange(260, dtype=k.dtype)[None, :, None] / 64)
+    out, lse = fa.flash_attention_fwd(q, k, v, band=full, scale=1.0, config=config, interpret=True)
+    want, want_lse = fa.reference(q, k, v, band=full, scale=1.0)
+    assert relative(out.astype(jnp.float32), want) < 4e-3
+    np.testing.assert_allclose(lse, want_lse, atol=2e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("deal", ["turns", "zigzag back"])
 def test_a_window_row_by_row(deal):
     config = fa.ForwardConfig(

@@ -105,6 +105,19 @@ def test_forward(name):
     np.testing.assert_allclose(lse, want_lse, atol=2e-4)
 
 
+@pytest.mark.parametrize("name", quick(["blocks", "blocks of heads"], ("blocks of heads",)))
+def test_listed_blocks_longest_first(name):
+    q, k, v, _ = arrays(B, T, S, N, K, H, H)
+    given = options(name)
+    config = fa.ForwardConfig(
+        block_kv=64, consumers=1, persistent=True, longest_first=True, num_sms=2
+    )
+    out, lse = fa.flash_attention_fwd(q, k, v, scale=0.2, config=config, interpret=True, **given)
+    want, want_lse = fa.reference(q, k, v, scale=0.2, **given)
+    assert relative(out.astype(jnp.float32), want) < 4e-3
+    np.testing.assert_allclose(lse, want_lse, atol=2e-4)
+
+
 def both(name, wanted=(), deterministic=False, config=None, head_dim=H):
     """(gradients of the kernel, of the oracle)."""
     q, k, v, do = arrays(B, T, S, N, K, head_dim, head_dim)
