@@ -22,15 +22,17 @@ def forward_config(
     """
     plain, slopes = _plain(options), options.alibi_slopes is not None
     bare = plain and options.bounds is None and options.band.left is None
+    wide = head_dim > 64  # with heads of 64 exponentials bound, and registers hold no sums of 8
     if head_dim <= 128 and plain and options.bounds is not None and options.blocks is None:
         return ForwardConfig(
-            consumers=3 if head_dim <= 64 else 2, persistent=True, tight_masks=True,
+            consumers=2 if wide else 3, persistent=True, tight_masks=True,
             longest_first=options.bounds.key_lo.shape[-1] >= TABLE,
+            late_sum=wide, lazy_rescale=wide,
         )  # fmt: skip
-    if head_dim <= 64 and options.loads:
-        return ForwardConfig()
-    if head_dim <= 64:
-        return ForwardConfig(consumers=3)
+    if not wide and options.blocks is not None:
+        return ForwardConfig(persistent=True, longest_first=True, lazy_rescale=True)
+    if not wide:
+        return ForwardConfig(consumers=2 if options.loads else 3, lazy_rescale=True)
     if head_dim <= 128 and options.even:
         light = plain and not slopes
         return ForwardConfig(
@@ -45,10 +47,20 @@ def forward_config(
     if head_dim <= 128 and middle and not slopes:
         return ForwardConfig(persistent=True, late_sum=True)
     if head_dim <= 128 and bare:
-        return ForwardConfig(block_kv=192, late_sum=keys >= LONG)
+        long = keys >= LONG
+        return ForwardConfig(block_kv=192, late_sum=long, lazy_rescale=long and causal)
+    if head_dim <= 128 and _scores(options) and keys < LONG:
+        return ForwardConfig(persistent=True, late_sum=True)
     if head_dim <= 128:
         return ForwardConfig()
-    return ForwardConfig(block_kv=64, release="named", late_sum=True)
+    return ForwardConfig(block_kv=64, release="named", late_sum=True, lazy_rescale=True)
+
+
+def _scores(options: Options) -> bool:
+    """Whether a score_mod without vectors of keys or whole tiles is all that is asked for."""
+    alone = options.mask is None and options.dropout is None and not options.loads
+    static = options.bounds is None and options.blocks is None and options.band.left is None
+    return options.score is not None and alone and static
 
 
 def _plain(options: Options) -> bool:
