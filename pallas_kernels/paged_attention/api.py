@@ -279,6 +279,7 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
     """The rows that own at most `max_tokens` tokens, and zeros for the tokens of no row."""
     fixed = config.fixed_chunk is not None
     geom = _in_columns(call.geom, max_tokens, fixed=fixed, special=call.special)
+    first_key = _first_keys(call)
     work = wl.make_work_list(
         call.context_lens,
         call.q_indptr,
@@ -288,7 +289,7 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
         chunk=config.fixed_chunk,
         window=call.scoring.window if call.positions is None else None,
         max_tokens=None if max_tokens == call.geom.max_q else max_tokens,
-        first=call.first,
+        first=first_key,
         whole=call.shared or call.tree_mask is not None,
         uncut=config.uncut,
     )
@@ -298,7 +299,7 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
         *call.pools,
         work,
         config=config,
-        explicit=_explicit(call, geom, work.tiles, config.key_tile),
+        explicit=_explicit(call, geom, work.tiles, config.key_tile, first_key),
         **_scales(call, geom),
         **call.options(geom, pack_columns),
     )
@@ -315,7 +316,16 @@ def _scales(call: _Call, geom: Geometry) -> dict[str, Any]:
     return dict(scales=tuple(x.astype(jnp.float32) for x in call.scales))
 
 
-def _explicit(call: _Call, geom: Geometry, tiles: jax.Array, key_tile: int):
+def _first_keys(call: _Call) -> jax.Array | None:
+    """`[R]` first key of each row that is read, None for 0 or where the kernel knows the window."""
+    window = call.scoring.window
+    if window is None or call.positions is not None or not call.explicit:
+        return call.first
+    first = call.context_lens - jnp.diff(call.q_indptr) - window + 1
+    return jnp.maximum(first, 0 if call.first is None else call.first)
+
+
+def _explicit(call: _Call, geom: Geometry, tiles: jax.Array, key_tile: int, first_key):
     if call.shared and call.positions is not None:
         return explicit.pack_old_keys(tiles, call.context_lens, geom, key_tile, call.positions)
     if not call.explicit:
@@ -328,7 +338,7 @@ def _explicit(call: _Call, geom: Geometry, tiles: jax.Array, key_tile: int):
         key_tile,
         positions=call.positions,
         tree_mask=call.tree_mask,
-        first=call.first,
+        first=first_key,
     )
 
 

@@ -404,6 +404,84 @@ def test_every_block_and_head_size(kernel, dim, size, capfd):
     check(args, max(new), capfd, config=config)
 
 
+# ------------------------------------------- a row's first key to read and its last in one block
+
+INT8, E4M3 = jnp.int8, jnp.float8_e4m3fn
+CLUSTER = pa.ClusterConfig(cluster=2, warpgroups=1, stages=2)
+NARROW_WINDOWS = {  # (pool, config): rows of one query, or chunks for the prefill kernel
+    "split": (None, SPLIT),
+    "cluster": (None, CLUSTER),
+    "prefill": (None, PREFILL),
+    "split-fp8": (E4M3, SPLIT),
+    "alone-fp8": (E4M3, pa.SplitConfig(ctas=3, stages=1, key_tile=128, alone=True)),
+    "prefill-fp8": (E4M3, PREFILL_NARROW),
+    "split-int8": (INT8, SPLIT),
+    "prefill-int8": (INT8, PREFILL_NARROW),
+}
+
+
+@pytest.mark.parametrize("name", list(NARROW_WINDOWS))
+def test_a_window_shorter_than_a_block(name, capfd):
+    """Blocks of a tile before the one that is read repeat it, with the dead slots of its end."""
+    dtype, config = NARROW_WINDOWS[name]
+    args = make([100, 58, 5, 64], [1, 2, 1, 1], heads=4)
+    if dtype is None:
+        check(args, 2, capfd, config=config, window=3, evicted=(0, 4))
+    else:
+        check_quantised(args, 2, dtype, capfd, config=config, window=3, **ROUNDED)
+
+
+@pytest.mark.parametrize("kind", ["tree", "cascade"])
+def test_blocks_before_a_window_may_be_gone(kind, capfd):
+    """Trees and cascades too read no block before the window, in whatever tile it lies."""
+    args = make([170, 100], [3, 1], heads=4, kv_heads=1, spare=0)
+    q, k_pool, v_pool, table, *rest = args
+    causal = jnp.array([[1], [3], [7], [1]], jnp.uint32)
+    shared = table[:1, :2], jnp.array([32]), jnp.array([0, -1])
+    options = dict(tree_mask=causal) if kind == "tree" else dict(cascade=shared)
+    want, want_lse = pa.paged_attention_reference(*args, window=20)
+    gone = table.at[0, :9].set(table[0, -1]).at[1, :5].set(table[0, -1])
+    args = (q, k_pool, v_pool, gone, *rest)
+    out, lse = run(args, 3, config=SPLIT, window=20, **options)
+    np.testing.assert_allclose(out, want, atol=1.5e-2)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-4)
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, E4M3, INT8])
+def test_a_cascade_leaves_keys_within_one_block(dtype, capfd):
+    """The shared prefix ends inside the rows' last block, whose slots before that are dead too."""
+    shared, size = 90, 16
+    args = make([shared, 94, 93], [0, 1, 1], heads=4, kv_heads=1, size=size, spare=0)
+    scales = {}
+    if dtype != jnp.bfloat16:
+        args, scales = quantise(args, dtype)
+    q, k_pool, v_pool, table, *rest = args
+    whole, left = divmod(shared, size)
+    prefix, own = table[0, : whole + 1], table[1:, whole]
+    pools = dict(k=k_pool, v=v_pool, **scales)
+
+    def with_slots(value):
+        """The pools, those of the shared keys in the rows' own blocks set to `value(pool)`."""
+        return {name: x.at[own, :, :left].set(value(x)) for name, x in pools.items()}
+
+    def call(f, pools, table, **options):
+        scales = {name: pools[name] for name in pools if "scale" in name}
+        return f((q, pools["k"], pools["v"], table, *rest), **scales, **options)
+
+    full = table.at[1:, :whole].set(prefix[:whole])
+    copied = with_slots(lambda x: x[prefix[-1], :, :left])
+    reference = lambda args, **options: pa.paged_attention_reference(*args, **options)
+    want, want_lse = map(np.asarray, call(reference, copied, full))
+    dead = with_slots(lambda x: 77 if x.dtype == INT8 else jnp.nan)
+    poisoned = table.at[1:, :whole].set(table[0, -1])
+    cascade = prefix[None], jnp.array([shared]), jnp.array([-1, 0, 0])
+    out, lse = call(run, dead, poisoned, max_q=1, config=SPLIT, cascade=cascade)
+    np.testing.assert_allclose(out, want, atol=1e-2 * np.abs(want).max())
+    np.testing.assert_allclose(lse, want_lse, atol=1e-3, rtol=1e-4)
+    assert "RACE" not in capfd.readouterr().out
+
+
 # --------------------------------------------------------------------------------------- laws
 
 
