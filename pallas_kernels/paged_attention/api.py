@@ -83,7 +83,9 @@ def paged_attention(
       cascade: `(shared_tables [C, M'], shared_lens [C], group [R])`: rows of group g >= 0 see their
         first `shared_lens[g]` keys through `shared_tables[g]`, read once for the group.
       k_scale: f32 `[P, K, block_size]` or `[K]`, for pools of one byte a value: a key is
-        `k_scale * k`.
+        `k_scale * k`.  Queries go as two terms of 7 bits over int8: a score errs by at most
+        `scale * k_scale * max|q| * sum|k| / 32512`, whatever it is itself.  Over float8_e4m3fn they
+        are right to 2^-19 of the largest.  The prefill kernel rounds `k_scale * k` to q's dtype.
       v_scale: as k_scale.
       return_lse: also the natural log-sum-exp, f32 `[T, N]`, the sink left out, -inf for no key.
       deterministic: a row's output has the same bits whatever else is in the batch and however
