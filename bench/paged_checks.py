@@ -41,12 +41,30 @@ CHECKS = [
     ([1000, 70], [1, 1], 32, 8, 128, 16, dict(pool="int8", fixed=True), [None]),
     ([3000, 700, 64, 0], [600, 1, 64, 0], 32, 8, 128, 16, dict(pool="int8"), [None]),
     ([3000, 700], [600, 3], 32, 8, 128, 64, dict(pool="float8_e4m3fn", window=900), [None]),
+    # a window shorter than a block, rows that end inside one: the first block to read is the last
+    ([5000, 100, 58, 5], None, 32, 8, 128, 16, dict(window=3), [S(), S(uncut=True), C(8, 2, 2)]),
+    ([900, 302, 58], [200, 70, 1], 32, 8, 128, 16, dict(window=3), [P(2, 192, 2, True), P()]),
+    *[
+        (lens, new, 32, 8, 128, 16, dict(pool=pool, window=3), [config])
+        for pool in ("int8", "float8_e4m3fn")
+        for lens, new, config in (
+            ([5000, 100, 58, 5], None, None),
+            ([5000, 100, 58, 5], None, S(ctas=132)),
+            ([900, 302, 58], [200, 70, 1], P(2, 64, 3)),
+        )
+    ],
     ([5000, 66, 40, 900], [5, 5, 33, 1], 32, 8, 128, 16, dict(tree=True, window=500), [None]),
     ([5000, 66, 40, 900], [5, 5, 7, 1], 24, 8, 64, 64, dict(tree=True, alibi=True), [None]),
     ([3000, 2500, 2100, 900], [1, 5, 1, 1], 32, 8, 128, 64, dict(cascade=2001), [None]),
     ([3000, 2500, 2100, 900], [1, 1, 1, 1], 8, 1, 64, 16, dict(cascade=2001, sinks=True), [None]),
     ([3000, 2500, 2100, 900], [1, 1, 1, 1], 8, 2, 64, 16, dict(cascade=2001), [None]),
     ([3000, 2500, 2100, 900], [1, 1, 1, 1], 32, 8, 128, 64, dict(cascade=2001), [None]),
+    # the prefix ends in the last block of two of its rows, in the second of a tile
+    ([2008, 2010, 2100, 900], [1, 1, 1, 1], 8, 2, 64, 16, dict(cascade=2002), [None]),
+    *[
+        ([2008, 2010, 2100, 900], [1, 1, 1, 1], 8, 2, 64, 16, dict(cascade=2002, pool=pool), [None])
+        for pool in ("int8", "float8_e4m3fn")
+    ],
 ]
 
 

@@ -184,6 +184,7 @@ NEXT:
     add.u32 row, row, low;
     rem.u32 row, row, {rows};
     setp.ge.s32 dead, row, $1;
+    {also}
     add.u32 low, $0, at;
     @dead st.shared.v4.b32 [low], {{zero, zero, zero, zero}};
     add.u32 at, at, 2048;
@@ -193,15 +194,17 @@ LAST:
 """
 
 
-def clear_rows(tile, live, interpret: bool) -> None:
+def clear_rows(tile, live, interpret: bool, before=None) -> None:
     """A warpgroup zeroes the rows from `live` on of `[..., rows, columns]` in shared memory.
 
-    The tiles are `swizzled` by 128 bytes, or by 64 where those do not divide a row.
+    And those before `before`, unless that is None.  The tiles are `swizzled` by 128 bytes, or by 64
+    where those do not divide a row.
     """
     *parts, rows, columns = tile.shape
     if interpret:
         row = lax.broadcasted_iota(jnp.int32, tile.shape, len(parts))
-        tile[...] = jnp.where(row < live, tile[...], jnp.zeros((), tile.dtype))
+        kept = row < live if before is None else (row < live) & (row >= before)
+        tile[...] = jnp.where(kept, tile[...], jnp.zeros((), tile.dtype))
         return
     from jax.experimental.mosaic import gpu as mgpu
 
@@ -209,15 +212,18 @@ def clear_rows(tile, live, interpret: bool) -> None:
     swizzle, group = 128 if row_bytes % 128 == 0 else 64, 8 * row_bytes
     total = math.prod(parts) * rows // 8 * group
     shift = swizzle.bit_length() - 1
-    ptx = _CLEAR_ROWS.format(group=group, rows=rows, total=total, shift=shift)
-    types = (plgpu.RefType(swizzled(tile.dtype, swizzle)), plgpu.Layout.WG_SPLAT)
+    bounds = [jnp.asarray(x, jnp.int32) for x in (live, before) if x is not None]
+    also = "" if before is None else "@!dead setp.lt.s32 dead, row, $3;"
+    ptx = _CLEAR_ROWS.format(group=group, rows=rows, total=total, shift=shift, also=also)
+    types = (plgpu.RefType(swizzled(tile.dtype, swizzle)), *[plgpu.Layout.WG_SPLAT] * len(bounds))
 
     @plgpu.inline_mgpu(arg_types=types)
-    def emit(_, ref, live):
-        base, lane = mgpu.utils.memref_ptr(ref), mgpu.utils.thread_idx()
-        mgpu.utils.inline_ptx(ptx, base, live.registers[()], lane, has_side_effects=True)
+    def emit(_, ref, *bounds):
+        live, *rest = (x.registers[()] for x in bounds)
+        args = [mgpu.utils.memref_ptr(ref), live, mgpu.utils.thread_idx(), *rest]
+        mgpu.utils.inline_ptx(ptx, *args, has_side_effects=True)
 
-    emit(tile, jnp.asarray(live, jnp.int32))  # pyright: ignore[reportCallIssue]
+    emit(tile, *bounds)  # pyright: ignore[reportCallIssue]
 
 
 def load_live(sources, tile, barrier, landed, live, interpret: bool) -> None:

@@ -82,7 +82,11 @@ def paged_attention(
         in place of causality among the new ones.
       cascade: `(shared_tables [C, M'], shared_lens [C], group [R])`, see `Cascade`.
       scale: 1 / sqrt(H) by default.
-      k_scale: f32 `[P, K, block_size]`, or `[K]` (see `write_kv`).
+      k_scale: f32 `[P, K, block_size]`, or `[K]` (see `write_kv`).  The Hopper kernel for few
+        queries splits them into terms of the pool's type: over int8 a score errs by at most
+        `scale * k_scale * max|q| * sum|k| / 32512` (k as stored, whole numbers), which is
+        `max|q| / mean|q|` 128ths of what rounding k may cost; over float8_e4m3fn by no more than
+        the tensor core's sums.  The one for chunks rounds k_scale * k to q's dtype instead.
       v_scale: as k_scale.
       return_lse: also the natural log-sum-exp `[T, N]` f32, the sink left out.
       deterministic: a row's output does not depend on what else is in the batch.

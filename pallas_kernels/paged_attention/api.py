@@ -83,7 +83,9 @@ def paged_attention(
       cascade: `(shared_tables [C, M'], shared_lens [C], group [R])`: rows of group g >= 0 see their
         first `shared_lens[g]` keys through `shared_tables[g]`, read once for the group.
       k_scale: f32 `[P, K, block_size]` or `[K]`, for pools of one byte a value: a key is
-        `k_scale * k`.
+        `k_scale * k`.  Queries go as two terms of 7 bits over int8: a score errs by at most
+        `scale * k_scale * max|q| * sum|k| / 32512`, whatever it is itself.  Over float8_e4m3fn they
+        are right to 2^-19 of the largest.  The prefill kernel rounds `k_scale * k` to q's dtype.
       v_scale: as k_scale.
       return_lse: also the natural log-sum-exp, f32 `[T, N]`, the sink left out, -inf for no key.
       deterministic: a row's output has the same bits whatever else is in the batch and however
@@ -279,6 +281,7 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
     """The rows that own at most `max_tokens` tokens, and zeros for the tokens of no row."""
     fixed = config.fixed_chunk is not None
     geom = _in_columns(call.geom, max_tokens, fixed=fixed, special=call.special)
+    first_key = _first_keys(call)
     work = wl.make_work_list(
         call.context_lens,
         call.q_indptr,
@@ -288,7 +291,7 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
         chunk=config.fixed_chunk,
         window=call.scoring.window if call.positions is None else None,
         max_tokens=None if max_tokens == call.geom.max_q else max_tokens,
-        first=call.first,
+        first=first_key,
         whole=call.shared or call.tree_mask is not None,
         uncut=config.uncut,
     )
@@ -298,7 +301,7 @@ def _run_split(call: _Call, config: SplitConfig, max_tokens: int):
         *call.pools,
         work,
         config=config,
-        explicit=_explicit(call, geom, work.tiles, config.key_tile),
+        explicit=_explicit(call, geom, work.tiles, config.key_tile, first_key),
         **_scales(call, geom),
         **call.options(geom, pack_columns),
     )
@@ -315,7 +318,16 @@ def _scales(call: _Call, geom: Geometry) -> dict[str, Any]:
     return dict(scales=tuple(x.astype(jnp.float32) for x in call.scales))
 
 
-def _explicit(call: _Call, geom: Geometry, tiles: jax.Array, key_tile: int):
+def _first_keys(call: _Call) -> jax.Array | None:
+    """`[R]` first key of each row that is read, None for 0 or where the kernel knows the window."""
+    window = call.scoring.window
+    if window is None or call.positions is not None or not call.explicit:
+        return call.first
+    first = call.context_lens - jnp.diff(call.q_indptr) - window + 1
+    return jnp.maximum(first, 0 if call.first is None else call.first)
+
+
+def _explicit(call: _Call, geom: Geometry, tiles: jax.Array, key_tile: int, first_key):
     if call.shared and call.positions is not None:
         return explicit.pack_old_keys(tiles, call.context_lens, geom, key_tile, call.positions)
     if not call.explicit:
@@ -328,7 +340,7 @@ def _explicit(call: _Call, geom: Geometry, tiles: jax.Array, key_tile: int):
         key_tile,
         positions=call.positions,
         tree_mask=call.tree_mask,
-        first=call.first,
+        first=first_key,
     )
 
 

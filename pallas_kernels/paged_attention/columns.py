@@ -223,6 +223,22 @@ class Columns:
             visible = visible & (key >= seg.first)
         return visible, behind
 
+    def dead_keys(self, first_key, seg: Segment):
+        """Of a tile's keys: (whether V has to be cleared, from which one on, before which one).
+
+        What lies before the first block to read repeats it.  With a window that block holds dead
+        slots only where it is the row's last too, so that the row ends in this tile: no other tile
+        asks.  Where the first keys are read elsewhere their own slots are dead as well.
+        """
+        live, window = seg.context - first_key, self.scoring.window
+        dead = live < self.tile
+        if seg.first is not None:
+            before = seg.first - first_key
+            return dead | (before > 0), live, before
+        if window is not None and seg.query_positions is None:
+            return dead, live, seg.position - window + 1 - first_key
+        return dead, live, None
+
     def load_keys(self, ref, begin):
         """`ref[begin : begin + tile]` from GMEM, one value per key."""
         ref = ref.at[pl.ds(begin, self.tile)]
@@ -305,13 +321,13 @@ class Columns:
         P * v_scale = 2^(s + log2(v_scale) - m) stays within 0..1; the sums take 1 / v_scale back.
         """
         ops, dtype, cols = self.ops, self.narrow, self.geom.cols
-        live = seg.context - first_key
+        dead, live, before = self.dead_keys(first_key, seg)
 
         if dtype != quantised.INT8:
 
-            @pl.when(live < self.tile)
+            @pl.when(dead)
             def _():
-                _mgpu.clear_rows(refs.v, live, ops.interpret)
+                _mgpu.clear_rows(refs.v, live, ops.interpret, before)
                 plgpu.commit_smem()
 
         def meanwhile():
@@ -344,11 +360,7 @@ class Columns:
         ops, v = self.ops, refs.v
         s, _ = self.scores(refs.q, refs.k)
         s = self.logits(s, first_key, seg)
-        live, before = seg.context - first_key, None
-        dead = live < self.tile
-        if seg.first is not None:  # what lies there repeats a later block, whose end may be dead
-            before = seg.first - first_key
-            dead = dead | (before > 0)
+        dead, live, before = self.dead_keys(first_key, seg)
         pl.when(dead)(lambda: clear_rows(v, live, ops.interpret, before))
         m_new = jnp.maximum(m, self.max(s, refs.scratch))
         alpha = jnp.exp2(m - m_new)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
     >>> sorted({name.split()[0] for name, _, _ in compile_cases()})
     ['paged/cascade', 'paged/chunk', 'paged/cluster', 'paged/decode', ..., 'paged/write']
     """
+    window: dict[str, Any] = dict(window=1000)
     everything = dict(window=1000, logits_soft_cap=30.0, return_lse=True)
     for dim, kv_heads in ((64, 8), (128, 8), (256, 8)):
         shapes = functools.partial(arguments, dim=dim, kv_heads=kv_heads)
@@ -49,6 +51,7 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
                 ("decode mqa16", arguments(64, 64, heads=16, kv_heads=1), dict(max_q=1)),
                 ("decode options", shapes(64, 64), dict(max_q=1, **everything)),
                 ("decode short", shapes(64, 64, width=16), dict(max_q=1)),
+                ("cluster options", shapes(1, 1), dict(max_q=1, **everything)),
                 ("chunk options", shapes(2048, 4), dict(max_q=512, **everything)),
                 ("chunk b128", shapes(2048, 4, size=128), dict(max_q=512)),
                 ("deterministic", shapes(64, 64), dict(max_q=1, deterministic=True)),
@@ -63,6 +66,11 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
                 ("decode b16", shapes(64, 64, dtype=dtype, size=16, width=256), {}),
                 ("verify", shapes(320, 64, dtype=dtype), dict(max_q=5)),
                 ("chunk", shapes(2048, 4, dtype=dtype), dict(max_q=512)),
+                *[
+                    ("decode window", shapes(64, 64, dtype=dtype, size=16, width=256), window),
+                    ("chunk window", shapes(2048, 4, dtype=dtype), dict(max_q=512, **window)),
+                ]
+                * (dim == 128),
             ):
                 f = functools.partial(scaled, **{"max_q": 1, **options})
                 scale = jax.ShapeDtypeStruct(args[1].shape[:3], jnp.float32)
@@ -74,6 +82,9 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
     yield "paged/tree", functools.partial(tree, max_q=5), (*args, bits)
     shared = sds((2, 32), jnp.int32), sds((2,), jnp.int32), sds((64,), jnp.int32)
     yield "paged/cascade", functools.partial(cascade, max_q=5), (*args, *shared)
+    *args, scale = (*arguments(64, 64, dtype=jnp.float8_e4m3fn), sds((1024, 8, 64), jnp.float32))
+    args = (*args, *shared, scale, scale)
+    yield "paged/cascade float8_e4m3fn", functools.partial(scaled_cascade, max_q=1), args
     for dtype in (jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
         for dim, heads in ((128, 8), (64, 2), (256, 8)):
             pool, new = sds((1024, heads, 64, dim), dtype), sds((256, heads, dim), jnp.bfloat16)
@@ -88,6 +99,12 @@ def scaled(*args, **options):
     """The call with the scales of K and V as its last arguments."""
     *args, k_scale, v_scale = args
     return paged_attention(*args, k_scale=k_scale, v_scale=v_scale, **options)
+
+
+def scaled_cascade(*args, **options):
+    """The call with a cascade and the scales of K and V as its last arguments."""
+    *args, k_scale, v_scale = args
+    return cascade(*args, k_scale=k_scale, v_scale=v_scale, **options)
 
 
 def sloped(*args, **options):

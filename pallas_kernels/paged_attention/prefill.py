@@ -544,16 +544,23 @@ class Consumer:
         return new, total * old + fresh, alpha, p
 
     def first_v(self) -> None:
-        """V of block 0 has landed and, where its row ends in it, holds zeros past the end."""
-        refs = self.refs
+        """V of block 0 has landed and, where its row ends in it, holds zeros past the end.
+
+        And before the first key to read: where a window leaves one block of the pool, the tile's
+        part before that repeats it.
+        """
+        refs, window = self.refs, self.call.scoring.window
         plgpu.barrier_wait(refs.v_full.at[self.slot(0)])
         live = self.fact[wl.CONTEXT] - self.first_key(0)
+        before = None
+        if window is not None:
+            before = self.fact[wl.POSITION] - window + 1 - self.first_key(0)
 
         @pl.when(live < self.call.config.block_kv)
         def _():
             @pl.when(self.wg == 0)
             def _():
-                _mgpu.clear_rows(refs.v_s.at[self.slot(0)], live, self.call.interpret)
+                _mgpu.clear_rows(refs.v_s.at[self.slot(0)], live, self.call.interpret, before)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(refs.clean)
 

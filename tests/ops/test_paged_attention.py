@@ -296,6 +296,43 @@ def test_a_nan_stays_in_its_row(where, max_q):
     chex.assert_trees_all_close(out[~hit], good[~hit], atol=1e-6)
 
 
+@pytest.mark.parametrize("max_q", [2, 20])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn])
+def test_dead_slots_of_the_only_block_in_a_window_change_nothing(dtype, shared, max_q):
+    """NaN in values or in scales, in the last block's end and where a shared prefix is read."""
+    rows = [(1, 44), (2, 21), (1, 5), (max_q, 58)]
+    q, k, v, tables, context, indptr = batch(rows, block_size=16, width=5)
+    call = dict(window=3, max_q=max_q, config=SMALL)
+    if shared:
+        own = tables[0, 2]
+        elsewhere = np.setdiff1d(np.arange(len(k)), tables)[0]
+        for pool in (k, v):  # slots 32 to 39 are read elsewhere, the row's own are dead
+            pool[elsewhere] = pool[own]
+            pool[own, :, :8] = np.nan
+        prefix = np.append(tables[0, :2], elsewhere)
+        call["cascade"] = (prefix[None], np.array([40]), np.array([0, -1, -1, -1]))
+    one_byte = dtype != jnp.bfloat16
+
+    def answer(dead):
+        pools = [jnp.asarray(np.where(np.isnan(x), dead, x)) for x in (k, v)]
+        scales = {}
+        if one_byte:
+            names = ("k_scale", "v_scale")
+            scales = {n: jnp.where(np.isnan(k[..., 0]), dead, 0.5) for n in names}
+        if dtype == jnp.int8:
+            pools = [jnp.rint(jnp.nan_to_num(x, nan=9.0) * 9) for x in pools]
+        pools = [x.astype(dtype) for x in pools]
+        queries = jnp.asarray(q, jnp.bfloat16)
+        return paged_attention(
+            queries, *pools, tables, context, indptr, return_lse=True, **scales, **call
+        )
+
+    clean = answer(0.0)
+    assert np.isfinite(np.asarray(clean[0], np.float32)).all()
+    chex.assert_trees_all_equal(answer(np.nan), clean)
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
 def test_quantised_pools_equal_quantised_then_dense(dtype, fixed):
