@@ -41,6 +41,8 @@ FORWARD_CHANGES: tuple[dict[str, Any], ...] = (
     {"stages": 3},
     {"late_sum": True},
     {"late_sum": False},
+    {"lazy_rescale": True},
+    {"lazy_rescale": False},
     {"release": "mbar"},
     WALK,
     {"block_kv": 128, "late_sum": False, **WALK},
