@@ -195,6 +195,14 @@ def test_a_random_kernel_is_found():
 
     case = Case("2 x 3", ((2, 3), (3,)), dtypes=F32, gradients=False)
     check(own, ["reference", "determinism"], case)
+    check(own, ["reference", "donation"], case)
+    laws = ["reference", "determinism", "donation"]
+    given = dict(reference=reference, laws=laws, verbose=False)
+    report = op_check(own, [case], repeatable=False, **given)
+    assert [row.law for row in report.rows] == ["reference", "donation"]
+    off = lambda x, scale: own(x, scale) * (1 + 1e-2)
+    with pytest.raises(CounterExample):
+        op_check(off, [case], repeatable=False, **given)
 
 
 def test_a_write_that_is_not_in_place_is_found():
