@@ -232,10 +232,10 @@ def _spmm_eigen(spec: Spec, operands: Any) -> Array:
 def _cached_columns(spec: Spec, nse: int, x: Array) -> int:
     """Columns of x for `_by_columns`; all of them where it would be no faster."""
     rows, n = x.shape
-    size = x.dtype.itemsize
-    step = 128 // size  # of less than two lines of cache Eigen is no faster than of two
-    most = CACHED // (rows * size) // step * step
-    if x.size * size < 2 * CACHED or nse < REUSED * sum(spec.shape) or most == 0:
+    step = 32  # of less than two lines of cache Eigen is no faster than of two
+    most = CACHED // (rows * x.dtype.itemsize) // step * step
+    large = x.dtype == jnp.float32 and x.size * x.dtype.itemsize >= 2 * CACHED
+    if not large or nse < REUSED * sum(spec.shape) or most == 0:
         return n
     return -(-n // (-(-n // most) * step)) * step
 

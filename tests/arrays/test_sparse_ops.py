@@ -277,28 +277,26 @@ def test_the_cpu_product_is_the_threaded_one():
     assert "cpu_csr_sparse_dense" not in lower(jnp.ones(30))
 
 
-@pytest.mark.parametrize("rows", [50, 3])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64, jnp.int32], ids=lambda d: d.__name__)
-def test_columns_one_after_another_on_a_cpu_are_the_same_product(monkeypatch, rows, dtype):
+@pytest.mark.parametrize("rows", [50, 3])  # 3: fewer than the blocks of rows
+def test_columns_one_after_another_on_a_cpu_are_the_same_product(monkeypatch, rows):
     places = jax.random.split(jax.random.key(0), 3)
     row, col = (
         jax.random.randint(k, (800,), 0, m) for k, m in zip(places, (rows, 40), strict=False)
     )
-    data = (10 * jax.random.normal(places[2], (800,))).astype(dtype)
+    data = jax.random.normal(places[2], (800,))
     a = COO.from_parts(data, row, col, (rows, 40)).to_csr()
-    x = (10 * jax.random.normal(jax.random.key(1), (40, 72))).astype(dtype)
-
+    x = jax.random.normal(jax.random.key(1), (40, 72))
     spec, pattern = product.pattern_of(a)
 
-    def lowered():  # afresh: JAX keeps what it lowered
-        f = lambda x: product._spmm_eigen(spec, (a.data, x, *pattern))
-        return jax.jit(f).lower(x)
+    def lowered(dtype=x.dtype):  # afresh: JAX keeps what it lowered
+        f = lambda x: product._spmm_eigen(spec, (a.data.astype(dtype), x, *pattern))
+        return jax.jit(f).lower(x.astype(dtype))
 
     many = lambda lowered: lowered.as_text().count("stablehlo.while")
     whole = lowered()
     monkeypatch.setattr(product, "CACHED", 40 * 4 * 32)  # the last slice is moved back
     parts = lowered()
-    assert (many(whole), many(parts)) == (0, 1)
+    assert (many(whole), many(parts), many(lowered(jnp.int32))) == (0, 1, 0)
     want = whole.compile()(x)
     np.testing.assert_array_equal(parts.compile()(x), want)
     stack = x.reshape(40, 8, 9)
