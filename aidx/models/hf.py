@@ -131,16 +131,12 @@ def _activation(hf: Mapping[str, Any], field: str, default: str) -> str:
 
 
 def _stretched_len(rope: Rope, max_positions: int) -> int:
-    """The context that the scaling makes of the original one, as vLLM reads it.
+    """The context that the scaling makes of the original one.
 
     `dynamic` stays at the original: longer contexts cost quality at short ones, so they are asked
     for (`max_model_len`).
     """
-    if rope.type == "linear":
-        return int(max_positions * rope.factor)
-    if rope.type == "yarn":
-        return int((rope.original_max_position_embeddings or max_positions) * rope.factor)
-    return max_positions
+    return max_positions if rope.type == "dynamic" else rope.longest_context(max_positions)
 
 
 def _windows(hf: Mapping[str, Any], model_type: str, L: int) -> tuple[int | None, ...]:
@@ -292,7 +288,9 @@ def config_to_hf(config: LlamaConfig | GPT2Config) -> dict[str, Any]:
         }
     else:
         hf |= _llama_to_hf(config)
-    again = config_from_hf(hf).with_max_model_len(config.max_model_len)
+    again = config_from_hf(hf).with_max_model_len(
+        config.max_model_len, allow_long_max_model_len=True
+    )
     if again != config:
         differ = [
             f.name
