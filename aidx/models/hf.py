@@ -30,6 +30,7 @@ _COUNTS = (
 
 # Keys of the rope dictionary that are understood; any other could change the maths unnoticed.
 _ROPE_FIELDS = {f.name for f in dataclasses.fields(Rope)} - {"theta", "type"}
+_ROPE_SCALING = _ROPE_FIELDS - {"original_max_position_embeddings"}
 _ROPE_KEYS = _ROPE_FIELDS | {"rope_theta", "rope_type", "finetuned"}
 
 
@@ -184,6 +185,10 @@ def rope_from_hf(hf: Mapping[str, Any], max_positions: int) -> Rope:
         raise ValueError(f"rope_parameters={new} and rope_scaling={old} disagree")
     said = {**new, **old}
     kind = said.get("rope_type") or "default"
+    if not said.get("rope_type") and (scaling := sorted(said.keys() & _ROPE_SCALING)):
+        raise ValueError(f"the rotary embedding has {', '.join(scaling)} but no rope_type: {said}")
+    if kind == "default" and said.get("factor") not in (None, 1):
+        raise ValueError(f"rope type 'default' does not scale, but factor={said['factor']}: {said}")
     if kind not in ROPE_TYPES:
         raise ValueError(f"unknown rope type {kind!r}; known: {', '.join(ROPE_TYPES)}")
     partial = said.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))
