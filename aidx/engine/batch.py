@@ -209,8 +209,9 @@ class Schedule:
         samples: `[r]` bool: the row's last token is the sequence's last, so a token is sampled.
         running: who sits where.
         take: `[S]` i64, counts by seat.
-        repeats: steps that may follow in which the same rows decode, until one of them ends, needs
-            a block or has one to publish; nobody coming or going meanwhile.
+        repeats: steps that may follow in which the same rows decode, until one of them ends;
+            nobody coming or going meanwhile.
+        calm: how many of them pass before a row needs a block or has one to publish.
         updates: `[u, 3]` i32, (seat, index, block): entries of block tables the device lacks.
         swap_outs, swap_ins, copies: what happens to blocks before the step, see `BatchScheduler`.
         admitted: sequences that took a seat in this step.
@@ -224,6 +225,7 @@ class Schedule:
     running: tuple[SequenceState | None, ...]
     take: np.ndarray
     repeats: int = 0
+    calm: int = 0
     updates: np.ndarray = dataclasses.field(default_factory=lambda: NO_UPDATES)
     swap_outs: tuple[tuple[int, np.ndarray], ...] = ()
     swap_ins: tuple[tuple[int, np.ndarray], ...] = ()

@@ -25,7 +25,7 @@ def next_rows(rows: Rows, work: Schedule) -> Rows | None:
 
     Asked while nobody takes or leaves a seat.
     """
-    if work.seats is not rows.seats:  # as they are in a repeated step
+    if work.seats is not rows.seats:  # a repeated step has the same
         if not np.array_equal(work.seats, rows.seats) or not work.samples.all():
             return None
         if work.num_tokens != len(work.seats):

@@ -24,6 +24,7 @@ from aidx.engine.batch import (
     BatchScheduler,
     Schedule,
     blocks_needed,
+    grow,
     queued,
     replaced,
 )
@@ -124,7 +125,9 @@ def schedule(
     """
     nobody_comes = not batch.waiting or None not in batch.running
     if last is not None and last.repeats and last.running is batch.running and nobody_comes:
-        return _repeat(batch, last)
+        again = _repeat(batch, last)
+        if again is not None:
+            return again
     before, batch = batch, evict(batch)
     take = _share_budget(batch)
     batch, take, preempted = find_blocks(batch, take, drained)
@@ -144,9 +147,24 @@ def schedule(
     return batch, dataclasses.replace(found, preempted=(seq, *found.preempted))
 
 
-def _repeat(batch: BatchScheduler, last: Schedule) -> tuple[BatchScheduler, Schedule]:
-    """The rows of `last` decode once more."""
-    schedule = Schedule(
+def _repeat(batch: BatchScheduler, last: Schedule) -> tuple[BatchScheduler, Schedule] | None:
+    """The rows of `last` decode once more; None where the pool lacks a block for one of them."""
+    computed, calm, updates = batch.num_computed + last.take, last.calm - 1, NO_UPDATES
+    if not last.calm:
+        short = (computed > batch.num_blocks * batch.pool.block_size).astype(np.int64)
+        if short.sum() > batch.pool.num_free:
+            return None
+        batch = grow(batch, short)
+        updates = _table_updates(batch)
+    batch = batch.replace(
+        num_computed=computed,
+        num_tokens=batch.num_tokens + last.take,
+        num_sent=batch.num_blocks,
+    )
+    if not last.calm:
+        batch = _publish(batch)
+        calm = _calm(batch, last.seats)
+    return batch, Schedule(
         seats=last.seats,
         starts=last.starts + 1,
         counts=last.counts,
@@ -154,22 +172,27 @@ def _repeat(batch: BatchScheduler, last: Schedule) -> tuple[BatchScheduler, Sche
         running=last.running,
         take=last.take,
         repeats=last.repeats - 1,
+        calm=calm,
+        updates=updates,
     )
-    computed, promised = batch.num_computed + last.take, batch.num_tokens + last.take
-    return batch.replace(num_computed=computed, num_tokens=promised), schedule
 
 
-def _num_repeats(batch: BatchScheduler, take: np.ndarray, samples: np.ndarray) -> int:
+def _repeats(batch: BatchScheduler, take: np.ndarray, samples: np.ndarray) -> int:
     """`Schedule.repeats` of a step that computes `take`, once it is issued."""
-    config, size = batch.config, batch.pool.block_size
     if not np.array_equal(take, samples) or batch.synchronous.any():
         return 0
-    if config.window is not None or config.policy == "fair":  # where every step counts
+    if batch.config.window is not None or batch.config.policy == "fair":  # every step counts
         return 0
-    steps = np.minimum(batch.limit - batch.num_tokens, batch.num_blocks * size - batch.num_computed)
-    if config.enable_prefix_caching:
+    return int((batch.limit - batch.num_tokens)[samples].min())
+
+
+def _calm(batch: BatchScheduler, seats: np.ndarray) -> int:
+    """`Schedule.calm` of a step in which `seats` decode, once it is issued."""
+    size = batch.pool.block_size
+    steps = batch.num_blocks * size - batch.num_computed
+    if batch.config.enable_prefix_caching:
         steps = np.minimum(steps, (batch.num_published + 1) * size - batch.num_known - 1)
-    return max(int(steps[samples].min()), 0)
+    return max(int(steps[seats].min()), 0)
 
 
 def _blocked_by_sibling(batch: BatchScheduler, take: np.ndarray) -> int | None:
@@ -225,7 +248,7 @@ def _issue(
     seats, computed = take.nonzero()[0], batch.num_computed + take
     samples = (computed == batch.num_tokens) & (take > 0)
     before, starts, updates = batch, batch.num_computed[seats], _table_updates(batch)
-    repeats = 0
+    repeats = calm = 0
     if len(seats):
         late = samples & batch.synchronous
         service = batch.service
@@ -244,7 +267,8 @@ def _issue(
             evicted=(),
         )
         batch = _publish(batch)
-        repeats = _num_repeats(batch, take, samples)
+        repeats = _repeats(batch, take, samples)
+        calm = _calm(batch, seats) if repeats else 0
     return batch, Schedule(
         seats=seats,
         starts=starts,
@@ -253,6 +277,7 @@ def _issue(
         running=batch.running,
         take=take,
         repeats=repeats,
+        calm=calm,
         updates=updates,
         swap_outs=before.swap_outs,
         swap_ins=before.swap_ins,
