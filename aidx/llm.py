@@ -49,7 +49,10 @@ class LLM:
         path_or_model: a checkpoint directory, `org/name` on the hub, or a `Model`.
         dtype: of parameters and cache; `auto` is the checkpoint's, float32 on a CPU.
         max_model_len: tokens of a sequence, prompt included; None: what the model is made for, or
-            what the pool holds if that is less.
+            what the pool holds if that is less.  More than the model is made for
+            (max_position_embeddings, stretched by its rope scaling) is refused.
+        allow_long_max_model_len: take such a max_model_len all the same, for a model with rotary
+            embeddings; the text may lose its sense beyond what training showed.
         max_num_seqs: sequences that run at once; None: 256, on a CPU 16.
         max_num_batched_tokens: tokens of one step; None: 2048, on a CPU 256.
         block_size: tokens per block of the cache, and of a prefix that requests share; None: 16, on
@@ -94,6 +97,7 @@ class LLM:
         *,
         dtype: Any = "auto",
         max_model_len: int | None = None,
+        allow_long_max_model_len: bool = False,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         block_size: int | None = None,
@@ -132,7 +136,9 @@ class LLM:
         # What is wrong whatever the model is found before one is loaded.
         EngineConfig(1, 1, 1, vocab_size=1, num_blocks=2, **options)
         set_compilation_cache()
-        self.model = _model(path_or_model, dtype, revision, mesh, max_model_len)
+        self.model = _model(
+            path_or_model, dtype, revision, mesh, max_model_len, allow_long_max_model_len
+        )
         model = self.model
         cpu = _device(model.params).platform == "cpu"
         seqs = max_num_seqs if max_num_seqs is not None else (16 if cpu else 256)
@@ -612,10 +618,15 @@ def set_compilation_cache() -> str | None:
     return str(directory)
 
 
-def _model(path_or_model, dtype, revision, mesh, max_model_len) -> Model:
+def _model(path_or_model, dtype, revision, mesh, max_model_len, allow_long) -> Model:
     if not isinstance(path_or_model, Model):
         return load_model(
-            path_or_model, revision=revision, dtype=dtype, mesh=mesh, max_model_len=max_model_len
+            path_or_model,
+            revision=revision,
+            dtype=dtype,
+            mesh=mesh,
+            max_model_len=max_model_len,
+            allow_long_max_model_len=allow_long,
         )
     for name, value in (("revision", revision), ("mesh", mesh)):
         if value is not None:
@@ -623,7 +634,7 @@ def _model(path_or_model, dtype, revision, mesh, max_model_len) -> Model:
     if dtype != "auto" and np.dtype(dtype) != path_or_model.dtype:
         raise ValueError(f"{dtype=} differs from the model's {path_or_model.dtype}")
     if max_model_len is not None and max_model_len != path_or_model.max_model_len:
-        return path_or_model.with_max_model_len(max_model_len)
+        return path_or_model.with_max_model_len(max_model_len, allow_long_max_model_len=allow_long)
     return path_or_model
 
 

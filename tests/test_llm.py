@@ -19,6 +19,7 @@ import pytest
 import aidx.llm
 from aidx.engine import BeamSearchParams, EngineDeadError, SamplingParams
 from aidx.llm import LLM, AsyncLLM, pool_size, set_compilation_cache
+from aidx.models import save_model
 from tests.engine.tiny import (
     GREEDY,
     LIMITS,
@@ -148,6 +149,18 @@ def test_other_parameters_answer_otherwise(llm):
     assert tokens_of(llm.generate(PROMPTS[:2], GREEDY)) != before
     llm.update_params(old)
     assert tokens_of(llm.generate(PROMPTS[:2], GREEDY)) == before
+
+
+def test_a_context_that_the_model_is_not_made_for_is_refused_before_its_weights_are_read(
+    tmp_path, monkeypatch
+):
+    save_model(model(), tmp_path)
+    monkeypatch.setattr("aidx.models.load.read_params", lambda *_: pytest.fail("weights were read"))
+    for path_or_model in (tmp_path, model()):
+        with pytest.raises(ValueError, match=r"max_model_len=2049 .*max_position_embeddings=2048"):
+            LLM(path_or_model, **(OPTIONS | {"max_model_len": 2049}), warmup=False)
+    longer = make(max_model_len=2049, allow_long_max_model_len=True, num_blocks=520)
+    assert longer.engine.config.max_model_len == 2049
 
 
 def test_the_length_is_what_the_pool_holds_unless_asked_for():

@@ -62,6 +62,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
     )
     group.add_argument("--max-model-len", type=positive, metavar="N", help="tokens of a sequence")
+    group.add_argument(
+        "--allow-long-max-model-len",
+        action="store_true",
+        default=None,
+        help="more of them than the model is made for",
+    )
     group.add_argument("--max-num-seqs", type=positive, metavar="N", help="sequences at once")
     group.add_argument(
         "--max-num-batched-tokens", type=positive, metavar="N", help="tokens of a step"
@@ -74,6 +80,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 ENGINE_OPTIONS = (
     "max_model_len",
+    "allow_long_max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
     "block_size",

@@ -24,11 +24,13 @@ _NOT_YET = -1
 
 def admit(batch: BatchScheduler, take: np.ndarray):
     """Seat waiting sequences while seats, budget, rows and memory last."""
+    if not batch.waiting:
+        return batch, take, []
     config, before = batch.config, batch.num_computed
     free_seats = [i for i, seq in enumerate(batch.running) if seq is None]
     budget = config.max_num_batched_tokens - int(take.sum())
     rows = config.max_num_seqs - _num_rows(batch, take)
-    if not (free_seats and budget and rows and batch.waiting):
+    if not (free_seats and budget and rows):
         return batch, take, []
     take, service, admitted = take.copy(), batch.service.copy(), []
     for seq in _in_policy_order(batch, service):
@@ -58,7 +60,7 @@ def admit(batch: BatchScheduler, take: np.ndarray):
         for seq in batch.waiting
         if seq.seq_id not in taken
     )
-    batch = dataclasses.replace(batch, waiting=waiting, service=service)
+    batch = batch.replace(waiting=waiting, service=service)
     fresh = np.where(np.isin(np.arange(config.max_num_seqs), [s.seat for s in admitted]), take, 0)
     return grow(batch, blocks_short(batch, fresh)), take, admitted
 
@@ -165,5 +167,5 @@ def _place(
         seat=seat,
     )
     last = seq.keys[len(shared) - 1] if len(shared) and seq.keys else None
-    batch = dataclasses.replace(batch, pool=pool, copies=copies, swap_ins=swap_ins)
+    batch = batch.replace(pool=pool, copies=copies, swap_ins=swap_ins)
     return seated(batch, seq, blocks, len(shared), last), seq

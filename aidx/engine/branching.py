@@ -69,9 +69,11 @@ def _continue_in_seat(batch: BatchScheduler, child: SequenceState) -> BatchSched
     )
     known[child.seat] = promised[child.seat] = child.num_known
     paused[child.seat] = False
-    return dataclasses.replace(
-        batch,
+    seq_ids = batch.seq_ids.copy()
+    seq_ids[child.seat] = child.seq_id
+    return batch.replace(
         running=replaced(batch.running, {child.seat: child}),
+        seq_ids=seq_ids,
         num_known=known,
         num_tokens=promised,
         paused=paused,
@@ -95,5 +97,5 @@ def _fork_into_seat(
     source = child.seat
     child = dataclasses.replace(child, seat=seat, blocks=blocks)
     published = int(batch.num_published[source])
-    batch = dataclasses.replace(batch, pool=pool, copies=copies)
+    batch = batch.replace(pool=pool, copies=copies)
     return seated(batch, child, blocks, published, batch.keys[source]), child

@@ -35,7 +35,7 @@ from aidx.engine.outputs import (
 )
 from aidx.engine.progress import Progress, advance, end, start
 from aidx.engine.request import Request, SequenceState
-from aidx.engine.rows import Rows, plan_rows
+from aidx.engine.rows import Rows, next_rows, plan_rows
 from aidx.engine.sampling_params import (
     BeamSearchParams,
     SamplingParams,
@@ -70,6 +70,21 @@ class _InFlight:
     rows: Rows
     out: jax.Array
     epoch: int
+    running: tuple[SequenceState | None, ...] | None  # who sat where, if every row drew a token
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decode:
+    """A step in which every row drew one token: the next plan of these rows is much the same."""
+
+    rows: Rows
+    shape: stepping.Shape
+    packed: np.ndarray
+    running: tuple[SequenceState | None, ...]
+
+
+# The rows of a step, its trace, and what packs its plan.
+_Planned = tuple[Rows, stepping.Shape, Callable[..., np.ndarray]]
 
 
 def described(params: Params) -> dict[str, str]:
@@ -126,15 +141,25 @@ class Engine:
         self._drew = np.zeros(s, bool)  # whether the device has the seat's last token
         self._every = np.zeros(s, bool)  # one row a prompt token
         self._masked = np.zeros(s, bool)  # whether the seat's masks are not neutral
+        self._quiet = np.zeros(s, bool)  # whether only a token that ends it needs a look
+        self._endings: list[frozenset[int]] = [frozenset()] * s  # those tokens
+        self._pick_shape = functools.partial(
+            stepping.pick_shape,
+            max_num_seqs=s,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_logprobs=config.max_logprobs,
+            cpu=config.cpu,
+        )
         self._tickets: dict[str, Ticket] = {}
         self._progress: dict[int, Progress] = {}  # seq_id -> output so far
-        self._num_output: dict[int, int] = {}  # seq_id -> tokens of it
         self._prompt_logprobs: dict[str, list[Logprobs | None]] = {}
         self._beams: dict[str, Beams] = {}
         self._candidates: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of paused beams
         self._prefixes: tuple[Any, SharedPrefixes | None] = None, None  # of whom; what they share
         self._swapped: dict[int, SwappedBlocks] = {}  # seq_id -> its blocks in host memory
         self._in_flight: _InFlight | None = None
+        self._decode: _Decode | None = None  # the last step, where it was one
+        self._work: scheduling.Schedule | None = None  # of the last step
         self._epoch = 0  # how often the device state was made anew
         self._touched: dict[str, None] = {}  # requests with something to tell
         self._seq_ids = itertools.count()
@@ -213,7 +238,6 @@ class Engine:
         begin = start(ticket.rules, tokens.tolist())
         for seq in ticket.samples:
             self._progress[seq.seq_id] = begin
-            self._num_output[seq.seq_id] = 0
         if params.prompt_logprobs is not None:
             self._prompt_logprobs[name] = [None] * len(tokens)
         if self._last_tick is None:
@@ -239,13 +263,13 @@ class Engine:
         """
         self._tick()
         flight = self._in_flight
-        batch, work = scheduling.schedule(self._batch, drained=flight is None)
+        batch, work = scheduling.schedule(self._batch, drained=flight is None, last=self._work)
         if work is None:  # a preemption is due, and the host must know its tokens first
             self._read(flight)
             flight = None
             batch, work = scheduling.schedule(self._batch)
         assert work is not None  # it is None for a step in flight only
-        self._batch = batch
+        self._batch, self._work = batch, work
         issued, failure = None, None
         if len(work.seats):
             try:
@@ -286,7 +310,7 @@ class Engine:
         )
         self._batch = scheduling.preempt_all(self._batch)
         self._swapped.clear()
-        self._batch = dataclasses.replace(self._batch, pool=self._batch.pool.clear_prefix_cache())
+        self._batch = self._batch.replace(pool=self._batch.pool.clear_prefix_cache())
 
     def stats(self) -> EngineStats:
         """Where the engine stands, and what it has done."""
@@ -320,31 +344,55 @@ class Engine:
         for seq_id, places in work.swap_ins:
             self._cache = swap_in(self._cache, self._swapped.pop(seq_id), places)
         self._cache = copy_blocks(self._cache, work.copies)
-        rows = plan_rows(self._batch, work, self._every, self._drew)
-        cascade = self._cascade(rows)
-        shape = self._shape(rows, cascade=bool(cascade))
-        cascade = cascade if shape.cascade else {}
+        rows, shape, packed = self._plan(work)
         self._ban_words(rows)
+        out = self._run(shape, packed)
+        if not self.config.cpu:  # whose memory is read as it is
+            out.copy_to_host_async()
+        return _InFlight(rows, out, self._epoch, self._decode and self._decode.running)
+
+    def _plan(self, work: scheduling.Schedule) -> tuple[Rows, stepping.Shape, np.ndarray]:
+        """The rows of a step, its trace, and the packed plan."""
+        rows, shape, pack = self._plan_again(work) or self._plan_anew(work)
         updates, room = work.updates, shape.num_updates
         for at in range(room, len(updates), TABLE_UPDATES):
             self._write_tables(updates[at : at + TABLE_UPDATES])
-        packed = stepping.pack_plan(
+        packed = pack(
             shape,
             max_num_seqs=self.config.max_num_seqs,
+            starts=rows.starts,
+            updates=updates[:room],
+        )
+        drew = shape.decode and rows.samples.all()
+        self._decode = _Decode(rows, shape, packed, self._batch.running) if drew else None
+        return rows, shape, packed
+
+    def _plan_again(self, work: scheduling.Schedule) -> _Planned | None:
+        """Where `work` is the decode that follows the last step's decode: with that one's plan."""
+        last = self._decode
+        if last is None or last.running is not self._batch.running:
+            return None
+        rows = next_rows(last.rows, work)
+        if rows is None:
+            return None
+        return rows, last.shape, functools.partial(stepping.next_plan, last=last.packed)
+
+    def _plan_anew(self, work: scheduling.Schedule) -> _Planned:
+        rows = plan_rows(self._batch, work, self._every, self._drew)
+        cascade = self._cascade(rows)
+        shape = self._shape(rows, cascade=bool(cascade))
+        pack = functools.partial(
+            stepping.pack_plan,
             seats=rows.seats,
             writes=np.where(rows.samples, rows.seats, self.config.max_num_seqs),
-            starts=rows.starts,
             counts=rows.counts,
             targets=rows.targets,
             sampling=self._sampling[rows.seats],
             tokens=rows.tokens,
-            updates=updates[:room],
-            **cascade,
+            **(cascade if shape.cascade else {}),
         )
-        out = self._run(shape, packed)
-        out.copy_to_host_async()
         self._drew[rows.seats[rows.samples]] = True
-        return _InFlight(rows, out, self._epoch)
+        return rows, shape, pack
 
     def _run(self, shape: stepping.Shape, packed: np.ndarray) -> jax.Array:
         masked = shape.sampler.masked
@@ -392,22 +440,15 @@ class Engine:
     def _shape(self, rows: Rows, *, cascade: bool) -> stepping.Shape:
         """The cheapest trace that serves these rows; with `cascade` where that costs no padding."""
         telling = rows.seats[rows.samples | (rows.targets >= 0)]
-        variant, masked, logprobs = self._needs[telling].max(axis=0, initial=0)
+        variant, masked, logprobs = self._needs[telling].max(axis=0, initial=0).tolist()
         needed = stepping.Sampler(
-            VARIANTS[variant], bool(masked), int(logprobs) - 1 if logprobs else None
+            VARIANTS[variant], bool(masked), logprobs - 1 if logprobs else None
         )
-        pick = functools.partial(
-            stepping.pick_shape,
-            len(rows.counts),
-            len(rows.tokens),
-            needed,
-            max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.config.max_num_batched_tokens,
-            max_logprobs=self.config.max_logprobs,
-            cpu=self.config.cpu,
-        )
-        shape = pick()
-        sharing = pick(cascade=True) if cascade else shape
+        size = len(rows.counts), len(rows.tokens)
+        shape = self._pick_shape(*size, needed)
+        if not cascade:
+            return shape
+        sharing = self._pick_shape(*size, needed, cascade=True)
         return sharing if sharing.num_rows == shape.num_rows else shape
 
     def _take_seat(self, seq: SequenceState) -> None:
@@ -418,6 +459,8 @@ class Engine:
         self._needs[seat] = ticket.needs
         self._drew[seat] = False
         self._every[seat] = seq.every_logit
+        self._quiet[seat] = False
+        self._endings[seat] = ticket.rules.eos_ids | ticket.rules.stop_ids
         if ticket.needs[1]:
             self._write_masks(seat, mask_row(self.config, ticket, seq.output.tolist()))
             self._masked[seat] = True
@@ -440,6 +483,8 @@ class Engine:
 
     def _ban_words(self, rows: Rows) -> None:
         """Ban what would complete a bad word; such a row is synchronous, so its output is known."""
+        if not self._batch.synchronous.any():
+            return
         for seat in rows.seats[rows.samples & self._batch.synchronous[rows.seats]]:
             seq = self._batch.sequence(int(seat))
             ticket = self._tickets[seq.request.request_id]
@@ -462,26 +507,39 @@ class Engine:
             self._lose_device(error)
             return
         rows = flight.rows
-        if (rows.targets >= 0).any():
+        if self._prompt_logprobs:
             self._read_prompt_logprobs(rows, out)
+        seats, tokens = rows.seats, out[:, 0]
+        if min(tokens.tolist()) < 0:
+            self._end_hopeless(rows, out)
+        if flight.running is self._batch.running and not self._beams:
+            at = np.arange(len(seats))
+        else:
+            at = (self._alive(rows) & rows.samples).nonzero()[0]
+            if self._beams:
+                at = self._read_beams(rows, out, at)
+            seats, tokens = seats[at], tokens[at]
+        self._batch = scheduling.record(self._batch, seats, tokens)
+        self._meter.generated_tokens += len(at)
+        done = []
+        full = self._batch.num_known >= self._batch.limit
+        columns = (at, seats, tokens, self._quiet[seats], full[seats])
+        for i, seat, token, quiet, last in zip(*(c.tolist() for c in columns), strict=True):
+            if quiet and not last and token not in self._endings[seat]:
+                continue
+            seq = self._batch.running[seat]
+            if seq is not None and self._advance(seq, token, out[i]):
+                done.append(seat)
+        self._batch = scheduling.finish(self._batch, done)
+
+    def _end_hopeless(self, rows: Rows, out: np.ndarray) -> None:
+        """End requests whose rows had nothing to draw."""
         for seat in rows.seats[self._alive(rows) & rows.samples & (out[:, 0] < 0)].tolist():
             self._end_request(
                 self._batch.at(seat).request.request_id,
                 "error",
                 "no token has a finite logit: the model gave NaN, or every token is forbidden",
             )
-        at = np.flatnonzero(self._alive(rows) & rows.samples)
-        if self._beams:
-            at = self._read_beams(rows, out, at)
-        seats, tokens = rows.seats[at], out[at, 0]
-        self._batch = scheduling.record(self._batch, seats, tokens)
-        self._meter.generated_tokens += len(at)
-        done = []
-        for i, seat, token in zip(at.tolist(), seats.tolist(), tokens.tolist(), strict=True):
-            seq = self._batch.running[seat]
-            if seq is not None and self._advance(seq, token, out[i]):
-                done.append(seat)
-        self._batch = scheduling.finish(self._batch, done)
 
     def _read_beams(self, rows: Rows, out: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Keep the beams' candidates, advance the searches that have all; the other rows."""
@@ -513,7 +571,7 @@ class Engine:
         if metrics.first_token_time is None:
             metrics = dataclasses.replace(metrics, first_token_time=self._clock())
         for seq_id in group:
-            del self._progress[seq_id], self._num_output[seq_id]
+            del self._progress[seq_id]
         if ticket.stream or not parents:
             self._touched[name] = None
         children = [
@@ -523,21 +581,18 @@ class Engine:
         self._batch, samples = scheduling.branch(self._batch, group, children)
         self._tickets[name] = dataclasses.replace(ticket, samples=tuple(samples), metrics=metrics)
         for seq in samples:
-            self._progress[seq.seq_id] = Progress()
-            self._num_output[seq.seq_id] = len(beams.running[0].tokens)
+            self._progress[seq.seq_id] = Progress(num_tokens=len(beams.running[0].tokens))
             if seq.seat >= 0:
                 self._take_seat(seq)
 
     def _alive(self, rows: Rows) -> np.ndarray:
         """Which rows still belong to the sequence that sits there: others ended meanwhile."""
-        ids = np.array([-1 if seq is None else seq.seq_id for seq in self._batch.running])
-        return ids[rows.seats] == rows.seq_ids
+        return self._batch.seq_ids[rows.seats] == rows.seq_ids
 
     def _advance(self, seq: SequenceState, token: int, out: np.ndarray) -> bool:
         """Give a sample its token; whether it ended with that."""
-        name, count = seq.request.request_id, self._num_output[seq.seq_id] + 1
+        name, known = seq.request.request_id, int(self._batch.num_known[seq.seat])
         ticket = self._tickets[name]
-        self._num_output[seq.seq_id] = count
         if ticket.metrics.first_token_time is None:
             metrics = dataclasses.replace(ticket.metrics, first_token_time=self._clock())
             ticket = self._tickets[name] = dataclasses.replace(ticket, metrics=metrics)
@@ -548,14 +603,15 @@ class Engine:
             progress = advance(
                 self._progress[seq.seq_id],
                 ticket.rules,
-                seq.log[seq.num_prompt : seq.num_prompt + count],
-                last=seq.num_prompt + count >= seq.limit,
+                seq.log[seq.num_prompt : known],
+                last=known >= seq.limit,
                 logprobs=logprobs,
             )
         except Exception as error:  # a tokenizer is foreign code: its failure is this request's
             self._end_request(name, "error", f"{type(error).__name__}: {error}")
             return False
         self._progress[seq.seq_id] = progress
+        self._quiet[seq.seat] = ticket.quiet
         if ticket.stream or progress.finish_reason is not None:
             self._touched[name] = None
         return progress.finish_reason is not None
@@ -588,13 +644,13 @@ class Engine:
         self, name: str, reason: FinishReason, stop_reason: int | str | None = None
     ) -> None:
         """End every sample of a request that has not ended; the next report says so."""
-        ticket = self._tickets[name]
+        ticket, lengths = self._tickets[name], self._batch.lengths()
         for seq in ticket.samples:
             self._candidates.pop(seq.seq_id, None)
             self._swapped.pop(seq.seq_id, None)
             progress = self._progress[seq.seq_id]
             if progress.finish_reason is None:
-                output = seq.log[seq.num_prompt : seq.num_prompt + self._num_output[seq.seq_id]]
+                output = seq.log[seq.num_prompt : lengths[seq.seq_id]]
                 self._progress[seq.seq_id] = end(
                     progress, ticket.rules, output, reason, stop_reason
                 )
@@ -614,7 +670,7 @@ class Engine:
         for name in {running[s].request.request_id for s in seats if running[s] is not None}:
             self._end_request(name, "error", f"{type(error).__name__}: {error}")
         # Blocks were published, and were to be swapped out, on the strength of that step.
-        batch = dataclasses.replace(self._batch, pool=self._batch.pool.clear_prefix_cache())
+        batch = self._batch.replace(pool=self._batch.pool.clear_prefix_cache())
         lost = [seq.seq_id for seq in batch.waiting if seq.seq_id not in self._swapped]
         self._batch = scheduling.forget_swapped(batch, lost)
 
@@ -626,8 +682,7 @@ class Engine:
         self._epoch += 1
         self._swapped.clear()
         waiting = scheduling.forget_swapped(self._batch, [s.seq_id for s in self._batch.waiting])
-        self._batch = dataclasses.replace(
-            self._new_batch(),
+        self._batch = self._new_batch().replace(
             waiting=waiting.waiting,
             users=waiting.users,
             service=waiting.service,
@@ -661,7 +716,7 @@ class Engine:
         self._prompt_logprobs.pop(name, None)
         self._beams.pop(name, None)
         for seq in ticket.samples:
-            del self._progress[seq.seq_id], self._num_output[seq.seq_id]
+            del self._progress[seq.seq_id]
 
     def _output(self, ticket: Ticket, done: bool) -> RequestOutput:
         name = ticket.request.request_id
@@ -670,7 +725,7 @@ class Engine:
             ended = self._progress[ticket.samples[0].seq_id] if search.running else None
             samples = beam_outputs(search, ended, self._tokenizer)
         else:
-            samples = sample_outputs(ticket, self._progress, self._num_output)
+            samples = sample_outputs(ticket, self._progress)
         finished = self._clock() if done else None
         return request_output(ticket, samples, self._prompt_logprobs.get(name), finished)
 
@@ -776,7 +831,7 @@ class Engine:
             for n in (*(1 << i for i in range(size.bit_length())), size):  # all sizes of a piece
                 self._cache, _ = time_swapping(self._cache, n, repeats=1)
             limits = dataclasses.replace(self._batch.config, preemption_mode="swap")
-            self._batch = dataclasses.replace(self._batch, config=limits)
+            self._batch = self._batch.replace(config=limits)
         jax.block_until_ready((self._cache, self._state))
         return done
 

@@ -22,6 +22,8 @@ from aidx.engine.request import SequenceState, SequenceStatus
 def find_blocks(batch: BatchScheduler, take: np.ndarray, drained: bool):
     """Give every running sequence its blocks, preempting the last in line while they do not do."""
     preempted: list[SequenceState] = []
+    if (batch.num_computed + take <= batch.num_blocks * batch.pool.block_size).all():
+        return batch, take, preempted
     short = blocks_short(batch, take)
     while short.sum() > batch.pool.num_free:
         if not drained:
@@ -61,7 +63,7 @@ def preempt(
     )
     if len(blocks):
         outs = (*batch.swap_outs, (seq.seq_id, blocks))
-        batch = dataclasses.replace(batch, swap_outs=outs)
+        batch = batch.replace(swap_outs=outs)
     return queued(finish(batch, [seat]), seq), seq
 
 
@@ -102,7 +104,7 @@ def forget_swapped(batch: BatchScheduler, seq_ids: Iterable[int]) -> BatchSchedu
         for seq in batch.waiting
     )
     outs = tuple((seq_id, blocks) for seq_id, blocks in batch.swap_outs if seq_id not in gone)
-    return dataclasses.replace(batch, waiting=waiting, swap_outs=outs)
+    return batch.replace(waiting=waiting, swap_outs=outs)
 
 
 def evict(batch: BatchScheduler) -> BatchScheduler:
@@ -127,8 +129,7 @@ def evict(batch: BatchScheduler) -> BatchScheduler:
         tables[seat] = batch.tables[seat].copy()
         tables[seat][begin:end] = NULL_BLOCK
         gaps.append((seat, begin, end))
-    return dataclasses.replace(
-        batch,
+    return batch.replace(
         pool=batch.pool.free(np.concatenate(gone)),
         tables=replaced(batch.tables, tables),
         num_evicted=np.maximum(batch.num_evicted, dead),

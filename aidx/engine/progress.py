@@ -37,9 +37,13 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """A sample's output so far; the tokens themselves are in the sequence's log."""
+    """A sample's output so far; the tokens themselves are in the sequence's log.
+
+    `num_tokens` counts those of which `advance` was told: all, once the sample has ended.
+    """
 
     text: str = ""
+    num_tokens: int = 0
     state: DetokenizerState | None = None
     logprobs: tuple[Logprobs, ...] = ()
     cumulative_logprob: float = 0.0
@@ -95,8 +99,6 @@ def advance(
             text += delta
         if state.stop is not None:
             reason, stop_reason = "stop", state.stop
-    elif reason is None and logprobs is None:
-        return progress
     elif reason is not None:
         text = _text(progress, rules, output if shown else output[:-1])
     cumulative = progress.cumulative_logprob
@@ -104,6 +106,7 @@ def advance(
         cumulative += logprobs[token].logprob
     return Progress(
         text,
+        len(output),
         state,
         progress.logprobs if logprobs is None else (*progress.logprobs, logprobs),
         cumulative,
@@ -131,7 +134,13 @@ def end(
             text = _text(progress, rules, output)
         elif rules.detokenizer is not None and progress.state is not None:
             text += rules.detokenizer.finish(progress.state)[1]
-    return dataclasses.replace(progress, text=text, finish_reason=reason, stop_reason=stop_reason)
+    return dataclasses.replace(
+        progress,
+        text=text,
+        num_tokens=len(output),
+        finish_reason=reason,
+        stop_reason=stop_reason,
+    )
 
 
 def _text(progress: Progress, rules: Rules, output: Sequence[int] | np.ndarray) -> str:

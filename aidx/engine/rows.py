@@ -20,6 +20,19 @@ class Rows:
     tokens: np.ndarray  # [t]
 
 
+def next_rows(rows: Rows, work: Schedule) -> Rows | None:
+    """The rows of `work` where it is the decode that follows the decode `rows`; else None.
+
+    Asked while nobody takes or leaves a seat.
+    """
+    if work.seats is not rows.seats:  # a repeated step has the same
+        if not np.array_equal(work.seats, rows.seats) or not work.samples.all():
+            return None
+        if work.num_tokens != len(work.seats):
+            return None
+    return dataclasses.replace(rows, seats=work.seats, starts=work.starts)
+
+
 def plan_rows(
     batch: BatchScheduler, work: Schedule, every_logit: np.ndarray, drew: np.ndarray
 ) -> Rows:
@@ -31,11 +44,10 @@ def plan_rows(
         every_logit: `[S]` bool, seats that want one row a prompt token.
         drew: `[S]` bool, seats whose last token the device has.
     """
-    running = [batch.at(seat) for seat in work.seats]
-    running = dict(zip(work.seats.tolist(), running, strict=True))
     seats, starts, counts, samples = work.seats, work.starts, work.counts, work.samples
     targets = np.full(len(seats), -1, np.int64)
     if every_logit[seats].any():
+        running = {s: batch.at(s) for s in seats.tolist()}
         every = every_logit[seats] & (starts < [running[s].num_prompt for s in seats])
         repeats = np.where(every, counts, 1)
         row = np.repeat(np.arange(len(seats)), repeats)
@@ -48,10 +60,9 @@ def plan_rows(
             for s, p, e in zip(seats, starts, every, strict=True)
         ]
         targets = np.array(following, np.int64)
-    tokens = np.full(int(counts.sum()), -1, np.int32)
     ends = np.cumsum(counts)
+    tokens = np.full(ends[-1], -1, np.int32)
     for i in np.flatnonzero(~(drew[seats] & (counts == 1))):
         at, first = ends[i] - counts[i], starts[i]
-        tokens[at : ends[i]] = running[seats[i]].log[first : first + counts[i]]
-    seq_ids = np.array([running[s].seq_id for s in seats], np.int64)
-    return Rows(seats, seq_ids, starts, counts, samples, targets, tokens)
+        tokens[at : ends[i]] = batch.at(seats[i]).log[first : first + counts[i]]
+    return Rows(seats, batch.seq_ids[seats], starts, counts, samples, targets, tokens)

@@ -19,9 +19,17 @@ import numpy as np
 
 from aidx.cache import NULL_BLOCK, BlockKey
 from aidx.engine.admission import OUTPUT_COST, admit
+from aidx.engine.batch import (
+    NO_UPDATES,
+    BatchScheduler,
+    Schedule,
+    blocks_needed,
+    grow,
+    queued,
+    replaced,
+)
 from aidx.engine.batch import POLICIES as POLICIES
 from aidx.engine.batch import PREEMPTION_MODES as PREEMPTION_MODES
-from aidx.engine.batch import BatchScheduler, Schedule, blocks_needed, queued, replaced
 from aidx.engine.batch import SchedulerConfig as SchedulerConfig
 from aidx.engine.batch import cancel as cancel
 from aidx.engine.batch import finish as finish
@@ -78,7 +86,7 @@ def add(batch: BatchScheduler, seq: SequenceState) -> BatchScheduler:
         least = min((service[users[other]] for other in present), default=service[users[name]])
         service = service.copy()
         service[users[name]] = max(service[users[name]], least)
-    return queued(dataclasses.replace(batch, users=users, service=service), seq)
+    return queued(batch.replace(users=users, service=service), seq)
 
 
 def record(batch: BatchScheduler, seats: np.ndarray, tokens: np.ndarray) -> BatchScheduler:
@@ -87,9 +95,10 @@ def record(batch: BatchScheduler, seats: np.ndarray, tokens: np.ndarray) -> Batc
     A synchronous sequence was paused until now, and goes on.
     """
     known = batch.num_known.copy()
-    for seat, token in zip(seats.tolist(), tokens.tolist(), strict=True):
-        batch.at(seat).log[known[seat]] = token
-        known[seat] += 1
+    places = known[seats].tolist()
+    for seat, place, token in zip(seats.tolist(), places, tokens.tolist(), strict=True):
+        batch.at(seat).log[place] = token
+    known[seats] += 1
     promised, paused = batch.num_tokens, batch.paused
     late = batch.synchronous[seats]
     if late.any():
@@ -97,21 +106,28 @@ def record(batch: BatchScheduler, seats: np.ndarray, tokens: np.ndarray) -> Batc
         promised[seats[late]] += 1
         paused = paused.copy()
         paused[seats[late]] = False
-    return dataclasses.replace(batch, num_known=known, num_tokens=promised, paused=paused)
+    return batch.replace(num_known=known, num_tokens=promised, paused=paused)
 
 
 # One step.
 
 
 def schedule(
-    batch: BatchScheduler, *, drained: bool = True
+    batch: BatchScheduler, *, drained: bool = True, last: Schedule | None = None
 ) -> tuple[BatchScheduler, Schedule | None]:
     """What the next step computes, and the batch as it is once that step is issued.
 
     `drained=False` says that results of a step are still to be read.  A preemption needs them (the
     tokens are computed again, so the host must know them): where one is due, `(batch, None)` comes
-    back unchanged and the caller reads the results first.
+    back unchanged and the caller reads the results first.  `last` is what the step before computed,
+    if the caller has it at hand: where the next step does the same again, that is all there is to
+    look at.
     """
+    nobody_comes = not batch.waiting or None not in batch.running
+    if last is not None and last.repeats and last.running is batch.running and nobody_comes:
+        again = _repeat(batch, last)
+        if again is not None:
+            return again
     before, batch = batch, evict(batch)
     take = _share_budget(batch)
     batch, take, preempted = find_blocks(batch, take, drained)
@@ -131,6 +147,54 @@ def schedule(
     return batch, dataclasses.replace(found, preempted=(seq, *found.preempted))
 
 
+def _repeat(batch: BatchScheduler, last: Schedule) -> tuple[BatchScheduler, Schedule] | None:
+    """The rows of `last` decode once more; None where the pool lacks a block for one of them."""
+    computed, calm, updates = batch.num_computed + last.take, last.calm - 1, NO_UPDATES
+    if not last.calm:
+        short = (computed > batch.num_blocks * batch.pool.block_size).astype(np.int64)
+        if short.sum() > batch.pool.num_free:
+            return None
+        batch = grow(batch, short)
+        updates = _table_updates(batch)
+    batch = batch.replace(
+        num_computed=computed,
+        num_tokens=batch.num_tokens + last.take,
+        num_sent=batch.num_blocks,
+    )
+    if not last.calm:
+        batch = _publish(batch)
+        calm = _calm(batch, last.seats)
+    return batch, Schedule(
+        seats=last.seats,
+        starts=last.starts + 1,
+        counts=last.counts,
+        samples=last.samples,
+        running=last.running,
+        take=last.take,
+        repeats=last.repeats - 1,
+        calm=calm,
+        updates=updates,
+    )
+
+
+def _repeats(batch: BatchScheduler, take: np.ndarray, samples: np.ndarray) -> int:
+    """`Schedule.repeats` of a step that computes `take`, once it is issued."""
+    if not np.array_equal(take, samples) or batch.synchronous.any():
+        return 0
+    if batch.config.window is not None or batch.config.policy == "fair":  # every step counts
+        return 0
+    return int((batch.limit - batch.num_tokens)[samples].min())
+
+
+def _calm(batch: BatchScheduler, seats: np.ndarray) -> int:
+    """`Schedule.calm` of a step in which `seats` decode, once it is issued."""
+    size = batch.pool.block_size
+    steps = batch.num_blocks * size - batch.num_computed
+    if batch.config.enable_prefix_caching:
+        steps = np.minimum(steps, (batch.num_published + 1) * size - batch.num_known - 1)
+    return max(int(steps[seats].min()), 0)
+
+
 def _blocked_by_sibling(batch: BatchScheduler, take: np.ndarray) -> int | None:
     """The seat of a paused beam that waits for a sibling that waits for a seat, or for blocks."""
     if not batch.paused.any() or (take.any() and None in batch.running):
@@ -145,6 +209,8 @@ def _share_budget(batch: BatchScheduler) -> np.ndarray:
     config = batch.config
     idle = batch.paused | (batch.num_tokens >= batch.limit)
     need = np.where(idle, 0, batch.num_tokens - batch.num_computed)
+    if need.max() <= 1:  # decodes, for all of which there is room
+        return need
     if need.sum() > config.max_num_batched_tokens:
         order = np.lexsort((batch.arrival, _running_key(batch, need), need > 1))
         ahead = np.zeros_like(need)
@@ -179,46 +245,52 @@ def _issue(
     preempted: list[SequenceState],
 ) -> tuple[BatchScheduler, Schedule]:
     """Write the step down, and move the batch to where it stands once the step is issued."""
-    seats = np.flatnonzero(take)
-    starts, counts = batch.num_computed[seats], take[seats]
-    samples = starts + counts == batch.num_tokens[seats]
-    schedule = Schedule(
+    seats, computed = take.nonzero()[0], batch.num_computed + take
+    samples = (computed == batch.num_tokens) & (take > 0)
+    before, starts, updates = batch, batch.num_computed[seats], _table_updates(batch)
+    repeats = calm = 0
+    if len(seats):
+        late = samples & batch.synchronous
+        service = batch.service
+        if batch.config.policy == "fair":
+            service = service.copy()
+            np.add.at(service, batch.user[samples], OUTPUT_COST)
+        batch = batch.replace(
+            num_computed=computed,
+            num_tokens=batch.num_tokens + (samples ^ late),
+            num_sent=batch.num_blocks,
+            paused=batch.paused | late,
+            service=service,
+            swap_outs=(),
+            swap_ins=(),
+            copies=(),
+            evicted=(),
+        )
+        batch = _publish(batch)
+        repeats = _repeats(batch, take, samples)
+        calm = _calm(batch, seats) if repeats else 0
+    return batch, Schedule(
         seats=seats,
         starts=starts,
-        counts=counts,
-        samples=samples,
-        updates=_table_updates(batch),
-        swap_outs=batch.swap_outs,
-        swap_ins=batch.swap_ins,
-        copies=batch.copies,
+        counts=take[seats],
+        samples=samples[seats],
+        running=batch.running,
+        take=take,
+        repeats=repeats,
+        calm=calm,
+        updates=updates,
+        swap_outs=before.swap_outs,
+        swap_ins=before.swap_ins,
+        copies=before.copies,
         admitted=tuple(admitted),
         preempted=tuple(preempted),
     )
-    if not len(seats):
-        return batch, schedule
-    promised, paused = batch.num_tokens.copy(), batch.paused.copy()
-    late = batch.synchronous[seats]
-    promised[seats[samples & ~late]] += 1
-    paused[seats[samples & late]] = True
-    service = batch.service.copy()
-    np.add.at(service, batch.user[seats[samples]], OUTPUT_COST)
-    batch = dataclasses.replace(
-        batch,
-        num_computed=batch.num_computed + take,
-        num_tokens=promised,
-        num_sent=batch.num_blocks,
-        paused=paused,
-        service=service,
-        swap_outs=(),
-        swap_ins=(),
-        copies=(),
-        evicted=(),
-    )
-    return _publish(batch), schedule
 
 
 def _table_updates(batch: BatchScheduler) -> np.ndarray:
     """(seat, index, block) for every entry of a block table that the device lacks, `[u, 3]`."""
+    if batch.num_sent is batch.num_blocks and not batch.evicted:  # as the last step left them
+        return NO_UPDATES
     parts = []
     for seat, begin, end in batch.evicted:
         index = np.arange(begin, min(end, int(batch.num_sent[seat])))
@@ -230,7 +302,7 @@ def _table_updates(batch: BatchScheduler) -> np.ndarray:
         rows = np.empty((len(index), 3), np.int32)
         rows[:, 0], rows[:, 1], rows[:, 2] = seat, index, batch.tables[seat][index]
         parts.append(rows)
-    return np.concatenate(parts) if parts else np.zeros((0, 3), np.int32)
+    return np.concatenate(parts) if parts else NO_UPDATES
 
 
 def _publish(batch: BatchScheduler) -> BatchScheduler:
@@ -243,7 +315,7 @@ def _publish(batch: BatchScheduler) -> BatchScheduler:
         return batch
     size = batch.pool.block_size
     full = np.minimum(batch.num_known, batch.num_computed) // size
-    seats = np.flatnonzero(full > batch.num_published)
+    seats = (full > batch.num_published).nonzero()[0]
     if not len(seats):
         return batch
     blocks, keys, last = [], [], {}
@@ -259,8 +331,7 @@ def _publish(batch: BatchScheduler) -> BatchScheduler:
             blocks.append(batch.tables[seat][j])
             keys.append(key)
         last[seat] = key
-    return dataclasses.replace(
-        batch,
+    return batch.replace(
         pool=batch.pool.publish(np.array(blocks, np.int32), keys),
         keys=replaced(batch.keys, last),
         num_published=np.maximum(batch.num_published, full),

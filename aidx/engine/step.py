@@ -233,16 +233,17 @@ def pack_plan(
         raise ValueError(f"(rows, tokens, updates) {size} do not fit {room}")
     if group is not None and not shape.cascade:
         raise ValueError(f"{group=} for {shape}")
-    table = np.zeros((shape.num_rows, ROW_COLUMNS), np.int32)
-    table[:, SEAT] = table[:, WRITES] = max_num_seqs
-    table[:, TARGET] = -1
+    packed = np.full(shape.plan_size, -1, np.int32)
+    at = shape.num_rows * ROW_COLUMNS
+    table = packed[:at].reshape(shape.num_rows, ROW_COLUMNS)
     table[:rows, SEAT], table[:rows, WRITES] = seats, writes
     table[:rows, CONTEXT], table[:rows, COUNT] = starts + counts, counts
     table[:rows, TARGET] = targets
     table[:rows, 5:] = sampling
-    packed = np.full(shape.plan_size, -1, np.int32)
-    at = table.size
-    packed[:at] = table.ravel()
+    if rows < shape.num_rows:
+        table[rows:] = 0
+        table[rows:, SEAT] = table[rows:, WRITES] = max_num_seqs
+        table[rows:, TARGET] = -1
     packed[at : at + len(tokens)] = tokens
     at += shape.num_tokens
     end = at + 3 * shape.num_updates
@@ -252,6 +253,46 @@ def pack_plan(
         packed[end : end + rows] = group
         packed[end + shape.num_rows :][: shared.size] = shared.ravel()
     return packed
+
+
+def next_plan(
+    shape: Shape,
+    *,
+    last: np.ndarray,
+    max_num_seqs: int,
+    starts: np.ndarray,
+    updates: np.ndarray,
+) -> np.ndarray:
+    """The plan of the same decoding rows one token further: a copy of `last` with what differs.
+
+    In `last` every row drew its next token, which the device knows.
+
+    Raises:
+        ValueError: more updates than the shape has room for.
+
+    Example:
+        >>> shape = Shape(num_tokens=2, num_rows=2, max_q=1, sampler=Sampler())
+        >>> row = lambda start, token: dict(
+        ...     max_num_seqs=4, seats=np.array([3]), writes=np.array([3]), starts=start,
+        ...     counts=np.array([1]), targets=np.array([-1]), tokens=token,
+        ...     sampling=np.zeros((1, SAMPLING_COLUMNS)), updates=np.array([[3, 0, 7]])[:0])
+        >>> first = pack_plan(shape, **row(np.array([8]), np.array([65])))
+        >>> second = pack_plan(shape, **row(np.array([9]), np.array([-1])))
+        >>> none = np.zeros((0, 3))
+        >>> again = next_plan(shape, last=first, max_num_seqs=4, starts=np.array([9]), updates=none)
+        >>> np.array_equal(again, second)
+        True
+    """
+    if len(updates) > shape.num_updates:
+        raise ValueError(f"{len(updates)} updates do not fit {shape.num_updates}")
+    again = last.copy()
+    at = shape.num_rows * ROW_COLUMNS
+    again[CONTEXT:at:ROW_COLUMNS][: len(starts)] = starts + 1
+    again[at : at + shape.num_tokens] = -1
+    at += shape.num_tokens
+    again[at : at + 3 * shape.num_updates] = max_num_seqs + 1
+    again[at : at + updates.size] = updates.ravel()
+    return again
 
 
 def unpack_plan(packed: jax.Array, shape: Shape) -> Plan:

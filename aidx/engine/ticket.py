@@ -47,6 +47,13 @@ class Ticket:
     num_cached: int = 0
     beams: bool = False
 
+    @property
+    def quiet(self) -> bool:
+        """Whether a token that ends nothing has nothing to tell, nor anything to keep of it."""
+        rules = self.rules
+        text = rules.detokenizer is not None and not rules.text_at_end
+        return not (self.stream or self.beams or text or self.request.params.logprobs is not None)
+
 
 def check_types(name: Any, params: Any, priority: Any, user: Any) -> None:
     """What a caller hands over is what the queues can sort and compare.
@@ -262,17 +269,15 @@ def request_output(
 
 
 def sample_outputs(
-    ticket: Ticket, progress: Mapping[int, Progress], num_output: Mapping[int, int]
+    ticket: Ticket, progress: Mapping[int, Progress]
 ) -> tuple[CompletionOutput, ...]:
-    """The samples as they stand; `progress` and `num_output` are by seq_id."""
+    """The samples as they stand; `progress` is by seq_id."""
     with_logprobs = ticket.request.params.logprobs is not None
     outputs = []
     for seq in ticket.samples:
-        stop = seq.num_prompt + num_output[seq.seq_id]
-        tokens = tuple(seq.log[seq.num_prompt : stop].tolist())
-        outputs.append(
-            completion(progress[seq.seq_id], seq.index, tokens, with_logprobs=with_logprobs)
-        )
+        so_far = progress[seq.seq_id]
+        tokens = tuple(seq.log[seq.num_prompt :][: so_far.num_tokens].tolist())
+        outputs.append(completion(so_far, seq.index, tokens, with_logprobs=with_logprobs))
     return tuple(outputs)
 
 

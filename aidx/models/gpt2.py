@@ -93,8 +93,16 @@ class GPT2Config:
         """No layer has a window."""
         return (None,) * self.num_layers
 
-    def with_max_model_len(self, max_model_len: int) -> "GPT2Config":
-        """The same model for another longest context."""
+    def with_max_model_len(
+        self, max_model_len: int, *, allow_long_max_model_len: bool = False
+    ) -> "GPT2Config":
+        """The same model for another longest context.
+
+        Raises:
+          ValueError: it is not positive, or longer than the table of learned positions, which
+            `allow_long_max_model_len` cannot make longer.
+        """
+        del allow_long_max_model_len  # there is nothing beyond the table: the config refuses it
         if max_model_len < 1:
             raise ValueError(f"{max_model_len=} must be positive")
         return dataclasses.replace(self, max_model_len=max_model_len)

@@ -30,6 +30,7 @@ _COUNTS = (
 
 # Keys of the rope dictionary that are understood; any other could change the maths unnoticed.
 _ROPE_FIELDS = {f.name for f in dataclasses.fields(Rope)} - {"theta", "type"}
+_ROPE_SCALING = _ROPE_FIELDS - {"original_max_position_embeddings"}
 _ROPE_KEYS = _ROPE_FIELDS | {"rope_theta", "rope_type", "finetuned"}
 
 
@@ -131,16 +132,12 @@ def _activation(hf: Mapping[str, Any], field: str, default: str) -> str:
 
 
 def _stretched_len(rope: Rope, max_positions: int) -> int:
-    """The context that the scaling makes of the original one, as vLLM reads it.
+    """The context that the scaling makes of the original one.
 
     `dynamic` stays at the original: longer contexts cost quality at short ones, so they are asked
     for (`max_model_len`).
     """
-    if rope.type == "linear":
-        return int(max_positions * rope.factor)
-    if rope.type == "yarn":
-        return int((rope.original_max_position_embeddings or max_positions) * rope.factor)
-    return max_positions
+    return max_positions if rope.type == "dynamic" else rope.longest_context(max_positions)
 
 
 def _windows(hf: Mapping[str, Any], model_type: str, L: int) -> tuple[int | None, ...]:
@@ -188,6 +185,10 @@ def rope_from_hf(hf: Mapping[str, Any], max_positions: int) -> Rope:
         raise ValueError(f"rope_parameters={new} and rope_scaling={old} disagree")
     said = {**new, **old}
     kind = said.get("rope_type") or "default"
+    if not said.get("rope_type") and (scaling := sorted(said.keys() & _ROPE_SCALING)):
+        raise ValueError(f"the rotary embedding has {', '.join(scaling)} but no rope_type: {said}")
+    if kind == "default" and said.get("factor") not in (None, 1):
+        raise ValueError(f"rope type 'default' does not scale, but factor={said['factor']}: {said}")
     if kind not in ROPE_TYPES:
         raise ValueError(f"unknown rope type {kind!r}; known: {', '.join(ROPE_TYPES)}")
     partial = said.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))
@@ -292,7 +293,9 @@ def config_to_hf(config: LlamaConfig | GPT2Config) -> dict[str, Any]:
         }
     else:
         hf |= _llama_to_hf(config)
-    again = config_from_hf(hf).with_max_model_len(config.max_model_len)
+    again = config_from_hf(hf).with_max_model_len(
+        config.max_model_len, allow_long_max_model_len=True
+    )
     if again != config:
         differ = [
             f.name

@@ -115,10 +115,25 @@ class LlamaConfig:
         if self.max_model_len < 1:
             raise ValueError(f"{self.max_model_len=} must be positive")
 
-    def with_max_model_len(self, max_model_len: int) -> "LlamaConfig":
-        """The same model for another longest context: `dynamic` frequencies change with it."""
+    def with_max_model_len(
+        self, max_model_len: int, *, allow_long_max_model_len: bool = False
+    ) -> "LlamaConfig":
+        """The same model for another longest context: `dynamic` frequencies change with it.
+
+        Raises:
+          ValueError: it is not positive, or longer than the rotation is made for and
+            `allow_long_max_model_len` does not ask for that.
+        """
         if max_model_len < 1:
             raise ValueError(f"{max_model_len=} must be positive")
+        longest = self.rope.longest_context(self.max_position_embeddings)
+        if max_model_len > longest and not allow_long_max_model_len:
+            raise ValueError(
+                f"{max_model_len=} is longer than the {longest} positions that the model is made "
+                f"for (max_position_embeddings={self.max_position_embeddings}, rope type "
+                f"{self.rope.type!r}): lower it, or say allow_long_max_model_len=True to go on "
+                "where the text may lose its sense"
+            )
         return dataclasses.replace(self, max_model_len=max_model_len)
 
 

@@ -37,6 +37,7 @@ def load_model(
     dtype: Any = "auto",
     mesh: Mesh | None = None,
     max_model_len: int | None = None,
+    allow_long_max_model_len: bool = False,
 ) -> Model:
     """Load a checkpoint in Hugging Face's layout.
 
@@ -52,6 +53,7 @@ def load_model(
         device.
       max_model_len: the longest context to be served; None takes the config's.  `dynamic` rotary
         embeddings fix their frequencies by it.
+      allow_long_max_model_len: take one that is longer than the rotary embedding is made for.
 
     Returns:
       A `Model`; its tokenizer is None where the directory has none.
@@ -69,7 +71,9 @@ def load_model(
     hf = read_config(directory)
     config = config_from_hf(hf)
     if max_model_len is not None:
-        config = config.with_max_model_len(max_model_len)
+        config = config.with_max_model_len(
+            max_model_len, allow_long_max_model_len=allow_long_max_model_len
+        )
     generation = {}
     if (directory / "generation_config.json").is_file():
         generation = read_json(directory / "generation_config.json")

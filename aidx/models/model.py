@@ -94,16 +94,22 @@ class Model:
         """A copy with fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def with_max_model_len(self, max_model_len: int) -> "Model":
+    def with_max_model_len(
+        self, max_model_len: int, *, allow_long_max_model_len: bool = False
+    ) -> "Model":
         """The same weights for another longest context.
 
         `dynamic` rotary frequencies are fixed by this length, so keys cached under another length
         are not valid under it.
 
         Raises:
-          ValueError: a table of learned positions is shorter, or the length is not positive.
+          ValueError: the length is not positive, or passes a table of learned positions, or what
+            the rotary embedding is made for and `allow_long_max_model_len` does not ask for that.
         """
-        return self.replace(config=self.config.with_max_model_len(max_model_len))
+        config = self.config.with_max_model_len(
+            max_model_len, allow_long_max_model_len=allow_long_max_model_len
+        )
+        return self.replace(config=config)
 
 
 @functools.cache

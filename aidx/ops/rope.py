@@ -71,6 +71,21 @@ class Rope:
         if self.type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(f"rope {self.low_freq_factor=} must be below {self.high_freq_factor=}")
 
+    def longest_context(self, max_position_embeddings: int) -> int:
+        """Tokens that the rotation can tell apart as training showed it, as vLLM derives them.
+
+        `linear` and `dynamic` stretch the context that config.json says, `yarn` that of its
+        training; with `llama3`, config.json says the stretched one.
+
+        >>> Rope(type="linear", factor=4.0).longest_context(64)
+        256
+        """
+        if self.type in ("linear", "dynamic"):
+            return int(max_position_embeddings * self.factor)
+        if self.type == "yarn":
+            return int((self.original_max_position_embeddings or 0) * self.factor)
+        return max_position_embeddings
+
 
 def rope_frequencies(
     head_dim: int, rope: Rope, *, max_len: int | None = None

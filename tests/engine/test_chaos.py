@@ -97,7 +97,7 @@ def check(made, wanted, done, aborted):
     stats = made.stats()
     assert stats.preempted > 0 and stats.cache_hit_rate > 0.05
     assert stats.running == stats.waiting == 0 and made.pool.stats().held == 0
-    assert not made._progress and not made._num_output and not made._tickets
+    assert not made._progress and not made._tickets
 
 
 def test_two_thousand_requests_all_end_right_and_leave_nothing():

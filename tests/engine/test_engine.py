@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aidx.engine import EngineConfig, EngineDeadError, SamplingParams
+from aidx.engine import Engine, EngineConfig, EngineDeadError, SamplingParams
 from aidx.engine.sampling_params import encode_bad_words
 
 from .tiny import (
@@ -16,6 +16,7 @@ from .tiny import (
     LENGTH,
     LIMITS,
     PROMPTS,
+    SEEDED,
     VOCAB,
     Letters,
     assert_same,
@@ -308,6 +309,45 @@ def test_an_engine_for_a_known_model_fills_the_memory_it_is_given():
 
 
 # Cancellation.
+
+
+def test_the_plan_of_a_decode_that_follows_is_the_one_that_would_be_packed_anew(monkeypatch):
+    made, same = engine(cascade_tokens=8), []
+
+    def compared(self, work, again=Engine._plan_again):
+        found = again(self, work)
+        if found is not None:
+            drew = self._drew.copy()
+            anew, limits = self._plan_anew(work), dict(max_num_seqs=4, updates=work.updates)
+            assert anew[1] == found[1]
+            packed = [
+                pack(shape, starts=rows.starts, **limits) for rows, shape, pack in (found, anew)
+            ]
+            np.testing.assert_array_equal(*packed)
+            for name, value in vars(anew[0]).items():
+                np.testing.assert_array_equal(getattr(found[0], name), value, err_msg=name)
+            assert (self._drew == drew).all()
+            same.append(work.seats)
+        return found
+
+    monkeypatch.setattr(Engine, "_plan_again", compared)
+    params = [GREEDY, SamplingParams(n=2, seed=1, max_tokens=20), GREEDY, *SEEDED[:3]]
+    shared = [PROMPTS[2][:20], PROMPTS[2][:20], PROMPTS[0], *PROMPTS[3:]]
+    generate(shared, params, made=made)
+    assert len(same) > 15
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cancelled_request_tells_every_token_that_was_read(stream):
+    made = engine(tokenizer=Letters())
+    name = made.add_request(PROMPTS[0], GREEDY, stream=stream)
+    for _ in range(7):
+        made.step()
+    made.abort(name)
+    sample = run(made)[name].outputs[0]
+    wanted = generate([PROMPTS[0]], GREEDY)[0].outputs[0].token_ids
+    assert len(sample.token_ids) == 6 and sample.token_ids == wanted[:6]
+    assert sample.text == Letters().decode(sample.token_ids)
 
 
 def test_waiting_and_running_requests_can_be_cancelled():

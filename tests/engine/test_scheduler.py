@@ -114,6 +114,46 @@ def filled(batch, seqs):
     return batch
 
 
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("lag", [False, True])
+def test_a_repeated_step_is_the_step_that_would_be_planned_anew(lag, caching):
+    """Growing blocks, ends, arrivals and preemptions in between: whatever the shortcut passes over
+    would have changed nothing."""
+    batch = batch_of(num_blocks=14, enable_prefix_caching=caching)
+    batch = filled(batch, [sequence(i, 3 + 4 * i, max_tokens=9 + 2 * i) for i in range(3)])
+    last, unread, repeated, late = None, [], 0, [sequence(i, 5) for i in range(3, 6)]
+    for at in range(400):
+        if not batch.unfinished and not late:
+            break
+        if at % 9 == 8 and late:
+            batch = add(batch, late.pop())
+        anew, wanted = schedule(batch, drained=not unread)
+        batch, step = schedule(batch, drained=not unread, last=last)
+        if step is not None:
+            if last and step.take is last.take:
+                repeated += 1
+                assert batch.running is anew.running
+                assert batch.pool.stats() == anew.pool.stats() and batch.keys == anew.keys
+                for have, want in ((step, wanted), (batch, anew)):
+                    for name, value in vars(want).items():
+                        if isinstance(value, np.ndarray):
+                            np.testing.assert_array_equal(getattr(have, name), value, name)
+                np.testing.assert_equal(batch.tables, anew.tables)
+                assert not (wanted.admitted or wanted.preempted)
+            drawn = [(s, batch.running[s].seq_id) for s in step.seats[step.samples]]
+            unread, last = [*unread, drawn], step
+        while len(unread) > (lag and step is not None):
+            alive = [s for s, i in unread.pop(0) if batch.seq_ids[s] == i]
+            batch = record(batch, np.array(alive, int), np.full(len(alive), at % 50))
+            batch = finish(batch, [s for s in alive if batch.num_known[s] == batch.limit[s]])
+    assert not batch.unfinished and not late and repeated > 12
+
+
+def test_a_state_has_no_other_fields():
+    with pytest.raises(TypeError, match="num_token"):
+        batch_of().replace(num_token=np.zeros(4, int))
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("lag", [False, True])
 def test_every_sequence_gets_its_tokens_and_the_pool_is_empty(lag):

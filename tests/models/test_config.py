@@ -96,6 +96,27 @@ def test_max_model_len_is_the_stretched_context(rope, max_model_len):
     assert config_from_hf(LLAMA | {"rope_scaling": rope}).max_model_len == max_model_len
 
 
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        (None, 64),
+        ({"type": "linear", "factor": 4}, 256),
+        ({"type": "dynamic", "factor": 4}, 256),
+        ({"type": "yarn", "factor": 4, "original_max_position_embeddings": 32}, 128),
+        ({"type": "yarn", "original_max_position_embeddings": 16}, 64),
+        ({"type": "llama3", **LLAMA3}, 64),
+    ],
+)
+def test_a_context_beyond_what_the_model_is_made_for_is_asked_for_twice(rope, longest):
+    config = config_from_hf(LLAMA | {"rope_scaling": rope})
+    assert config.with_max_model_len(longest).max_model_len == longest
+    message = f"max_model_len={longest + 1} is longer than the {longest} positions"
+    with pytest.raises(ValueError, match=f"{message}.*max_position_embeddings=64"):
+        config.with_max_model_len(longest + 1)
+    longer = config.with_max_model_len(longest + 1, allow_long_max_model_len=True)
+    assert longer.max_model_len == longest + 1
+
+
 @pytest.mark.parametrize("name", list(golden_cases()))
 def test_configs_survive_the_way_back(name):
     config = config_from_hf(golden_cases()[name].config)
@@ -116,6 +137,11 @@ LINEAR = {"type": "linear", "factor": 2.0}
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
         ({"rope_scaling": {"type": "linear"}}, "needs factor"),
+        ({"rope_scaling": {"factor": 8.0}}, "has factor but no rope_type"),
+        ({"rope_scaling": {"type": None, "factor": 8.0}}, "has factor but no rope_type"),
+        ({"rope_scaling": LLAMA3}, "factor, high_freq_factor, low_freq_factor but no rope_type"),
+        ({"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}, "has factor but no rope_type"),
+        ({"rope_scaling": {"type": "default", "factor": 8.0}}, "factor=8.0"),
         ({"rope_scaling": {"type": "linear", "factor": "two"}}, "factor='two'"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "low_freq_factor, high_freq_factor"),
         ({"rope_scaling": {**LINEAR, "mrope_section": [1]}}, "mrope_section"),
@@ -156,8 +182,9 @@ def test_gpt2_refusals_and_aliases():
         config_from_hf(GPT2 | {"n_head": 5})
     renamed = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers"}
     assert config_from_hf({renamed.get(k, k): v for k, v in GPT2.items()}) == config_from_hf(GPT2)
-    with pytest.raises(ValueError, match="learned positions"):
-        config_from_hf(GPT2).with_max_model_len(33)
+    for allow in (False, True):  # there are no positions to go on with
+        with pytest.raises(ValueError, match=r"max_model_len=33 .*max_position_embeddings=32"):
+            config_from_hf(GPT2).with_max_model_len(33, allow_long_max_model_len=allow)
     with pytest.raises(ValueError, match="max_model_len=0"):
         config_from_hf(GPT2).with_max_model_len(0)
 

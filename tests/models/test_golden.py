@@ -27,7 +27,9 @@ CASES = [
 
 def load(name, directory, **config):
     case = golden_cases()[name]
-    model = load_model(case.write(directory, **config), max_model_len=case.max_len)
+    model = load_model(
+        case.write(directory, **config), max_model_len=case.max_len, allow_long_max_model_len=True
+    )
     return case, model
 
 
