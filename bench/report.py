@@ -1,7 +1,7 @@
 """Turn bench/results/<device>/<bench>.json into Markdown tables, in place in the README.
 
     python bench/report.py                          # print every table
-    python bench/report.py --write README.md        # refresh the marked tables of a file
+    python bench/report.py --write README.md        # refresh the marked tables of files
     python bench/report.py --check README.md        # exit 1 where a marked table is stale
 
 A marked table stands between `<!-- bench: <device>/<bench> [<metric>] [cases <prefix>] -->` and
@@ -119,17 +119,18 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="<device>/<bench> to print (default: all)")
-    parser.add_argument("--write", type=pathlib.Path, help="a Markdown file to refresh in place")
-    parser.add_argument("--check", type=pathlib.Path, help="a Markdown file that must be fresh")
+    files = dict(nargs="+", type=pathlib.Path, default=[])
+    parser.add_argument("--write", help="Markdown files to refresh in place", **files)
+    parser.add_argument("--check", help="Markdown files that must be fresh", **files)
     args = parser.parse_args(argv)
     try:
         if args.write or args.check:
-            path = args.write or args.check
-            old = path.read_text()
-            new = refresh(old)
-            if args.write:
-                path.write_text(new)
-            return int(bool(args.check) and old != new)
+            for path in args.write:
+                path.write_text(refresh(path.read_text()))
+            stale = [path for path in args.check if refresh(path.read_text()) != path.read_text()]
+            for path in stale:
+                print(f"report: the tables of {path} are stale", file=sys.stderr)
+            return int(bool(stale))
         names = args.names or [
             p.relative_to(RESULTS).with_suffix("").as_posix() for p in all_files()
         ]

@@ -87,13 +87,13 @@ def plant_guards(engine: Engine, rng: np.random.Generator) -> np.ndarray:
         values = bits.view(leaf.dtype)[..., 0]
         return jax.device_put(leaf.at[guards].set(values), leaf.sharding)
 
-    engine._cache = jax.tree.map(planted, engine._cache)
+    engine._device.cache = jax.tree.map(planted, engine._device.cache)
     return guards
 
 
 def bits_of(engine: Engine, guards: np.ndarray) -> list[bytes]:
     """What lies in the guard blocks, bit for bit."""
-    return [np.asarray(leaf[guards]).tobytes() for leaf in jax.tree.leaves(engine._cache)]
+    return [np.asarray(leaf[guards]).tobytes() for leaf in jax.tree.leaves(engine._device.cache)]
 
 
 def random_request(rng: np.random.Generator, engine: Engine, prefixes: list[list[int]]):

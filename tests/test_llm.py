@@ -232,7 +232,7 @@ def test_a_cache_of_one_byte_a_value_serves_and_preemption_is_the_users_choice(l
     small = make(kv_cache_dtype="fp8", preemption_mode="swap", swap_space=0.25)
     config = small.engine.config
     assert (config.preemption_mode, config.swap_space_bytes) == ("swap", 1 << 28)
-    kinds = {str(x.dtype) for x in jax.tree.leaves(small.engine._cache)}
+    kinds = {str(x.dtype) for x in jax.tree.leaves(small.engine._device.cache)}
     assert kinds == {"float8_e4m3fn", "float32"}  # values, and a scale for each token and head
     exact, rounded = (x.generate(PROMPTS[0], GREEDY)[0].outputs[0] for x in (llm, small))
     assert rounded.token_ids[0] == exact.token_ids[0] and rounded.finish_reason == "length"

@@ -1,4 +1,4 @@
-"""`Engine`: the one mutable class.  It owns the queues, the cache and the step in flight.
+"""`Engine`: it owns the queues and the step in flight; `device.py` has what is on the device.
 
     schedule -> pack -> run_step(t)          the device works on step t,
     read step t - 1 -> record -> finish      while the host reads what step t - 1 sampled
@@ -18,15 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from aidx.cache import BlockPool, PagedKVCache, SwappedBlocks, swap_in, swap_out, swap_piece
+from aidx.cache import BlockPool, SwappedBlocks
 from aidx.engine import scheduler as scheduling
 from aidx.engine import step as stepping
-from aidx.engine import warmup as warming
 from aidx.engine.beam import Beams, select
-from aidx.engine.blocks import COPY_SIZES, copy_blocks, time_swapping
 from aidx.engine.cascade import SharedPrefixes, shared_prefixes
 from aidx.engine.config import EngineConfig
 from aidx.engine.detokenizer import Pieces
+from aidx.engine.device import TABLE_UPDATES, Device, same_params
 from aidx.engine.outputs import (
     FinishReason,
     Logprobs,
@@ -53,10 +52,8 @@ from aidx.engine.ticket import (
     request_output,
     sample_outputs,
 )
-from aidx.ops.sampling import VARIANTS, Variant, state_row
+from aidx.ops.sampling import VARIANTS, Variant
 from aidx.typing import Forward, Params
-
-TABLE_UPDATES = 1024  # entries that one `write_tables` takes
 
 
 class EngineDeadError(RuntimeError):
@@ -85,17 +82,6 @@ class _Decode:
 
 # The rows of a step, its trace, and what packs its plan.
 _Planned = tuple[Rows, stepping.Shape, Callable[..., np.ndarray]]
-
-
-def described(params: Params) -> dict[str, str]:
-    """Shape and dtype of every leaf by its path.
-
-    Example:
-        >>> described({"norm": np.ones(3, np.float32)})
-        {"['norm']": 'float32[3]'}
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 class Engine:
@@ -127,14 +113,11 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.config = config
-        self._forward = forward
-        # Committed: arrays that JAX may move would compile every program once more.
-        self._params = jax.tree.map(lambda x: jax.device_put(x, x.sharding), params)
+        self._device = Device(forward, params, config)
         self._tokenizer = tokenizer
         self._clock = clock
-        self._swap_is_cheaper = False
+        self._swaps = False  # whether preempted blocks go to the host: `Device.warmup` says
         self._batch = self._new_batch()
-        self._allocate()
         s = config.max_num_seqs
         self._sampling = np.zeros((s, stepping.SAMPLING_COLUMNS), np.int32)
         self._needs = np.zeros((s, 3), np.int64)  # place in VARIANTS, masked, num_logprobs + 1
@@ -296,18 +279,10 @@ class Engine:
         Raises:
             ValueError: the tree, a shape or a dtype differs.
         """
-        wanted, found = (described(tree) for tree in (self._params, params))
-        if differ := sorted(wanted.items() ^ found.items()):
-            path = differ[0][0]
-            raise ValueError(
-                f"the new parameters differ: {path} is {found.get(path, 'absent')}, "
-                f"not {wanted.get(path, 'absent')}"
-            )
+        same_params(self._device.params, params)
         self._read(self._in_flight)
         self._in_flight = None
-        self._params = jax.tree.map(
-            lambda new, old: jax.device_put(new, old.sharding), params, self._params
-        )
+        self._device.set_params(params)
         self._batch = scheduling.preempt_all(self._batch)
         self._swapped.clear()
         self._batch = self._batch.replace(pool=self._batch.pool.clear_prefix_cache())
@@ -339,14 +314,14 @@ class Engine:
         self._meter.steps += 1
         self._meter.preempted += len(work.preempted)
         for seq_id, blocks in work.swap_outs:
-            self._swapped[seq_id] = swap_out(self._cache, blocks)
+            self._swapped[seq_id] = self._device.swap_out(blocks)
             self._meter.swapped += 1
         for seq_id, places in work.swap_ins:
-            self._cache = swap_in(self._cache, self._swapped.pop(seq_id), places)
-        self._cache = copy_blocks(self._cache, work.copies)
+            self._device.swap_in(self._swapped.pop(seq_id), places)
+        self._device.copy_blocks(work.copies)
         rows, shape, packed = self._plan(work)
         self._ban_words(rows)
-        out = self._run(shape, packed)
+        out = self._device.run(shape, packed)
         if not self.config.cpu:  # whose memory is read as it is
             out.copy_to_host_async()
         return _InFlight(rows, out, self._epoch, self._decode and self._decode.running)
@@ -356,7 +331,7 @@ class Engine:
         rows, shape, pack = self._plan_again(work) or self._plan_anew(work)
         updates, room = work.updates, shape.num_updates
         for at in range(room, len(updates), TABLE_UPDATES):
-            self._write_tables(updates[at : at + TABLE_UPDATES])
+            self._device.write_tables(updates[at : at + TABLE_UPDATES])
         packed = pack(
             shape,
             max_num_seqs=self.config.max_num_seqs,
@@ -393,26 +368,6 @@ class Engine:
         )
         self._drew[rows.seats[rows.samples]] = True
         return rows, shape, pack
-
-    def _run(self, shape: stepping.Shape, packed: np.ndarray) -> jax.Array:
-        masked = shape.sampler.masked
-        if masked and self._masks is None:
-            self._masks = self._put(
-                stepping.new_masks(self.config.max_num_seqs, self.config.vocab_size)
-            )
-        self._cache, self._state, masks, out = stepping.run_step(
-            self._params,
-            self._cache,
-            self._state,
-            packed,
-            self._masks if masked else None,
-            forward=self._forward,
-            shape=shape,
-            implementation=self.config.implementation,
-        )
-        if masked:
-            self._masks = masks
-        return out
 
     def _cascade(self, rows: Rows) -> dict[str, np.ndarray]:
         """`group` and `shared` of a plan whose rows share prefixes worth it; else nothing.
@@ -462,10 +417,10 @@ class Engine:
         self._quiet[seat] = False
         self._endings[seat] = ticket.rules.eos_ids | ticket.rules.stop_ids
         if ticket.needs[1]:
-            self._write_masks(seat, mask_row(self.config, ticket, seq.output.tolist()))
+            self._device.write_masks(seat, mask_row(self.config, ticket, seq.output.tolist()))
             self._masked[seat] = True
         elif self._masked[seat]:
-            self._write_masks(seat, self._neutral)
+            self._device.write_masks(seat)
             self._masked[seat] = False
         if seq.num_known == seq.num_prompt and not seq.preemptions:  # else it is no new prompt
             self._meter.admitted_tokens += seq.num_prompt
@@ -493,7 +448,7 @@ class Engine:
             output = seq.output.tolist()
             now = banned_tokens(ticket.bad_words, output)
             if now or banned_tokens(ticket.bad_words, output[:-1]):
-                self._write_masks(int(seat), mask_row(self.config, ticket, output, now))
+                self._device.write_masks(int(seat), mask_row(self.config, ticket, output, now))
 
     # One step, on the way back.
 
@@ -663,7 +618,7 @@ class Engine:
 
     def _survive(self, error: Exception, seats: np.ndarray) -> None:
         """A step could not be issued: those in it fail; if it took the cache along, all running."""
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves((self._cache, self._state))):
+        if self._device.lost:
             self._lose_device(error)
             return
         running = self._batch.running
@@ -688,7 +643,7 @@ class Engine:
             service=waiting.service,
         )
         try:
-            self._allocate()
+            self._device.allocate()
         except Exception as second:  # no memory, or no device any more
             self._dead = f"{message}; then {type(second).__name__}: {second}"
             self._end_all("error", self._dead)
@@ -736,35 +691,12 @@ class Engine:
             self._meter.busy_seconds += now - self._last_tick
         self._last_tick = now if self._tickets else None
 
-    # Device state and its small programs.
-
     def _new_batch(self) -> scheduling.BatchScheduler:
         pool = BlockPool.create(self.config.num_blocks, self.config.block_size)
         config = self.config.scheduler()
-        if self._swap_is_cheaper:
+        if self._swaps:
             config = dataclasses.replace(config, preemption_mode="swap")
         return scheduling.new_batch(config, pool)
-
-    def _allocate(self) -> None:
-        """The cache and the batch state, zeroed."""
-        config = self.config
-        cache = PagedKVCache.create(
-            num_layers=config.num_layers,
-            num_blocks=config.num_blocks,
-            block_size=config.block_size,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=config.dtype,
-            sharding=stepping.cache_sharding(self._params, config.num_kv_heads),
-        )
-        self._cache = cache
-        self._state = self._put(stepping.new_state(config.max_num_seqs, config.max_blocks))
-        self._masks = None
-        self._neutral = state_row(config.vocab_size)
-
-    def _put(self, tree):
-        """On every device that the parameters are on."""
-        return jax.device_put(tree, stepping.state_sharding(self._params))
 
     def _pieces_of(self, skip_special_tokens: bool) -> Pieces:
         """The tokenizer's pieces, made once."""
@@ -773,18 +705,6 @@ class Engine:
                 self._tokenizer, skip_special_tokens=skip_special_tokens
             )
         return self._pieces[skip_special_tokens]
-
-    def _write_tables(self, updates: np.ndarray) -> None:
-        padded = np.full((TABLE_UPDATES, 3), self.config.max_num_seqs + 1, np.int32)
-        padded[: len(updates)] = updates
-        self._state = stepping.write_tables(self._state, padded)
-
-    def _write_masks(self, seat: int, row) -> None:
-        if self._masks is None:
-            self._masks = self._put(
-                stepping.new_masks(self.config.max_num_seqs, self.config.vocab_size)
-            )
-        self._masks = stepping.write_masks(self._masks, np.int32(seat), row)
 
     # Warm-up.
 
@@ -804,45 +724,10 @@ class Engine:
         Returns:
             How many programs there are.
         """
-        config = self.config
         if self._tickets:
             raise RuntimeError("warm up before the first request")
-        shapes = warming.shapes_of(config, variant)
-        done = warming.compile_steps(
-            config,
-            shapes,
-            (self._params, self._cache, self._state),
-            forward=self._forward,
-            neutral=self._neutral,
-            on_progress=on_progress,
-        )
-        for shape in shapes:
-            if not shape.sampler.masked:  # those need memory that may never be needed
-                self._run(shape, warming.empty_plan(config, shape))
-        self._write_tables(np.zeros((0, 3), np.int32))
-        for size in COPY_SIZES:
-            blocks = range(min(size, config.num_blocks))
-            self._cache = self._cache.copy_blocks(blocks, blocks)
-        size = min(swap_piece(self._cache), config.num_blocks)
-        if config.preemption_mode == "auto":
-            self._cache, swapping = time_swapping(self._cache, size)
-            self._swap_is_cheaper = swapping < self._time_recomputing()
-        if config.preemption_mode == "swap" or self._swap_is_cheaper:
-            for n in (*(1 << i for i in range(size.bit_length())), size):  # all sizes of a piece
-                self._cache, _ = time_swapping(self._cache, n, repeats=1)
+        done, self._swaps = self._device.warmup(on_progress, variant)
+        if self._swaps:
             limits = dataclasses.replace(self._batch.config, preemption_mode="swap")
             self._batch = self._batch.replace(config=limits)
-        jax.block_until_ready((self._cache, self._state))
         return done
-
-    def _time_recomputing(self) -> float:
-        """Seconds that the largest prefill takes for a block's tokens, attention left out."""
-        config, seconds = self.config, float("inf")
-        largest = [s for s in config.shapes() if s.num_tokens == config.max_num_batched_tokens]
-        shape = min(largest, key=lambda s: VARIANTS.index(s.sampler.variant))
-        for _ in range(3):
-            jax.block_until_ready(self._cache)
-            began = time.monotonic()
-            jax.block_until_ready(self._run(shape, warming.empty_plan(config, shape)))
-            seconds = min(seconds, time.monotonic() - began)
-        return seconds / shape.num_tokens * config.block_size

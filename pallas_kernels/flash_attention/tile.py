@@ -100,7 +100,7 @@ def rescaled(x, by, interpret: bool):
         with ir.InsertionPoint(branch.then_block):
             times = x * by.broadcast_in_dim(x.shape, (0,), x.layout)
             scf.yield_(list(times.registers.flat))
-        with ir.InsertionPoint(branch.else_block):
+        with ir.InsertionPoint(branch.else_block):  # pyright: ignore
             scf.yield_(kept)
         registers = x.registers.copy()
         registers.flat[:] = list(branch.results)

@@ -36,7 +36,7 @@ def main() -> None:
     spread = engine(forward=forward, params=shard_params(config, params, mesh), vocab_size=96)
     assert len(jax.devices()) == 2
     assert tokens(alone) == tokens(spread)
-    pool = spread._cache.k[0]
+    pool = spread._device.cache.k[0]
     assert pool.sharding.shard_shape(pool.shape)[1] == pool.shape[1] // 2
     print("equal")
 

@@ -161,7 +161,7 @@ def test_no_row_is_padded_for_the_sake_of_a_cascade():
 def test_a_plan_without_groups_runs_in_the_cascade_trace():
     made = engine(cascade_tokens=16)
     shape = next(s for s in made.config.shapes() if s.cascade and s.sampler.variant == "plain")
-    cache = jax.tree.map(np.array, made._cache)
-    made._run(shape, empty_plan(made.config, shape))
-    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(made._cache), strict=True):
+    cache = jax.tree.map(np.array, made._device.cache)
+    made._device.run(shape, empty_plan(made.config, shape))
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(made._device.cache), strict=True):
         np.testing.assert_array_equal(a[1:], np.asarray(b)[1:])

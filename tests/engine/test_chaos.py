@@ -123,10 +123,10 @@ def test_the_fake_model_notices_a_wrong_slot():
     name = made.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=8))
     for _ in range(4):
         made.step()
-    state = made._state
+    state = made._device.state
     tables = np.array(state.block_tables)
     tables[0, 0] = tables[0, 1]
-    made._state = dataclasses.replace(state, block_tables=made._put(tables))
+    made._device.state = dataclasses.replace(state, block_tables=made._device.put(tables))
     outputs = []
     while made.has_unfinished:
         outputs += made.step()

@@ -406,7 +406,7 @@ def test_a_tokenizer_that_fails_fails_its_request_alone():
 
 def failing(made, where, error, times=1):
     """Let the engine's next device step raise, before or after it took the cache."""
-    run_step, left = made._run, [times]
+    run_step, left = made._device.run, [times]
 
     def run(shape, packed):
         if not left[0]:
@@ -414,10 +414,10 @@ def failing(made, where, error, times=1):
         left[0] -= 1
         if where == "after":
             run_step(shape, packed)
-            jax.tree.map(lambda x: x.delete(), made._cache)
+            jax.tree.map(lambda x: x.delete(), made._device.cache)
         raise error
 
-    made._run = run
+    made._device.run = run
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
@@ -451,7 +451,7 @@ def test_an_engine_that_cannot_get_its_memory_back_says_so(monkeypatch):
     def no_memory():
         raise MemoryError("none left")
 
-    monkeypatch.setattr(made, "_allocate", no_memory)
+    monkeypatch.setattr(made._device, "allocate", no_memory)
     done = run(made)
     assert all(done[name].outputs[0].finish_reason == "error" for name in names)
     with pytest.raises(EngineDeadError, match=r"the device is gone.*none left"):

@@ -43,9 +43,9 @@ def test_a_write_into_a_guard_block_is_noticed():
             free = np.flatnonzero(np.asarray(pool.refs.to_numpy()) == 1)
             held = np.unique(np.concatenate(engine._batch.tables))
             guard = next(b for b in free if b not in held and b != 0)
-            cache = engine._cache
+            cache = engine._device.cache
             first = jax.device_put(cache.v[0].at[guard, 0, 0, 0].set(7.0), cache.v[0].sharding)
-            engine._cache = cache.replace(v=(first, *cache.v[1:]))
+            engine._device.cache = cache.replace(v=(first, *cache.v[1:]))
         return outputs
 
     engine.step = careless

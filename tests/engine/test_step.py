@@ -58,12 +58,12 @@ def test_a_plan_that_does_not_fit_is_refused():
 
 def lowered(made, shape):
     return stepping.run_step.lower(
-        made._params,
-        made._cache,
-        made._state,
+        made._device.params,
+        made._device.cache,
+        made._device.state,
         np.zeros(shape.plan_size, np.int32),
         None,
-        forward=made._forward,
+        forward=made._device._forward,
         shape=shape,
     )
 
@@ -73,19 +73,19 @@ def test_cache_and_state_are_updated_in_place():
     """Every pool is aliased with its output, and after steps lies where it lay."""
     made = engine()
     generate(PROMPTS[:1], GREEDY, made=made)
-    before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(made._cache)]
+    before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(made._device.cache)]
     generate(PROMPTS[:4], GREEDY, made=made)
-    after = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(made._cache)]
+    after = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(made._device.cache)]
     assert before == after
     text = lowered(made, SHAPE).compile().as_text()
     aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text).group(1)
-    donated = jax.tree.leaves((made._cache, made._state))
+    donated = jax.tree.leaves((made._device.cache, made._device.state))
     assert len(re.findall(r"(?:may|must)-alias", aliases)) == len(donated)
 
 
 def test_no_pool_is_copied():
     made = engine()
-    pool = "f32[{},{},{},{}]".format(*made._cache.k[0].shape)
+    pool = "f32[{},{},{},{}]".format(*made._device.cache.k[0].shape)
     for shape in (SHAPE, pick_shape(2, 10, Sampler(), **limits())):
         text = lowered(made, shape).compile().as_text()
         copies = [
@@ -102,19 +102,19 @@ def limits():
 def test_an_empty_plan_changes_nothing():
     made = engine()
     generate(PROMPTS[:2], GREEDY, made=made)
-    cache = jax.tree.map(np.array, made._cache)
-    tokens = np.array(made._state.last_token)
-    made._run(SHAPE, empty_plan(made.config, SHAPE))
-    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(made._cache), strict=True):
+    cache = jax.tree.map(np.array, made._device.cache)
+    tokens = np.array(made._device.state.last_token)
+    made._device.run(SHAPE, empty_plan(made.config, SHAPE))
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(made._device.cache), strict=True):
         np.testing.assert_array_equal(a[1:], np.asarray(b)[1:])
-    np.testing.assert_array_equal(tokens[:-1], np.asarray(made._state.last_token)[:-1])
+    np.testing.assert_array_equal(tokens[:-1], np.asarray(made._device.state.last_token)[:-1])
 
 
 def test_what_no_live_slot_holds_may_be_anything():
     """NaN in every block changes no token: nothing reads what was not written."""
     made = engine()
-    made._cache = jax.tree.map(
-        lambda x: jax.device_put(np.full(x.shape, np.nan, x.dtype), x.sharding), made._cache
+    made._device.cache = jax.tree.map(
+        lambda x: jax.device_put(np.full(x.shape, np.nan, x.dtype), x.sharding), made._device.cache
     )
     clean, dirty = generate(PROMPTS, GREEDY), generate(PROMPTS, GREEDY, made=made)
     assert [o.outputs[0].token_ids for o in clean] == [o.outputs[0].token_ids for o in dirty]

@@ -47,14 +47,18 @@ def test_the_blocks_that_come_back_hold_the_same_bits():
 
     def watched(work):
         for seq_id, blocks in work.swap_outs:
-            seen[seq_id] = [np.asarray(pool[blocks]) for pool in jax.tree.leaves(made._cache)]
+            seen[seq_id] = [
+                np.asarray(pool[blocks]) for pool in jax.tree.leaves(made._device.cache)
+            ]
         places = dict(work.swap_ins)
         flight = issue(work)
         for seq in work.admitted:
             if seq.seq_id not in places:
                 continue
             full = seq.num_computed // 4  # the block after them is written to in this step
-            for old, pool in zip(seen[seq.seq_id], jax.tree.leaves(made._cache), strict=True):
+            for old, pool in zip(
+                seen[seq.seq_id], jax.tree.leaves(made._device.cache), strict=True
+            ):
                 np.testing.assert_array_equal(
                     np.asarray(pool[seq_blocks(made, seq)[:full]]), old[:full]
                 )
@@ -104,7 +108,7 @@ def test_host_memory_is_bounded():
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_block_is_as_large_as_it_says(dtype):
     made = engine(dtype=dtype)
-    assert made.config.block_bytes * made.config.num_blocks == made._cache.memory_bytes
+    assert made.config.block_bytes * made.config.num_blocks == made._device.cache.memory_bytes
 
 
 def until_swapped(made):
@@ -126,7 +130,7 @@ def test_cancelled_and_stale_blocks_are_dropped():
     run(made)
     made = swapping(**TIGHT)
     names, done = until_swapped(made)
-    made.update_params(made._params)
+    made.update_params(made._device.params)
     assert not made._swapped and not any(s.num_swapped for s in made._batch.waiting)
     done |= run(made)
     check([done[name] for name in names])
@@ -142,11 +146,11 @@ def test_a_failed_copy_is_recomputed(monkeypatch):
         failed.append(args)
         raise MemoryError("no pinned memory")
 
-    monkeypatch.setattr("aidx.engine.engine.swap_out", broken)
+    monkeypatch.setattr("aidx.engine.device.swap_out", broken)
     done = {}
     while not failed:
         done |= {o.request_id: o for o in made.step()}
-    monkeypatch.setattr("aidx.engine.engine.swap_out", swap_out)
+    monkeypatch.setattr("aidx.engine.device.swap_out", swap_out)
     assert not any(s.num_swapped for s in made._batch.waiting)
     done |= run(made)
     reasons = {done[name].outputs[0].finish_reason for name in names}
@@ -159,12 +163,12 @@ def test_a_failed_copy_is_recomputed(monkeypatch):
 def test_the_warm_up_measures_and_nothing_compiles_after_it(monkeypatch):
     for cost, mode in ((1.0, "swap"), (0.0, "recompute")):
         made = engine(max_logprobs=0, enable_prefix_caching=False)
-        monkeypatch.setattr(made, "_time_recomputing", lambda cost=cost: cost)
+        monkeypatch.setattr(made._device, "time_recomputing", lambda cost=cost: cost)
         made.warmup(variant="plain")
         assert made._batch.config.preemption_mode == mode
     made = engine(max_logprobs=0, enable_prefix_caching=False)
-    assert 0 < made._time_recomputing() < 10
-    monkeypatch.setattr(made, "_time_recomputing", lambda: 1.0)
+    assert 0 < made._device.time_recomputing() < 10
+    monkeypatch.setattr(made._device, "time_recomputing", lambda: 1.0)
     made.warmup(variant="plain")
     pool, _ = made.pool.allocate(26)
     made._batch = dataclasses.replace(made._batch, pool=pool)
