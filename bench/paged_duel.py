@@ -25,11 +25,8 @@ S, C, P = pa.SplitConfig, pa.ClusterConfig, pa.PrefillConfig
 NARROW = {"default": None, "c264s6": S(ctas=264, stages=6)}
 ROWS = {"default": None, "cut": S(), "uncut": S(uncut=True)}
 SMALL = {
-    "default": None,
-    "stages 3": C(8, 2, 3),
-    "4 warpgroups": C(8, 4, 1),
-    "3 warpgroups": C(8, 3, 2),
-    "1 warpgroup": C(8, 1, 4),
+    1024: {"default": None, "8 x 1": C(8, 1, 2), "16 x 1": C(16, 1, 1), "4 x 2": C(4, 2, 2)},
+    4096: {"default": None, "stages 3": C(8, 2, 3), "1 warpgroup": C(8, 1, 4)},
 }
 CHUNKS = {"default": None, "kv128": P(2, 128, 2), "kv192": P(2, 192, 2)}
 
@@ -49,8 +46,9 @@ def cases():
                 calls = {x: bench.narrow_call(config) for x, config in NARROW.items()}
                 yield f"narrow{size} {name} {kind}", decode(name), kind, size, calls
     for size in (64, 16):
-        calls = {x: bench.aidx_call(config) for x, config in SMALL.items()}
-        yield f"small{size} 1x4k", [(4096, 1)], "bf16", size, calls
+        for context, chosen in SMALL.items():
+            calls = {x: bench.aidx_call(config) for x, config in chosen.items()}
+            yield f"small{size} 1x{context // 1024}k", [(context, 1)], "bf16", size, calls
         calls = {x: bench.aidx_call(config) for x, config in ROWS.items()}
         for name in ("64x1k", "256x1k", "64x4k"):
             yield f"row{size} {name}", decode(name), "bf16", size, calls
