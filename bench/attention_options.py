@@ -199,7 +199,7 @@ PACKED_BACKWARD = {  # head_dim: tiles
 WINDOW_FORWARD = {
     "base": PERSISTENT,
     "default": None,
-    "whole blocks": dict(deal="zigzag back", **PERSISTENT, **ROWS, **TIGHT, **LATE),
+    "turns": dict(**PERSISTENT, **ROWS, **TIGHT, **LATE),
 }
 
 

@@ -48,7 +48,6 @@ from paged_common import (
     CHUNKS,
     LARGE,
     NARROW,
-    SETS,
     T0,
     TOKENS_FIRST,
     H,
@@ -118,16 +117,13 @@ def jax_call(q, k, v, table, lens, indptr):
 
 
 def program(call):
-    """CALLS calls, each reading the output of the one before, through SETS tables in turn."""
+    """CALLS calls, each reading the output of the one before, through tables of its own."""
     one = jax.jit(call)
 
     def run(q, k, v, tabs, lens, indptr):
-        def rounds(_, q):
-            for t in tabs:
-                q = one(q, k, v, t, lens, indptr)
-            return q
-
-        return jax.lax.fori_loop(0, CALLS // SETS, rounds, q)
+        for t in tabs:
+            q = one(q, k, v, t, lens, indptr)
+        return q
 
     return jax.jit(run)
 

@@ -21,7 +21,7 @@ from pallas_kernels import paged_attention as pa  # noqa: E402
 T0 = time.time()
 N, K, H = 32, 8, 128
 POOL_TOKENS = 256 * 4096 + 4096
-SETS, CALLS = 16, 16  # as many layers of a step share a work list
+CALLS = 16  # of a program, each with tables of its own; as many layers share a work list
 LARGE = {
     "1x32k": [32768],
     "64x1k": [1024] * 64,
@@ -45,7 +45,7 @@ def say(*words):
     print(f"[{time.time() - T0:5.0f}s]", *words, flush=True)
 
 
-def tables(lens, size, num_blocks, rng, sets=SETS):
+def tables(lens, size, num_blocks, rng, sets=CALLS):
     """Block tables over a shuffled pool, disjoint between sets while the pool lasts."""
     need = [-(-n // size) for n in lens]
     total, out = sum(need), []
@@ -145,7 +145,7 @@ def lower(program, rows, size, sds, kind):
         pool = sds(shape, jnp.dtype(kind)), sds(shape[:3], jnp.float32)
     i32 = lambda *s: sds(s, jnp.int32)
     q = sds((sum(n for _, n in rows), N, H), jnp.bfloat16)
-    return program.lower(q, pool, pool, [i32(r, m)] * SETS, i32(r), i32(r + 1))
+    return program.lower(q, pool, pool, [i32(r, m)] * CALLS, i32(r), i32(r + 1))
 
 
 def arguments(rows, size, pools):

@@ -94,6 +94,8 @@ class Device:
         )
         if masked:
             self._masks = masks
+        if not self._config.cpu:  # whose memory is read as it is
+            out.copy_to_host_async()
         return out
 
     def write_tables(self, updates: np.ndarray) -> None:

@@ -322,8 +322,6 @@ class Engine:
         rows, shape, packed = self._plan(work)
         self._ban_words(rows)
         out = self._device.run(shape, packed)
-        if not self.config.cpu:  # whose memory is read as it is
-            out.copy_to_host_async()
         return _InFlight(rows, out, self._epoch, self._decode and self._decode.running)
 
     def _plan(self, work: scheduling.Schedule) -> tuple[Rows, stepping.Shape, np.ndarray]:

@@ -53,11 +53,11 @@ class Subject:
         """The reference's `(outputs, gradients)`, jitted."""
         return jax.jit(self._pulled(self.reference))
 
-    def same(self, got: Any, want: Any) -> Outcome:
+    def same(self, got: Any, want: Any, tolerance: float) -> Outcome:
         """Whether two runs agree: to the last bit, or closely where the op does not repeat bits."""
         if self.repeatable:
             return bits_differ(got, want)
-        return differs(got, want, self.near_gradient, types=True)
+        return differs(got, want, tolerance, types=True)
 
     def _pulled(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         def pulled(operands: tuple[Any, ...], cotangents: Any) -> Any:
@@ -319,7 +319,7 @@ def donation_changes_nothing(subject: Subject, operands: tuple[Any, ...]) -> Out
     with warnings.catch_warnings():  # "not usable" is found out, and said, below
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         got = jax.jit(subject.call, donate_argnums=given)(*copies)
-    found = subject.same(got, want)
+    found = subject.same(got, want, subject.near)
     if isinstance(found, Mismatch):
         return Mismatch(f"with operands {given} donated: {found}")
     used = {y.unsafe_buffer_pointer() for y in jax.tree.leaves(got)}
@@ -352,7 +352,7 @@ def unread_is_not_read(subject: Subject, operands: tuple[Any, ...]) -> Outcome:
             x if mask is None else jnp.where(mask, jnp.asarray(value, x.dtype), x)
             for x, mask in zip(operands, masks, strict=True)
         )
-        found = subject.same(subject.both(filled, subject.cotangents), want)
+        found = subject.same(subject.both(filled, subject.cotangents), want, subject.near_gradient)
         if isinstance(found, Mismatch):
             return Mismatch(f"{value} where it must not be read: {found}")
     return 0.0
