@@ -5,6 +5,7 @@ Calls that move between JAX releases, or that the interpreter lacks, are made in
 * `Ops` - accumulators and asynchronous wgmma on the GPU, plain values in interpret mode.
 * `named_barrier_arrive`, `named_barrier_sync` - PTX `bar`, cheaper than an mbarrier.
 * `kernel` - `plgpu.kernel` with the compiler parameters of a warp-specialised kernel.
+* `store_scalar` - one number of a vector in global memory.
 * `load_live` - a TMA copy of a tile whose last rows may hold anything.
 * `in_place`, `taken` - the memory of an array that a kernel writes into.
 * `swizzled` - the SMEM transforms that TMA and wgmma agree on.
@@ -144,6 +145,27 @@ class Ops:
         64-bit register pair per instruction) out of the loop's live registers.
         """
         return x if self.interpret else lax.optimization_barrier(jnp.int32(x))
+
+
+def store_scalar(ref, at, value, interpret: bool) -> None:
+    """`ref[at] = value`, f32, by one thread."""
+    if interpret:
+        ref[at] = value
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 2))
+    def store(_, target, place, number):
+        from jax.experimental.mosaic import gpu as mgpu
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, memref, scf
+
+        branch = scf.IfOp(mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP))
+        with ir.InsertionPoint(branch.then_block):
+            index = arith.index_cast(ir.IndexType.get(), place.registers.item())
+            memref.store(number.registers.item(), target, [index])
+            scf.yield_([])
+
+    store(ref, jnp.asarray(at, jnp.int32), value)  # pyright: ignore[reportCallIssue]
 
 
 def _named_barrier(op: str, barrier_id, num_threads: int) -> None:

@@ -354,27 +354,6 @@ def _of_warps(shared, half, parts) -> tuple[Any, ...]:
     return tuple(mgpu.FragmentedArray.splat(functools.reduce(_add, _lanes(x)), ()) for x in four)
 
 
-def store_scalar(ref, at, value, interpret: bool) -> None:
-    """`ref[at] = value`, f32, by one thread."""
-    if interpret:
-        ref[at] = value
-        return
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
-    def store(_, target, place, number):
-        from jax.experimental.mosaic import gpu as mgpu
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, memref, scf
-
-        branch = scf.IfOp(mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP))
-        with ir.InsertionPoint(branch.then_block):
-            index = arith.index_cast(ir.IndexType.get(), place.registers.item())
-            memref.store(number.registers.item(), target, [index])
-            scf.yield_([])
-
-    store(ref, jnp.asarray(at, jnp.int32), value)  # pyright: ignore[reportCallIssue]
-
-
 def checked_rows(**arrays: Any) -> None:
     """Rows that the tiles can take.
 

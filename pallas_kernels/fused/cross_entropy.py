@@ -15,9 +15,16 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mgpu import HOPPER_SMS, MASKED, in_place, interpret_params, taken
+from pallas_kernels._mgpu import (
+    HOPPER_SMS,
+    MASKED,
+    in_place,
+    interpret_params,
+    store_scalar,
+    taken,
+)
 
-from ._vectors import Vectors, checked_rows, store_scalar
+from ._vectors import Vectors, checked_rows
 from .config import CROSS_ENTROPY, CrossEntropyConfig
 
 LOG2E = math.log2(math.e)

@@ -1,12 +1,14 @@
 """Decode of small batches in one launch: a row and KV head is a cluster of CTAs.
 
 Every warpgroup of the cluster takes each R-th key tile of the row (R = CTAs x warpgroups), starts
-its own TMA copies and keeps its own running maximum; the partial outputs meet in L2 behind one
-cluster barrier, and the cluster's warpgroups merge them, one query column at a time.  No work list,
-no second kernel: where a call lasts five microseconds, every launch beside it would show.
+its own TMA copies and keeps its own running maximum; the partial outputs meet in shared memory
+behind one cluster barrier (`exchange.py`), and the cluster's warpgroups merge them, one query
+column at a time.  No work list, no second kernel: where a call lasts five microseconds, every
+launch beside it would show.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -23,10 +25,12 @@ from pallas_kernels._mgpu import (
     cdiv,
     div,
     interpret_params,
+    store_scalar,
     swizzled,
 )
 
 from .columns import Columns, Segment, TileRefs, reduce_scratch
+from .exchange import Exchange
 from .geometry import LOG2E, Geometry, Scoring
 from .pages import PageTiles
 
@@ -62,14 +66,25 @@ def smem_bytes(config: ClusterConfig, geom: Geometry, itemsize: int) -> int:
     h, hv, cols = geom.head_dim, geom.value_dim, geom.cols
     ring = config.stages * config.key_tile * (h + hv) * itemsize
     small = cols * (h + config.key_tile) * itemsize + 4 * reduce_scratch(cols)
-    return config.warpgroups * (ring + small) + 1024
+    return config.warpgroups * (ring + small) + _exchange(config, geom).bytes + 1024
+
+
+def _exchange(config: ClusterConfig, geom: Geometry) -> Exchange:
+    return Exchange(
+        ranks=config.cluster * config.warpgroups,
+        warpgroups=config.warpgroups,
+        live=geom.q_tokens * geom.group,
+        cols=geom.cols,
+        value_dim=geom.value_dim,
+    )
 
 
 def pick_config(geom: Geometry, itemsize: int = 2, *, max_cluster: int = 8) -> ClusterConfig:
     """One CTA of two warpgroups per SM, none without a tile of the longest row the table holds.
 
     Clusters of 16 measured slower: an H200 places few of them at a time.  So did a ring of three
-    slots where it does not run long: 5 to 13% at 8 and 32 tiles a CTA.
+    slots where it does not run long: 5 to 13% at 8 and 32 tiles a CTA.  Of one or two tiles a CTA
+    one warpgroup takes both: there is half as much to merge (4.99 -> 4.76 us).
 
     >>> pick_config(Geometry(1, 32, 8, 128, 128, 99, 64, 1, 64, max_q=1))
     ClusterConfig(cluster=8, warpgroups=2, stages=2, key_tile=64)
@@ -79,7 +94,7 @@ def pick_config(geom: Geometry, itemsize: int = 2, *, max_cluster: int = 8) -> C
     cluster = 1
     while 2 * cluster <= min(max_cluster, tiles) and 2 * cluster * segments <= HOPPER_SMS:
         cluster *= 2
-    warpgroups = 2 if tiles >= 2 * cluster else 1
+    warpgroups = 2 if tiles > 2 * cluster else 1
     most = 2 if tiles <= 32 * cluster else 3
     stages = max(1, min(most, cdiv(tiles, cluster * warpgroups)))
     config = ClusterConfig(cluster, warpgroups, stages)
@@ -142,7 +157,7 @@ def cluster_attention(
     if need > SMEM_BYTES:
         raise NotImplementedError(f"{config} needs {need} bytes of shared memory, not {SMEM_BYTES}")
     cols, hv, w = geom.cols, geom.value_dim, config.warpgroups
-    tile, stages, ranks = config.key_tile, config.stages, config.cluster * w
+    tile, stages, exchange = config.key_tile, config.stages, _exchange(config, geom)
     u = geom.num_rows * tiles_per_row(geom)
     pages = PageTiles(geom, tile)
     sds, smem, swz = jax.ShapeDtypeStruct, plgpu.SMEM, swizzled(q.dtype)
@@ -151,6 +166,7 @@ def cluster_attention(
         math=Columns(Ops(bool(interpret)), geom, scoring, tile, q.dtype),
         pages=pages,
         config=config,
+        exchange=exchange,
         has=(slopes is not None, sinks is not None),
     )
     barrier = plgpu.Barrier(num_arrivals=w)
@@ -165,8 +181,7 @@ def cluster_attention(
             out_type=(
                 sds((geom.num_tokens, heads, geom.group, hv), q.dtype),
                 sds((u, heads, cols), jnp.float32),
-                sds((u, heads, ranks, cols, hv), jnp.float32),
-                sds((u, heads, ranks, cols), jnp.float32),
+                *exchange.outputs(u, heads, bool(interpret)),
             ),
             scratch_types=(
                 smem((w, cols, geom.head_dim), q.dtype, transforms=swz),
@@ -177,6 +192,7 @@ def cluster_attention(
                 plgpu.Barrier(num_barriers=(w,)),
                 plgpu.Barrier(num_arrivals=2 * pages.per_tile, num_barriers=(w, stages)),
                 barrier,
+                *exchange.scratch(bool(interpret)),
             ),
             grid=(heads, u),
             grid_names=("head", "u"),
@@ -196,15 +212,18 @@ class _Cluster:
     math: Columns
     pages: PageTiles
     config: ClusterConfig
+    exchange: Exchange
     has: tuple[bool, bool]  # slopes, sinks
 
     def body(self, q_ref, k_ref, v_ref, table_ref, context_ref, indptr_ref, *refs):
         columns, refs = refs[: sum(self.has)], refs[sum(self.has) :]
         slopes_ref = columns[0] if self.has[0] else None
         sinks_ref = columns[-1] if self.has[1] else None
-        out_ref, lse_ref, part_o_ref, part_lse_ref, *scratch = refs
-        q_s, k_s, v_s, p_s, red_s, q_full, kv_full, done = scratch
         geom, config, math = self.math.geom, self.config, self.math
+        out_ref, lse_ref, *refs = refs
+        if math.ops.interpret:  # partials in global memory, before the scratch
+            refs = [*refs[2:], *refs[:2]]
+        q_s, k_s, v_s, p_s, red_s, q_full, kv_full, done, *parts = refs
         u, head = lax.axis_index("u"), lax.axis_index("head")
         wg = lax.axis_index("wg")
         rank = wg
@@ -231,14 +250,14 @@ class _Cluster:
         o, lse = self.attend(
             rank, row, head, facts, early, (k_ref, v_ref, table_ref), smem, bars, slopes
         )
-        math.ops.store_plain(part_o_ref.at[u, head, rank], o, transpose=True)
-        math.ops.store_plain(part_lse_ref.at[u, head, rank], lse)
+        first = geom.first_column(head)
+        self.exchange.send(math, parts, (u, head), first, rank, o, lse)
         if math.ops.interpret:
             plgpu.barrier_arrive(done)
             plgpu.barrier_wait(done)
         else:
             _cluster_sync()
-        self.merge(u, head, rank, facts, (part_o_ref, part_lse_ref), sinks_ref, (out_ref, lse_ref))
+        self.merge(u, head, rank, facts, parts, sinks_ref, (out_ref, lse_ref))
 
     def facts(self, u, row, begin, end, context):
         """First token, tokens, position, first key tile, key tiles and context of query tile u."""
@@ -312,55 +331,38 @@ class _Cluster:
 
     def merge(self, u, head, rank, facts, parts, sinks_ref, outputs):
         """The partials of the cluster, query column c by warpgroup c, c - ranks, ..."""
-        geom = self.math.geom
-        ranks = self.config.cluster * self.config.warpgroups
+        geom, exchange, math = self.math.geom, self.exchange, self.math
         token, tokens = facts[0], facts[1]
-        live = geom.q_tokens * geom.group
-        part_o_ref, part_lse_ref = parts
         out_ref, lse_ref = outputs
         first = geom.first_column(head)
 
-        def column(c):
-            lse = [part_lse_ref[u, head, x, first + c] for x in range(ranks)]
-            values = [
-                self.math.load_row(part_o_ref.at[u, head, x, first + c]) for x in range(ranks)
-            ]
-            m = lse[0]
-            for x in lse[1:]:
-                m = lax.max(m, x)
-            if sinks_ref is not None:
-                sink = sinks_ref[geom.column_block(head), first + c] * LOG2E
-                m = lax.max(m, sink)
+        def column(turn):
+            c = rank + turn * exchange.ranks
+            lse, values = exchange.received(math, parts, (u, head), first, rank, turn)
+            m = functools.reduce(lax.max, lse)
             weight = [jnp.exp2(x - m) for x in lse]
             total, o = weight[0], values[0] * weight[0]
             for w, v in zip(weight[1:], values[1:], strict=True):
                 total, o = total + w, o + v * w
+            seen = jnp.where(m > MASKED / 2, m + jnp.log2(total), MASKED)
+            store_scalar(lse_ref.at[u, head], first + c, seen, math.ops.interpret)
+            gain = 1.0 / total
             if sinks_ref is not None:
-                total = total + jnp.exp2(sink - m)
+                sink = sinks_ref[geom.column_block(head), first + c] * LOG2E
+                top = lax.max(m, sink)
+                own = jnp.exp2(m - top)
+                gain = own / (total * own + jnp.exp2(sink - top))
             i = div(c, geom.group) if geom.q_tokens > 1 else 0
 
             @pl.when(i < tokens)
             def _():
                 g = c - i * geom.group
-                o_ = (o * (1.0 / total)).astype(self.math.dtype)
-                self.math.ops.store_plain(out_ref.at[token + i, head, g], o_)
+                o_ = (o * gain).astype(math.dtype)
+                math.ops.store_plain(out_ref.at[token + i, head, g], o_)
 
-        for c0 in range(0, live, ranks):
-            pl.when(rank < min(ranks, live - c0))(lambda c0=c0: column(rank + c0))
-
-        @pl.when(rank == ranks - 1)
-        def _():
-            lse = [self.math.load(part_lse_ref.at[u, head, x]) for x in range(ranks)]
-            m = lse[0]
-            for x in lse[1:]:
-                m = jnp.maximum(m, x)
-            total = jnp.exp2(lse[0] - m)
-            for x in lse[1:]:
-                total = total + jnp.exp2(x - m)
-            seen = m > MASKED / 2
-            self.math.ops.store_plain(
-                lse_ref.at[u, head], jnp.where(seen, m + jnp.log2(total), MASKED)
-            )
+        for turn in range(exchange.turns):
+            left = exchange.live - turn * exchange.ranks
+            pl.when(rank < min(exchange.ranks, left))(functools.partial(column, turn))
 
     def clear(self, u, head, rank, indptr_ref, out_ref):
         """Zeros for the tokens of no row: they lie past the last row's."""

@@ -204,7 +204,7 @@ def _pairs(values, shape, signed):
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
 
-def _singles(pairs):
+def singles(pairs):
     """The values of vectors of two, in order."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import vector
@@ -249,7 +249,7 @@ def store_terms(x: jax.Array, ref: Any, dtype: Any, terms: int) -> None:
         from jax.experimental.mosaic.gpu import utils
 
         for row, column in _tiles(rows, cols):
-            args = [*_singles(values.registers[row, column].flat), utils.memref_ptr(ref)]
+            args = [*singles(values.registers[row, column].flat), utils.memref_ptr(ref)]
             ptx = store_ptx(rows, cols, dtype, terms, row, column)
             utils.inline_ptx(ptx, *args, utils.thread_idx(), has_side_effects=True)
 
@@ -274,7 +274,7 @@ def products(words: jax.Array, ref: Any, dtype: Any, cols: int) -> jax.Array:
         from jaxlib.mlir import ir
 
         scalar = ir.IntegerType.get_signless(32) if integer else ir.F32Type.get()
-        args = [*_singles(words.registers.flat), utils.memref_ptr(ref)]
+        args = [*singles(words.registers.flat), utils.memref_ptr(ref)]
         out = _assemble(*product_ptx(hv, tile, cols, dtype), scalar, args)
         return _pairs(out, (hv, cols), True if integer else None)
 
@@ -294,7 +294,7 @@ def load_queries(ref: Any) -> jax.Array:
         pair = ir.VectorType.get((2,), ir.MemRefType(source.type).element_type)
         f32, values = ir.F32Type.get(), []
         for at in _tiles(h, cols):
-            own = [_singles([vector.load(pair, source, _where(at, i))]) for i in range(2)]
+            own = [singles([vector.load(pair, source, _where(at, i))]) for i in range(2)]
             order = (own[0][0], own[1][0], own[0][1], own[1][1])
             values += [arith.extf(f32, x) for x in order]
         return _pairs(values, (h, cols), None)
@@ -333,7 +333,7 @@ def store_rows(o: jax.Array, ref: Any) -> None:
 
         pair = ir.VectorType.get((2,), values.mlir_dtype)
         for at in _tiles(hv, cols):
-            own = _singles(values.registers[at].flat)
+            own = singles(values.registers[at].flat)
             for i in range(2):
                 words = vector.from_elements(pair, [own[i], own[i + 2]])
                 vector.store(words, ref, _where(at, i))

@@ -10,12 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import onebyte, quantised, rows, write
+from pallas_kernels.paged_attention import exchange, onebyte, quantised, rows, write
 
 E4M3 = ml_dtypes.float8_e4m3fn
 THREAD = np.arange(128)
 LANE, WARP = THREAD % 32, THREAD // 32
 V_BASE, Q_BASE = 0, 1 << 16  # of tiles in the emulated shared memory
+CTA_BITS = 17  # of an address in a cluster: what is above names the CTA
 
 
 class Machine:
@@ -84,7 +85,7 @@ class Machine:
 
     def setp(self, name, target, a, b, also=None):
         compare = dict(eq=np.equal, ne=np.not_equal, lt=np.less, ge=np.greater_equal, gt=np.greater)
-        number = self.float if name.endswith("f32") else self.signed
+        number = dict(f32=self.float, u32=self.unsigned).get(name.split(".")[-1], self.signed)
         result = compare[name.split(".")[1]](number(a), number(b))
         self.set(target, result if also is None else result & self.value(also))
 
@@ -93,8 +94,11 @@ class Machine:
         x = self.value(x)
         return x.view(np.uint32).astype(np.int64) if x.dtype == np.float32 else x
 
+    def unsigned(self, x):
+        return self.bits(x) & 0xFFFFFFFF
+
     def signed(self, x):
-        return (self.bits(x) & 0xFFFFFFFF ^ 1 << 31) - (1 << 31)
+        return (self.unsigned(x) ^ 1 << 31) - (1 << 31)
 
     def float(self, x):
         return self.bits(x).astype(np.uint32).view(np.float32)
@@ -177,6 +181,9 @@ class Machine:
             if not self.live.all():  # of a register's bits, what others hold stays
                 new = np.where(self.live, self.bits(source), self.bits(target))
             self.set(target, new)
+
+    def mapa(self, _, target, address, cta):
+        self.set(target, self.value(address) + (self.value(cta) << CTA_BITS))
 
     def prmt(self, _, target, a, b, order):
         octets = [(self.bits(x) >> 8 * i) & 255 for x in (a, b) for i in range(4)]
@@ -402,3 +409,40 @@ def test_rows_of_a_write(kind, dim, heads, fixed):
         want[place] = value.view(np.uint8)
     np.testing.assert_array_equal(own(2).reshape(pool.shape), want)
     np.testing.assert_array_equal(own(3).view(np.float32).reshape(scales.shape), want_scales)
+
+
+@pytest.mark.parametrize(
+    "cluster,warpgroups,cols,first,live,dim",
+    [(8, 1, 8, 4, 4, 128), (8, 2, 8, 0, 4, 64), (2, 1, 16, 0, 15, 64), (1, 2, 8, 3, 1, 256)],
+)
+def test_partials_arrive_where_they_are_merged(cluster, warpgroups, cols, first, live, dim):
+    """Every warpgroup's column c in the memory of warpgroup c mod ranks; other columns nowhere."""
+    rng, ranks = np.random.default_rng(0), cluster * warpgroups
+    x = exchange.Exchange(ranks, warpgroups, live, cols, dim)
+    o = rng.standard_normal((ranks, dim, cols)).astype(np.float32)
+    lse = rng.standard_normal((ranks, cols)).astype(np.float32)
+    memory = np.zeros(cluster << CTA_BITS, np.uint8)
+    place = np.full(128, Q_BASE), np.zeros(128, np.int64)
+    for rank in range(ranks):
+        for j in range(cols // 8):
+            columns = 8 * j + 2 * (LANE % 4)
+            values = [lse[rank, columns], lse[rank, columns + 1]]
+            for i in range(dim // 64):
+                values += rows_of_lane(o[rank], i, j).values()
+            scalars = THREAD, np.full(128, rank), np.full(128, first)
+            given = {f"o{i}": v for i, v in enumerate([*place, *scalars, *values])}
+            Machine(None, memory, **given).run(exchange.send_ptx(x, j))
+    shape = (warpgroups, x.turns, ranks)
+    size = 4 * int(np.prod(shape))
+    for cta in range(cluster):
+        own = memory[cta << CTA_BITS :][: 1 << CTA_BITS]
+        got_lse = own[:size].view(np.float32).reshape(shape)
+        got = own[Q_BASE : Q_BASE + size * dim].view(np.float32).reshape(*shape, dim)
+        want, want_lse = np.zeros_like(got), np.zeros_like(got_lse)
+        for wg, turn in np.ndindex(warpgroups, x.turns):
+            c = turn * ranks + cta * warpgroups + wg
+            if c < live:
+                want[wg, turn], want_lse[wg, turn] = o[:, :, first + c], lse[:, first + c]
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(got_lse, want_lse)
+    assert x.bytes == size * (dim + 1)
