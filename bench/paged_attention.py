@@ -9,7 +9,7 @@
 
 check   outputs of ragged mixes against a dense f32 reference; every slot that no sequence owns
         holds NaN, tables are padded with ids outside the pool, five runs have to be bitwise equal
-large   TB/s of K and V over pools of 4.3 GB, tables shuffled, blocks of 16 and 64; 16 calls chained
+large   TB/s of K and V over pools of 4.3 GB, tables shuffled, blocks of 16 and 64; 64 calls chained
         through q inside one program, the combine and the work list included
 small   rows that last microseconds: CUPTI sum of kernel durations per call
 chunk   chunked prefill and a mixed call, TFLOP/s, beside dense flash attention
@@ -75,6 +75,8 @@ from pallas_kernels import paged_attention as pa
 S, C, P = pa.SplitConfig, pa.ClusterConfig, pa.PrefillConfig
 SMALL = {"1x1k": [1024], "1x4k": [4096], "1x32k": [32768], "8x4k": [4096] * 8}
 LARGE_VARIANTS = {"c132t128": S(ctas=132, stages=3, key_tile=128)}
+# one program after another leaves the device idle for some 10 us: a program of few calls shows it
+PASSES = {"large": 4, "narrow": 4, "peer": 4}
 SMALL_BLOCKS = ("large", "small", "chunk", "narrow", "peer")  # sections that blocks of 16 matter to
 NARROW_ROWS = ("64x4k", "256x4k", "16x32k")
 # rows of (tokens of the prefix that they share, context lengths)
@@ -116,12 +118,12 @@ def jax_call(q, k, v, table, lens, indptr):
     return op.paged_attention(q, k, v, jnp.minimum(table, k.shape[1] - 1), lens)
 
 
-def program(call):
-    """CALLS calls, each reading the output of the one before, through tables of its own."""
+def program(call, passes):
+    """CALLS calls a pass, each reading the output of the one before, through tables of its own."""
     one = jax.jit(call)
 
     def run(q, k, v, tabs, lens, indptr):
-        for t in tabs:
+        for t in tabs * passes:
             q = one(q, k, v, t, lens, indptr)
         return q
 
@@ -175,7 +177,7 @@ def lower_all(sections, variants, pattern, limit, sds):
                 say("lowering cut short at", size, name, label)
                 return out
             try:
-                lowered = lower(program(call), rows, size, sds, kind)
+                lowered = lower(program(call, PASSES.get(section, 1)), rows, size, sds, kind)
                 out.append((size, job, threads.submit(lowered.compile)))
             except Exception as e:
                 say(size, name, label, "LOWER FAIL", type(e).__name__, str(e)[:300])
@@ -223,7 +225,8 @@ def one_row(section, case, label, rows, compiled, args, rows_out):
 
 
 def measure_row(section, case, label, rows, compiled, args, rows_out):
-    us = seconds(compiled, args) / CALLS * 1e6
+    calls = CALLS * PASSES.get(section, 1)
+    us = seconds(compiled, args) / calls * 1e6
     if section == "chunk":
         rate = operations(rows) / us / 1e6
         say(f"{case:28s} {label:9s} {us:8.2f} us {rate:6.1f} TFLOP/s")
@@ -235,7 +238,7 @@ def measure_row(section, case, label, rows, compiled, args, rows_out):
     text, rate = "", tokens * K * bytes_ / us / 1e6
     rows_out.append(row(case, label, "context", tokens / us, "tokens/us"))
     if label != "jax":
-        kernels, parts = cupti(compiled, args)
+        kernels, parts = cupti(compiled, args, calls)
         text = f"cupti {kernels:.2f} us " + " ".join(f"{a}={b:.2f}" for a, b in parts.items())
         rows_out.append(row(case, label, "kernel time", kernels, "us"))
     say(f"{case:26s} {label:11s} {us:8.2f} us {rate:5.2f} TB/s {tokens / us:7.1f} tok/us {text}")

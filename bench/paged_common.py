@@ -157,7 +157,7 @@ def arguments(rows, size, pools):
     return q, *pools, tabs, jnp.asarray(lens, jnp.int32), indptr
 
 
-def cupti(compiled, args):
+def cupti(compiled, args, calls=CALLS):
     """Microseconds of kernels per call, and the part of each kernel."""
     from jax.experimental.mosaic.gpu import profiler
 
@@ -165,7 +165,7 @@ def cupti(compiled, args):
     parts = {}
     for name, ms in kernels:
         name = re.sub(r"[^a-z_].*", "", name.replace("mosaic_gpu_", ""))[:24]
-        parts[name] = parts.get(name, 0.0) + ms * 1e3 / CALLS
+        parts[name] = parts.get(name, 0.0) + ms * 1e3 / calls
     return sum(parts.values()), parts
 
 

@@ -25,8 +25,10 @@ S, C, P = pa.SplitConfig, pa.ClusterConfig, pa.PrefillConfig
 NARROW = {"default": None, "c264s6": S(ctas=264, stages=6)}
 ROWS = {"default": None, "cut": S(), "uncut": S(uncut=True)}
 SMALL = {
-    1024: {"default": None, "8 x 1": C(8, 1, 2), "16 x 1": C(16, 1, 1), "4 x 2": C(4, 2, 2)},
-    4096: {"default": None, "stages 3": C(8, 2, 3), "1 warpgroup": C(8, 1, 4)},
+    "1x1k": {"default": None, "8 x 1": C(8, 1, 2), "8 x 2": C(8, 2, 1), "4 x 2": C(4, 2, 2)},
+    "1x4k": {"default": None, "8 x 1": C(8, 1, 4), "8 x 2": C(8, 2, 2), "8 x 2, 3": C(8, 2, 3)},
+    "8x4k": {"default": None, "2 x 1": C(2, 1, 4), "2 x 2, 3": C(2, 2, 3)},
+    "1x32k": {"default": None, "8 x 1": C(8, 1, 6), "8 x 2, 2": C(8, 2, 2)},
 }
 CHUNKS = {"default": None, "kv128": P(2, 128, 2), "kv192": P(2, 192, 2)}
 
@@ -46,9 +48,10 @@ def cases():
                 calls = {x: bench.narrow_call(config) for x, config in NARROW.items()}
                 yield f"narrow{size} {name} {kind}", decode(name), kind, size, calls
     for size in (64, 16):
-        for context, chosen in SMALL.items():
+        for name, chosen in SMALL.items():
+            count, context = (int(x) for x in name[:-1].split("x"))
             calls = {x: bench.aidx_call(config) for x, config in chosen.items()}
-            yield f"small{size} 1x{context // 1024}k", [(context, 1)], "bf16", size, calls
+            yield f"small{size} {name}", [(context * 1024, 1)] * count, "bf16", size, calls
         calls = {x: bench.aidx_call(config) for x, config in ROWS.items()}
         for name in ("64x1k", "256x1k", "64x4k"):
             yield f"row{size} {name}", decode(name), "bf16", size, calls
@@ -171,10 +174,8 @@ def report(name, rows, kind, label, compiled, args, err, times, rows_out):
     us = sorted(times)[len(times) // 2]
     text = ""
     try:
-        scale = bench.CALLS / (bench.CALLS + 1)  # calls of this program against those of the others
-        kernels, parts = bench.cupti(compiled, args)
-        kernels *= scale
-        text = f"cupti {kernels:7.2f} " + " ".join(f"{a}={b * scale:.2f}" for a, b in parts.items())
+        kernels, parts = bench.cupti(compiled, args, bench.CALLS + 1)
+        text = f"cupti {kernels:7.2f} " + " ".join(f"{a}={b:.2f}" for a, b in parts.items())
         rows_out.append(bench.row(name, label, "kernel time", kernels, "us"))
     except Exception as e:
         text = f"cupti FAIL {type(e).__name__}"
