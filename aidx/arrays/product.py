@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -29,8 +28,6 @@ from .formats import BSC, BSR, COO, CSC, CSR, Array, SparseMatrix, offsets_of
 
 PART = 2**24  # numbers that an `xla` product may hold between gathering and adding
 HALVED = 2**16  # entries from which a vector's product on a CPU is worth two threads
-CACHED = 2**24  # bytes of x that a CPU's last cache keeps beside what streams past them
-REUSED = 4  # times that entries take a row of x, beside rows read and written, to be worth a copy
 LAYOUTS = {COO: "coo", CSR: "csr", CSC: "csc", BSR: "csr", BSC: "csc"}
 
 
@@ -217,47 +214,10 @@ def _spmm_eigen(spec: Spec, operands: Any) -> Array:
     if n == 1:
         raise NotImplementedError("one column: it is no faster than eight")
 
-    def product(offsets: Array, x: Array) -> Array:
-        matrix = sparse.BCSR((data, col, offsets), shape=(offsets.shape[0] - 1, x.shape[0]))
-        numbers = (((1,), (0,)), ((), ()))
-        return sparse.bcsr_dot_general(matrix, x, dimension_numbers=numbers)
-
-    width = _cached_columns(spec, data.shape[0], x)
-    if width < n:
-        return _by_columns(product, offsets, x, width)
+    matrix = sparse.BCSR((data, col, offsets), shape=(offsets.shape[0] - 1, x.shape[0]))
     # Its inner loop is scalar below eight columns: filling up is three times faster.
-    return product(offsets, jnp.pad(x, ((0, 0), (0, max(0, 8 - n)))))[:, :n]
-
-
-def _cached_columns(spec: Spec, nse: int, x: Array) -> int:
-    """Columns of x for `_by_columns`; all of them where it would be no faster."""
-    rows, n = x.shape
-    step = 32  # of less than two lines of cache Eigen is no faster than of two
-    most = CACHED // (rows * x.dtype.itemsize) // step * step
-    large = x.dtype == jnp.float32 and x.size * x.dtype.itemsize >= 2 * CACHED
-    if not large or nse < REUSED * sum(spec.shape) or most == 0:
-        return n
-    return -(-n // (-(-n // most) * step)) * step
-
-
-def _by_columns(product: Any, offsets: Array, x: Array, width: int) -> Array:
-    """A CSR product, some columns after others: those of x are copied, and stay in cache meanwhile.
-
-    A product of all columns waits for memory at every entry.  The last columns may be some of
-    those before: slices stay inside.  One thread stores a block of rows while the next one is
-    multiplied.
-    """
-    (rows, n), M = x.shape, offsets.shape[0] - 1
-    cuts = sorted({M * i // 8 for i in range(9)})
-
-    def some(i: Array, out: Array) -> Array:
-        part = jax.lax.dynamic_slice(x, (0, i * width), (rows, width))
-        for begin, end in itertools.pairwise(cuts):
-            block = product(offsets[begin : end + 1], part)
-            out = jax.lax.dynamic_update_slice(out, block, (begin, i * width))
-        return out
-
-    return jax.lax.fori_loop(0, -(-n // width), some, jnp.zeros((M, n), x.dtype))
+    x = jnp.pad(x, ((0, 0), (0, max(0, 8 - n))))
+    return sparse.bcsr_dot_general(matrix, x, dimension_numbers=(((1,), (0,)), ((), ())))[:, :n]
 
 
 def _spmm_halves(spec: Spec, operands: Any) -> Array:

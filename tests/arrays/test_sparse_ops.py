@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aidx.arrays
-from aidx.arrays import BSC, BSR, COO, CSC, CSR, SparseMatrix, product, sparse
+from aidx.arrays import BSC, BSR, COO, CSC, CSR, SparseMatrix, sparse
 from aidx.ops import registry
 from tests.arrays.patterns import FORMATS, NSE, M, N, build, close, dense_of, entries, few, ids
 
@@ -275,46 +275,6 @@ def test_the_cpu_product_is_the_threaded_one():
     lower = lambda y: jax.jit(sparse.matmul).lower(a, y).as_text()
     assert "cpu_csr_sparse_dense" in lower(jnp.ones((30, 8)))
     assert "cpu_csr_sparse_dense" not in lower(jnp.ones(30))
-
-
-@pytest.mark.parametrize("rows", [50, 3])  # 3: fewer than the blocks of rows
-def test_columns_one_after_another_on_a_cpu_are_the_same_product(monkeypatch, rows):
-    places = jax.random.split(jax.random.key(0), 3)
-    row, col = (
-        jax.random.randint(k, (800,), 0, m) for k, m in zip(places, (rows, 40), strict=False)
-    )
-    data = jax.random.normal(places[2], (800,))
-    a = COO.from_parts(data, row, col, (rows, 40)).to_csr()
-    x = jax.random.normal(jax.random.key(1), (40, 72))
-    spec, pattern = product.pattern_of(a)
-
-    def lowered(dtype=x.dtype):  # afresh: JAX keeps what it lowered
-        f = lambda x: product._spmm_eigen(spec, (a.data.astype(dtype), x, *pattern))
-        return jax.jit(f).lower(x.astype(dtype))
-
-    many = lambda lowered: lowered.as_text().count("stablehlo.while")
-    whole = lowered()
-    monkeypatch.setattr(product, "CACHED", 40 * 4 * 32)  # the last slice is moved back
-    parts = lowered()
-    assert (many(whole), many(parts), many(lowered(jnp.int32))) == (0, 1, 0)
-    want = whole.compile()(x)
-    np.testing.assert_array_equal(parts.compile()(x), want)
-    stack = x.reshape(40, 8, 9)
-    stacked = jax.jit(jax.vmap(sparse.matmul, (None, 2), 2)).lower(a, stack)
-    assert many(stacked) == 1
-    np.testing.assert_array_equal(stacked.compile()(a, stack).reshape(rows, 72), want)
-
-
-def test_columns_one_after_another_hold_one_slice_and_differentiate(monkeypatch):
-    a = sparse.random(jax.random.key(0), (500, 400), nse=8000)
-    x = jax.random.normal(jax.random.key(1), (400, 256))
-    f = lambda name, d, x: jnp.sum(sparse.matmul(a.with_data(d), x, implementation=name) ** 2)
-    want = jax.grad(functools.partial(f, "xla"), (0, 1))(a.data, x)
-    monkeypatch.setattr(product, "CACHED", 400 * 128)
-    got = jax.grad(functools.partial(f, "eigen"), (0, 1))(a.data, x)
-    for g, w in zip(got, want, strict=True):
-        np.testing.assert_allclose(g, w, 1e-4, 1e-3)
-    assert 400 * 128 < temporary(lambda a, x: a @ x, a, x) < x.nbytes / 2
 
 
 # --- memory --------------------------------------------------------------------------------------
