@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _mgpu
-from pallas_kernels._mgpu import MASKED, Ops, rem
+from pallas_kernels._mgpu import MASKED, Ops, rem, ring_slot
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.config import BackwardConfig
 from pallas_kernels.flash_attention.key_schedule import (
@@ -189,11 +189,11 @@ class Consumer:
     def scores(self, acc, resident, ring, slot):
         """`acc += resident @ ring^T` of this warpgroup's rows, over all column parts.
 
-        The opaque index keeps the wgmma descriptors of K and V out of the loop's registers.
+        Opaque indices keep the wgmma descriptors of what does not move out of the loop's registers.
         """
         for part in range(self.p.config.parts):
             rows = resident.at[self.ops.opaque(part), self.rows]
-            acc = self.ops.wgmma(acc, rows, ring.at[slot, part].T)
+            acc = self.ops.wgmma(acc, rows, ring.at[self.ops.opaque(slot), part].T)
         return acc
 
     def probabilities(self, s, slot, head, query0, masked: str, loaded: Loaded):
@@ -252,7 +252,7 @@ class Consumer:
             return r.ds_smem.at[slot, :, at].T, r.k_smem.at[part]
         first = chunk * columns + (0 if c.parts > 1 else self.wg * columns * c.dq_chunks)
         at = pl.ds(first if isinstance(first, int) else pl.multiple_of(first, columns), columns)
-        return r.ds_smem.at[slot].T, r.k_smem.at[part, :, at]
+        return r.ds_smem.at[self.ops.opaque(slot)].T, r.k_smem.at[part, :, at]
 
     def add_dq(self, dq, head, query0, chunk: int) -> None:
         """This warpgroup's share of dQ, added to memory by TMA."""
@@ -283,7 +283,7 @@ class Consumer:
     def own_rows(self, it, head, query0, masked: str):
         """`split="keys"`: P^T and dS^T of this warpgroup's keys, in registers."""
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
-        q_slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
+        q_slot, do_slot = ring_slot(it, c.stages), ring_slot(it, c.do_stages)
         late = p.score is not None and "tile" in p.score.kinds  # no room for it beside S and dP
         early = None if late else self.load(head, query0, masked)
 
@@ -318,7 +318,8 @@ class Consumer:
     def half_each(self, it, head, query0, masked: str) -> None:
         """`split="columns"`: warpgroup 0 computes P^T, 1 takes it from memory and computes dS^T."""
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
-        q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
+        q_slot, do_slot = ring_slot(it, c.stages), ring_slot(it, c.do_stages)
+        slot = rem(it, 2)
         # dS takes P times its factor, in a buffer of its own
         for_ds = 3 if p.apart else slot
         plgpu.barrier_wait(r.q_full.at[q_slot])
@@ -367,15 +368,16 @@ class Consumer:
         dk, dv = ops.uncarry(dk_acc, carry[0]), ops.uncarry(dv_acc, carry[1])
         it = before + i
         query0 = query_tile(p, r, self.b, head, self.kv_tile, i) * c.block_q
-        q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
+        q_slot, do_slot = ring_slot(it, c.stages), ring_slot(it, c.do_stages)
+        slot = rem(it, 2)
         if c.parts > 1:
             self.half_each(it, head, query0, masked)
             ds_slot = 0  # written after sync(0), which follows the last reads of the step before
-            prob, ds = r.p_smem.at[slot], r.ds_smem.at[ds_slot]
+            prob, ds = r.p_smem.at[slot], r.ds_smem.at[self.ops.opaque(ds_slot)]
         else:
             ds_slot = slot
             prob, ds = self.own_rows(it, head, query0, masked)
-        dv = ops.wgmma(dv, prob, r.do_smem.at[do_slot, self.part])
+        dv = ops.wgmma(dv, prob, r.do_smem.at[self.ops.opaque(do_slot), self.part])
         if c.parts == 1 and p.dq:
             r.ds_smem[slot, self.rows] = ds
         if c.parts > 1 or p.dq:
@@ -384,7 +386,7 @@ class Consumer:
             ops.wait(0)
             plgpu.barrier_arrive(r.do_free.at[do_slot])
         if not p.dq:
-            dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot, self.part])
+            dk = ops.wgmma(dk, ds, r.q_smem.at[self.ops.opaque(q_slot), self.part])
         for chunk in range(c.dq_chunks if p.dq else 0):
 
             def dq_and_dk(dq_acc, chunk=chunk):
@@ -392,7 +394,7 @@ class Consumer:
                 dq_acc = ops.wgmma(dq_acc, *self.dq_operands(ds_slot, chunk))
                 if chunk:
                     return ops.load(dq_acc, 0)
-                dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot, self.part])
+                dk = ops.wgmma(dk, ds, r.q_smem.at[self.ops.opaque(q_slot), self.part])
                 return ops.load(dq_acc, 1)
 
             dq = ops.with_acc(dq_and_dk, c.dq_tile(p.head_dim))

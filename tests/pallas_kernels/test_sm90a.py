@@ -18,24 +18,11 @@ from pallas_kernels.paged_attention import write_kv
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "compile_sm90a.py"
 KNOWN_SPILLS = {
-    "flash/H256 full bwd": 44,
-    "flash/H256 full bwd deterministic": 156,
-    "flash/H256 causal bwd": 40,
-    "flash/H256 causal bwd deterministic": 140,
-    "flash/H256 window bwd": 44,
-    "flash/H256 window bwd deterministic": 124,
-    "flash/H256 packed bwd": 192,
-    "flash/H256 packed bwd deterministic": 212,
     "flash/H64 soft cap bwd": 244,
     "flash/H64 bias bwd": 4,
     "flash/H64 blocks bwd": 4,
     "flash/H128 soft cap bwd": 12,
-    "flash/H256 soft cap bwd": 128,
-    "flash/H256 dropout bwd": 48,
-    "flash/H256 dropout bwd deterministic": 172,
-    "flash/H256 score_mod bwd": 40,
-    "flash/H256 bias bwd": 64,
-    "flash/H256 blocks bwd": 8,
+    "flash/H256 soft cap bwd": 8,
 }
 
 
