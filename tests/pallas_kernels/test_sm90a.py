@@ -18,8 +18,6 @@ from pallas_kernels.paged_attention import write_kv
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "compile_sm90a.py"
 KNOWN_SPILLS = {
-    "flash/H64 soft cap bwd": 244,
-    "flash/H64 bias bwd": 4,
     "flash/H64 blocks bwd": 4,
     "flash/H128 soft cap bwd": 12,
     "flash/H256 soft cap bwd": 8,
