@@ -144,11 +144,14 @@ class Consumer:
         if p.dynamic:
             rows = self.key_rows or self.load_rows()
             return tuple(tile.by_row(x, tile.GROUP) - column for x in rows)
-        key = tile.iota(64, 0) + self.key0
-        distance = key - column - p.band.offset
-        lo = None if p.band.right is None else distance - p.band.right
-        hi = None if p.band.left is None else distance + (p.band.left + 1)
-        if p.ragged_keys:
+        key, band = tile.iota(64, 0) + self.key0, p.band
+        past_end = p.ragged_keys and band.right is not None
+        if past_end:  # so far that no query sees it: the comparison with lo serves both
+            key += jnp.clip(key - (p.keys - 1), 0, 1) * FAR
+        distance = key - column - band.offset
+        lo = None if band.right is None else distance - min(band.right, FAR // 2)
+        hi = None if band.left is None else distance + (band.left + 1)
+        if p.ragged_keys and not past_end:
             # FAR for a key inside, 0 for one past the end
             inside = jnp.clip(p.keys - key, 0, 1) * FAR - column
             hi = inside if hi is None else jnp.minimum(hi, inside)
@@ -210,7 +213,7 @@ class Consumer:
         sloped = None if p.slope is None else program(p.slope, loaded.score)
         hidden = program(p.mask, loaded.mask) if masked and p.mask is not None else None
         lo, hi = self.row_bounds(query0) if masked else (None, None)
-        if p.config.tight_masks and masked == HIGH:
+        if p.dynamic and p.config.tight_masks and masked == HIGH:
             lo = None
         if p.alibi:
             shift = query0 + p.band.offset - self.key0
