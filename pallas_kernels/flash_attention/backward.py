@@ -617,6 +617,9 @@ def backward(
         refs = Refs(q, k, v, do, stats, given, **results, **scratch)
         wg = lax.axis_index("wg")
         tile_of_cta = lambda: decode(p, lax.axis_index("cta"), refs)
+        if p.piece == config.block_q:  # else there are no registers to keep it in
+            found = tile_of_cta()
+            tile_of_cta = lambda: found
 
         @pl.when(wg < config.consumers)
         def _():
