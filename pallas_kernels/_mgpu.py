@@ -138,13 +138,15 @@ class Ops:
         else:
             ref.T[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
 
-    def opaque(self, x: int):
-        """A scalar that LLVM cannot see through, made anew at each use.
+    def opaque(self, x):
+        """A static scalar that LLVM cannot see through, made anew at each use.
 
         Indexing a loop-invariant SMEM operand with it keeps the operand's wgmma descriptors (one
-        64-bit register pair per instruction) out of the loop's live registers.
+        64-bit register pair per instruction) out of the loop's live registers.  A traced scalar is
+        left as it is.
         """
-        return x if self.interpret else lax.optimization_barrier(jnp.int32(x))
+        hide = isinstance(x, int) and not self.interpret
+        return lax.optimization_barrier(jnp.int32(x)) if hide else x
 
 
 def store_scalar(ref, at, value, interpret: bool) -> None:
@@ -297,6 +299,11 @@ def div(a, b: int):
 def rem(a, b: int):
     """`a % b` of a non-negative i32 scalar; a mask where b is a power of two."""
     return (a & (b - 1)) if b & (b - 1) == 0 else lax.rem(a, jnp.int32(b))
+
+
+def ring_slot(i, slots: int):
+    """The slot of step i of a ring; static where there is but one (see `Ops.opaque`)."""
+    return rem(i, slots) if slots > 1 else 0
 
 
 def cdiv(a: int, b: int) -> int:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _mgpu
-from pallas_kernels._mgpu import MASKED, Ops, rem
+from pallas_kernels._mgpu import MASKED, Ops, rem, ring_slot
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.config import BackwardConfig
 from pallas_kernels.flash_attention.key_schedule import (
@@ -144,11 +144,14 @@ class Consumer:
         if p.dynamic:
             rows = self.key_rows or self.load_rows()
             return tuple(tile.by_row(x, tile.GROUP) - column for x in rows)
-        key = tile.iota(64, 0) + self.key0
-        distance = key - column - p.band.offset
-        lo = None if p.band.right is None else distance - p.band.right
-        hi = None if p.band.left is None else distance + (p.band.left + 1)
-        if p.ragged_keys:
+        key, band = tile.iota(64, 0) + self.key0, p.band
+        past_end = p.ragged_keys and band.right is not None
+        if past_end:  # so far that no query sees it: the comparison with lo serves both
+            key += jnp.clip(key - (p.keys - 1), 0, 1) * FAR
+        distance = key - column - band.offset
+        lo = None if band.right is None else distance - min(band.right, FAR // 2)
+        hi = None if band.left is None else distance + (band.left + 1)
+        if p.ragged_keys and not past_end:
             # FAR for a key inside, 0 for one past the end
             inside = jnp.clip(p.keys - key, 0, 1) * FAR - column
             hi = inside if hi is None else jnp.minimum(hi, inside)
@@ -157,46 +160,47 @@ class Consumer:
     def load(self, head, query0, masked: str) -> Loaded:
         """What the modifiers need of a query tile, loaded before the matmuls are awaited."""
         p, extra = self.p, self.refs.extra
-        at = (self.b, head, query0, self.key0, p.config.block_q)
-        lazy = p.config.block_q > 64  # no room for vectors of columns beside S and dP
+        at = (self.b, head, query0, self.key0, p.piece)
+        lazy = p.piece > 64  # no room for vectors of columns beside S and dP
         load = lambda program, refs: load_values(program, refs, *at, by_query=False, lazy=lazy)
         return Loaded(
             load(p.score, extra.score) if p.score is not None else None,
             load(p.mask, extra.mask) if p.mask is not None and masked else None,
         )
 
-    def statistic(self, slot, which: int):
+    def statistic(self, slot, which: int, first: int = 0):
         """lse (0), delta (1) or the dropout words (2) of a query tile, `[64, 8]` a group.
 
-        Where registers are short every group is loaded when it is asked for; a vector of 128
-        queries would take 32 of them.
+        Of a piece whose queries start at `first`.  Where registers are short every group is loaded
+        when it is asked for; a vector of 128 queries would take 32 of them.
         """
-        c, ref = self.p.config, self.refs.stats_smem.at[slot, which]
+        ref = self.refs.stats_smem.at[slot, which, pl.ds(first, self.p.piece)]
         layout = plgpu.Layout.WGMMA.reduce(0)
         load = lambda at: plgpu.load(at, layout=layout, optimized=False)
-        starts = range(0, c.block_q, tile.GROUP)
+        starts = range(0, self.p.piece, tile.GROUP)
         if self.p.tight:
             return (tile.by_column(load(ref.at[pl.ds(at, tile.GROUP)]), 64) for at in starts)
         whole = tile.by_column(load(ref), 64)
         return [whole[:, at : at + tile.GROUP] for at in starts]
 
-    def kept(self, slot):
+    def kept(self, slot, first: int):
         """Which scores dropout keeps, in groups of 8 queries."""
         as_words = lambda x: lax.bitcast_convert_type(x, jnp.uint32)
-        words = (as_words(x) for x in self.statistic(slot, 2))
+        words = (as_words(x) for x in self.statistic(slot, 2, first))
         return tile.keeps_by_key(words, self.key0, 64, self.p.rate)
 
-    def scores(self, acc, resident, ring, slot):
+    def scores(self, acc, resident, ring, slot, first: int = 0):
         """`acc += resident @ ring^T` of this warpgroup's rows, over all column parts.
 
-        The opaque index keeps the wgmma descriptors of K and V out of the loop's registers.
+        Opaque indices keep the wgmma descriptors of what does not move out of the loop's registers.
         """
         for part in range(self.p.config.parts):
             rows = resident.at[self.ops.opaque(part), self.rows]
-            acc = self.ops.wgmma(acc, rows, ring.at[slot, part].T)
+            queries = pl.ds(first, self.p.piece)
+            acc = self.ops.wgmma(acc, rows, ring.at[self.ops.opaque(slot), part, queries].T)
         return acc
 
-    def probabilities(self, s, slot, head, query0, masked: str, loaded: Loaded):
+    def probabilities(self, s, slot, head, query0, masked: str, loaded: Loaded, first: int = 0):
         """(P^T, factor that soft cap and score_mod put on dS or None, kept or None) a group.
 
         Each group of 8 queries is carried to its end before the next: whole tiles of what lies
@@ -209,14 +213,15 @@ class Consumer:
         sloped = None if p.slope is None else program(p.slope, loaded.score)
         hidden = program(p.mask, loaded.mask) if masked and p.mask is not None else None
         lo, hi = self.row_bounds(query0) if masked else (None, None)
-        if p.config.tight_masks and masked == HIGH:
+        if p.dynamic and p.config.tight_masks and masked == HIGH:
             lo = None
         if p.alibi:
             shift = query0 + p.band.offset - self.key0
             distance = (tile.iota(64, 1) - tile.iota(64, 0) + shift).astype(jnp.float32)
             per_key = self.refs.extra.slopes[head] * LOG2E
-        kept = self.kept(slot) if p.rate else itertools.repeat(None)
-        for (c, x), lse, keep in zip(tile.groups(s), self.statistic(slot, 0), kept, strict=False):
+        kept = self.kept(slot, first) if p.rate else itertools.repeat(None)
+        lses = self.statistic(slot, 0, first)
+        for (c, x), lse, keep in zip(tile.groups(s), lses, kept, strict=False):
             slack, times = None, multiplier
             if p.soft_cap is not None:
                 x = jnp.tanh(x * (p.scale / p.soft_cap))
@@ -252,7 +257,7 @@ class Consumer:
             return r.ds_smem.at[slot, :, at].T, r.k_smem.at[part]
         first = chunk * columns + (0 if c.parts > 1 else self.wg * columns * c.dq_chunks)
         at = pl.ds(first if isinstance(first, int) else pl.multiple_of(first, columns), columns)
-        return r.ds_smem.at[slot].T, r.k_smem.at[part, :, at]
+        return r.ds_smem.at[self.ops.opaque(slot)].T, r.k_smem.at[part, :, at]
 
     def add_dq(self, dq, head, query0, chunk: int) -> None:
         """This warpgroup's share of dQ, added to memory by TMA."""
@@ -273,29 +278,36 @@ class Consumer:
         else:
             plgpu.copy_smem_to_gmem(staging, r.dq.at[dst], reduction_op="add")
 
-    def softmax_gradient(self, dp, prob, q_slot):
+    def softmax_gradient(self, dp, prob, q_slot, first: int = 0):
         """dS = P * (dP - delta); P has the factor of soft cap and score_mod."""
-        delta = self.statistic(q_slot, 1)
+        delta = self.statistic(q_slot, 1, first)
         parts = zip(tile.groups(prob), tile.groups(dp), delta, strict=True)
         ds = [x * (y - z) for (_, x), (_, y), z in parts]
         return lax.concatenate(ds, 1).astype(self.p.dtype)
 
-    def own_rows(self, it, head, query0, masked: str):
-        """`split="keys"`: P^T and dS^T of this warpgroup's keys, in registers."""
+    def own_rows(self, it, head, query0, masked: str, first: int = 0):
+        """`split="keys"`: P^T and dS^T of this warpgroup's keys, in registers.
+
+        Of a tile that is taken in pieces, the piece whose queries start at `first`.
+        """
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
-        q_slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
-        late = p.score is not None and "tile" in p.score.kinds  # no room for it beside S and dP
+        q_slot, do_slot = ring_slot(it, c.stages), ring_slot(it, c.do_stages)
+        late = p.brings_tiles and p.piece == c.block_q  # no room for it beside S and dP
         early = None if late else self.load(head, query0, masked)
 
         def scores(s_acc, dp_acc):
-            plgpu.barrier_wait(r.q_full.at[q_slot])
-            s_acc = self.scores(s_acc, r.k_smem, r.q_smem, q_slot)
-            plgpu.barrier_wait(r.do_full.at[do_slot])
-            dp_acc = self.scores(dp_acc, r.v_smem, r.do_smem, do_slot)
+            if first == 0:
+                plgpu.barrier_wait(r.q_full.at[q_slot])
+            s_acc = self.scores(s_acc, r.k_smem, r.q_smem, q_slot, first)
+            if first == 0:
+                plgpu.barrier_wait(r.do_full.at[do_slot])
+            dp_acc = self.scores(dp_acc, r.v_smem, r.do_smem, do_slot, first)
             s = ops.load(s_acc, 1)
             loaded = early or self.load(head, query0, masked)
             lefts, probs = [], []
-            for prob, slack, keep in self.probabilities(s, q_slot, head, query0, masked, loaded):
+            for prob, slack, keep in self.probabilities(
+                s, q_slot, head, query0, masked, loaded, first
+            ):
                 if p.sloped:  # two forms of P wait for dP: narrow for dV, and with the slope
                     left = prob if keep is None else jnp.where(keep, prob, 0.0)
                     lefts.append(left.astype(p.dtype))
@@ -305,20 +317,21 @@ class Consumer:
             left = lax.optimization_barrier(lax.concatenate(lefts, 1)) if lefts else None
             return left, lax.concatenate(probs, 1), ops.load(dp_acc, 0)
 
-        shape = (64, c.block_q)
+        shape = (64, p.piece)
         left, prob, dp = ops.with_acc(scores, shape, shape)
         if p.rate and left is None:
             left, dp = jnp.maximum(prob, 0.0).astype(p.dtype), jnp.where(prob < 0.0, 0.0, dp)
-            return left, self.softmax_gradient(dp, jnp.abs(prob), q_slot)
+            return left, self.softmax_gradient(dp, jnp.abs(prob), q_slot, first)
         if p.rate:  # what dV does not see was dropped; or its P is below the narrowest number
             dp = jnp.where(left.astype(jnp.float32) == 0.0, 0.0, dp)
         left = prob.astype(p.dtype) if left is None else left
-        return left, self.softmax_gradient(dp, prob, q_slot)
+        return left, self.softmax_gradient(dp, prob, q_slot, first)
 
     def half_each(self, it, head, query0, masked: str) -> None:
         """`split="columns"`: warpgroup 0 computes P^T, 1 takes it from memory and computes dS^T."""
         p, r, ops, c = self.p, self.refs, self.ops, self.p.config
-        q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
+        q_slot, do_slot = ring_slot(it, c.stages), ring_slot(it, c.do_stages)
+        slot = rem(it, 2)
         # dS takes P times its factor, in a buffer of its own
         for_ds = 3 if p.apart else slot
         plgpu.barrier_wait(r.q_full.at[q_slot])
@@ -367,32 +380,39 @@ class Consumer:
         dk, dv = ops.uncarry(dk_acc, carry[0]), ops.uncarry(dv_acc, carry[1])
         it = before + i
         query0 = query_tile(p, r, self.b, head, self.kv_tile, i) * c.block_q
-        q_slot, do_slot, slot = rem(it, c.stages), rem(it, c.do_stages), rem(it, 2)
+        q_slot, do_slot = ring_slot(it, c.stages), ring_slot(it, c.do_stages)
+        slot = rem(it, 2)
+        whole = p.piece == c.block_q
         if c.parts > 1:
             self.half_each(it, head, query0, masked)
             ds_slot = 0  # written after sync(0), which follows the last reads of the step before
-            prob, ds = r.p_smem.at[slot], r.ds_smem.at[ds_slot]
+            prob, ds = r.p_smem.at[slot], r.ds_smem.at[ops.opaque(ds_slot)]
+            dv = ops.wgmma(dv, prob, r.do_smem.at[ops.opaque(do_slot), self.part])
         else:
             ds_slot = slot
-            prob, ds = self.own_rows(it, head, query0, masked)
-        dv = ops.wgmma(dv, prob, r.do_smem.at[do_slot, self.part])
-        if c.parts == 1 and p.dq:
-            r.ds_smem[slot, self.rows] = ds
+            for first in range(0, c.block_q, p.piece):
+                queries = pl.ds(first, p.piece)
+                prob, ds = self.own_rows(it, head, query0 + first, masked, first)
+                dv = ops.wgmma(dv, prob, r.do_smem.at[ops.opaque(do_slot), self.part, queries])
+                if p.dq:
+                    r.ds_smem[slot, self.rows, queries] = ds
+                if not whole:  # before the next piece needs the registers
+                    dk = ops.wgmma(dk, ds, r.q_smem.at[ops.opaque(q_slot), self.part, queries])
         if c.parts > 1 or p.dq:
             self.sync(1)
         if c.early_free:  # dV is done by now: the next dO may be on its way during dQ and dK
             ops.wait(0)
             plgpu.barrier_arrive(r.do_free.at[do_slot])
-        if not p.dq:
-            dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot, self.part])
+        if not p.dq and whole:
+            dk = ops.wgmma(dk, ds, r.q_smem.at[ops.opaque(q_slot), self.part])
         for chunk in range(c.dq_chunks if p.dq else 0):
 
             def dq_and_dk(dq_acc, chunk=chunk):
                 nonlocal dk
                 dq_acc = ops.wgmma(dq_acc, *self.dq_operands(ds_slot, chunk))
-                if chunk:
+                if chunk or not whole:
                     return ops.load(dq_acc, 0)
-                dk = ops.wgmma(dk, ds, r.q_smem.at[q_slot, self.part])
+                dk = ops.wgmma(dk, ds, r.q_smem.at[ops.opaque(q_slot), self.part])
                 return ops.load(dq_acc, 1)
 
             dq = ops.with_acc(dq_and_dk, c.dq_tile(p.head_dim))
@@ -596,16 +616,19 @@ def backward(
         scratch = dict(zip(Refs._fields[9:], rest[len(names) :], strict=True))
         refs = Refs(q, k, v, do, stats, given, **results, **scratch)
         wg = lax.axis_index("wg")
-        b, kv_head, kv_tile = decode(p, lax.axis_index("cta"), refs)
+        tile_of_cta = lambda: decode(p, lax.axis_index("cta"), refs)
+        if p.piece == config.block_q:  # else there are no registers to keep it in
+            found = tile_of_cta()
+            tile_of_cta = lambda: found
 
         @pl.when(wg < config.consumers)
         def _():
             plgpu.set_max_registers(_mgpu.registers(config.consumers)[0], action="increase")
-            Consumer(p, refs, wg, b, kv_head, kv_tile).with_rows().run()
+            Consumer(p, refs, wg, *tile_of_cta()).with_rows().run()
 
         @pl.when(wg == config.consumers)
         def _():
-            produce(p, refs, b, kv_head, kv_tile)
+            produce(p, refs, *tile_of_cta())
 
     results = _mgpu.kernel(
         body,

@@ -75,10 +75,11 @@ class Consumer(fwd.Consumer):
         """dS of block i: both matmuls, then what lies between them and dQ."""
         p, r, ops = self.p, self.refs, self.ops
         slot, block = self.slot(i), self.operands(i, bool(masked))
+        own = lambda ref: ref.at[ops.opaque(0) + self.wg]  # no descriptors across the loop
         plgpu.barrier_wait(r.k_full.at[slot])
-        s_acc = ops.wgmma(s_acc, r.q_smem.at[self.wg], r.k_smem.at[slot].T)
+        s_acc = ops.wgmma(s_acc, own(r.q_smem), r.k_smem.at[slot].T)
         plgpu.barrier_wait(r.v_full.at[slot])
-        dp_acc = ops.wgmma(dp_acc, r.do_smem.at[self.wg], r.v_smem.at[slot].T)
+        dp_acc = ops.wgmma(dp_acc, own(r.do_smem), r.v_smem.at[slot].T)
         s = ops.load(s_acc, 1)
         s, slack = self.logits_and_slope(s, i, masked, block)
         prob = jnp.exp2(s * p.multiplier - tile.by_row(self.statistic(0), s.shape[1]))

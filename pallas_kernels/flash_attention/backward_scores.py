@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _mgpu
-from pallas_kernels._mgpu import MASKED, SMEM_BYTES, Ops, cdiv, div, rem
+from pallas_kernels._mgpu import MASKED, SMEM_BYTES, Ops, cdiv, div, rem, ring_slot
 from pallas_kernels.flash_attention import problem as common
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.mask import TILE
@@ -205,7 +205,7 @@ class Consumer:
     def step(self, i, sums):
         """One tile: its dS, times the derivative of the score by every U."""
         p, r, ops = self.p, self.refs, self.ops
-        where, slot = place(p, self.cta, i), rem(i, p.config.stages)
+        where, slot = place(p, self.cta, i), ring_slot(i, p.config.stages)
         row_slot = slot if p.whole else 0
         b, head, query0, key0 = self.at(where)
         at = (b, head, query0, key0, COLUMNS)
@@ -218,8 +218,10 @@ class Consumer:
                 plgpu.barrier_wait(r.row_full.at[row_slot])
             plgpu.barrier_wait(r.column_full.at[slot])
             rows = pl.ds(pl.multiple_of(self.wg * TILE, TILE), TILE)
-            s_acc = ops.wgmma(s_acc, r.row_smem.at[row_slot, rows], r.column_smem.at[slot].T)
-            dp_acc = ops.wgmma(dp_acc, r.row_smem2.at[row_slot, rows], r.column_smem2.at[slot].T)
+            own = lambda ref: ref.at[ops.opaque(row_slot), rows]
+            passing = lambda ref: ref.at[ops.opaque(slot)].T
+            s_acc = ops.wgmma(s_acc, own(r.row_smem), passing(r.column_smem))
+            dp_acc = ops.wgmma(dp_acc, own(r.row_smem2), passing(r.column_smem2))
             return ops.load(s_acc, 1), ops.load(dp_acc, 0)
 
         s, dp = ops.with_acc(products, (TILE, COLUMNS), (TILE, COLUMNS))

@@ -33,6 +33,20 @@ class Problem(common.Problem):
         return more or self.soft_cap is not None
 
     @property
+    def brings_tiles(self) -> bool:
+        """Whether the score_mod loads a number for every score."""
+        return self.score is not None and "tile" in self.score.kinds
+
+    @property
+    def piece(self) -> int:
+        """Queries of a step whose S and dP are in registers at once.
+
+        128 leave no room for a second form of P, nor for numbers that are loaded: dV and dK then
+        take their 64 before the next 64 begin.
+        """
+        return 64 if self.sloped or self.brings_tiles else self.config.block_q
+
+    @property
     def tile_rows(self) -> int:
         """Keys of one tile."""
         return self.config.block_kv

@@ -159,6 +159,14 @@ def test_the_repeatable_backward(name):
         assert relative(got.astype(jnp.float32), want) < 1e-2
 
 
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", quick(["cap", "bias", "blocks of heads"], ("cap",)))
+def test_a_step_of_128_queries_in_pieces(name, deterministic):
+    config = fa.BackwardConfig(block_q=128)
+    for got, want in zip(*both(name, (), deterministic, config), strict=True):
+        assert relative(got.astype(jnp.float32), want) < 1e-2
+
+
 @pytest.mark.parametrize("name", quick(["dropout", "cap", "blocks of heads"], ("dropout",)))
 def test_wide_heads(name):
     config = fa.BackwardConfig(split="columns", stages=1, do_stages=1)
