@@ -13,7 +13,14 @@ from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import MASKED, Ops, rem
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.mask import TILE
-from pallas_kernels.flash_attention.problem import LN2, LOG2E, Extra, load_values, run_program
+from pallas_kernels.flash_attention.problem import (
+    LN2,
+    LOG2E,
+    Extra,
+    group_program,
+    load_values,
+    run_program,
+)
 from pallas_kernels.flash_attention.query_schedule import Problem, block_at
 
 LAZY = 8.0  # powers of two by which P may exceed 1 before sums are rescaled (`lazy_rescale`)
@@ -139,9 +146,14 @@ class Consumer:
         p, extra = self.p, self.refs.extra
         at = (self.b, self.head, self.base, self.key0(i), p.config.block_kv)
         load = lambda program, refs: load_values(program, refs, *at, by_query=True)
+        hidden = None
+        if p.mask is not None and masked:
+            hidden = load(p.mask, extra.mask)
+            if p.config.mask_bits:
+                hidden = self.mask_bits(hidden, i)
         return Block(
             load(p.score, extra.score) if p.score is not None else None,
-            load(p.mask, extra.mask) if p.mask is not None and masked else None,
+            hidden,
             plgpu.load(
                 extra.words.at[self.b, self.head, pl.ds(self.base, TILE)],
                 layout=plgpu.Layout.WGMMA.reduce(1),
@@ -155,8 +167,18 @@ class Consumer:
         """The outputs of a score_mod, or what a mask_mod leaves (`hide`), on block i."""
         return run_program(program, s, values, self.base, self.key0(i), by_query=True, hide=hide)
 
+    def mask_bits(self, values, i):
+        """Which keys of block i the mask_mod and the bounds show (`tile.bits`)."""
+        p, key0 = self.p, self.key0(i)
+        shown = group_program(p.mask, values, self.base, key0, by_query=True)
+        lo, hi = self.row_bounds(key0)
+        keep = lambda c: tile.within(shown(c, None)[0], c, lo, hi)
+        return lax.optimization_barrier(tile.bits(keep, p.config.block_kv))
+
     def masked(self, s, i, block, borders=BOTH):
         """MASKED where the bounds or the mask_mod hide a key; `borders` may cross the block."""
+        if self.p.mask is not None and self.p.config.mask_bits:
+            return tile.mask_by_bits(s, block.mask)
         if self.p.mask is not None:
             (s,) = self.modified(self.p.mask, s, block.mask, i, hide=True)
         lo, hi = self.row_bounds(self.key0(i))

@@ -204,8 +204,9 @@ def forward(
     config.check(p.head_dim, p.head_dim_v)
     q, k, v = (pad_tokens(x) for x in (q, k, v))
     extra = extra_operands(
-        options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE
-    )
+        options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE,
+        parts=config.consumers if config.tight_masks else 0,
+    )  # fmt: skip
     extra = extra._replace(query_end=None)
     if p.sorted:
         extra = extra._replace(work=work_table(p, extra), ranges=None)

@@ -146,7 +146,11 @@ def find(p: Problem, refs: Any, t, wg=None) -> Work:
         item, work, head = div(t, p.heads), refs.extra.work, rem(t, p.heads)
         if p.lists:
             b, q_tile = work[item, 0], work[item, 1]
-            return Work(b, head, q_tile, *tile_blocks(p, refs, b, head, q_tile))
+            count = counts_of(refs, b, head, q_tile)
+            if work.shape[1] > 2:
+                count = lambda i: work[item, 2 + i]
+            ranges = () if wg is None else list_range(p, count, wg)
+            return Work(b, head, q_tile, jnp.int32(0), count(1), ranges)
         b, q_tile, first, end = (work[item, i] for i in range(4))
         ranges = ()
         if wg is not None:
@@ -162,11 +166,13 @@ def find(p: Problem, refs: Any, t, wg=None) -> Work:
 def work_table(p: Problem, extra: Any) -> jax.Array:
     """`Extra.work`: (b, query tile, first, end) and each consumer's row range, longest first.
 
-    Of listed blocks b and the tile alone: a head may have a list of its own.
+    Of listed blocks (b, query tile, `Extra.counts`), these only where the heads share their lists.
     """
     if p.lists:
-        most = extra.counts[..., 1].max(1)
-        return sorted_tiles(jnp.broadcast_to(most, (p.batch, p.q_tiles)), [])
+        whole = lambda x: jnp.broadcast_to(x, (p.batch, p.q_tiles))
+        shared = extra.counts[:, 0] if extra.counts.shape[1] == 1 else extra.counts[:, 0, :, :0]
+        columns = [whole(shared[..., i]) for i in range(shared.shape[-1])]
+        return sorted_tiles(whole(extra.counts[..., 1].max(1)), columns)
     ranges = extra.ranges
     wgs = p.tile_rows // TILE
     ranges = ranges.reshape(p.batch, p.q_tiles, wgs, 4)
@@ -263,11 +269,23 @@ def block_at(p: Problem, refs: Any, b, head, q_tile, end, i):
     return order[(*at_index(order, b, head), q_tile, i)]
 
 
+def counts_of(refs: Any, b, head, q_tile):
+    """`f(i)`: column i of a tile's `Extra.counts`."""
+    counts = refs.extra.counts
+    return lambda i: counts[(*at_index(counts, b, head), q_tile, i)]
+
+
+def list_range(p: Problem, count, wg) -> tuple:
+    """What a consumer visits of a list: `(begin, masked, end)` as in `mask.block_lists`."""
+    if p.config.tight_masks:
+        return tuple(count(2 + 3 * wg + i) for i in range(3))
+    return jnp.int32(0), count(0), count(1)
+
+
 def tile_blocks(p: Problem, refs: Any, b, head, q_tile):
     """`(first, end)` of the blocks that some consumer of the tile touches; or of the list."""
     if p.lists:
-        counts = refs.extra.counts
-        return jnp.int32(0), counts[(*at_index(counts, b, head), q_tile, 1)]
+        return jnp.int32(0), counts_of(refs, b, head, q_tile)(1)
     bases = [q_tile * p.tile_rows + row for row in range(0, p.tile_rows, TILE)]
     if not p.dynamic and p.band.unbounded:
         return jnp.int32(0), jnp.int32(cdiv(p.keys, p.config.block_kv))
@@ -283,9 +301,9 @@ def place(p: Problem, refs: Any, wg, b, head, q_tile, first, end, done, ranges=(
     base = q_tile * p.tile_rows + wg * TILE
     where = (p, refs, wg, b, head, q_tile, base, end, done)
     if p.lists:
-        counts = refs.extra.counts
-        partial = counts[(*at_index(counts, b, head), q_tile, 0)]
-        return *where, jnp.int32(0), end, partial, end
+        of_list = lambda: list_range(p, counts_of(refs, b, head, q_tile), wg)
+        begin_i, full_i, end_i = ranges or of_list()
+        return *where, begin_i, end_i, full_i, end_i
     lo, hi, full_lo, full_hi = ranges or row_ranges(p, refs, b, base)
     none, blocks = hi == 0, end - first
     if p.config.chained and p.mask is not None:
