@@ -21,7 +21,7 @@ from pallas_kernels.flash_attention.problem import (
     load_values,
     run_program,
 )
-from pallas_kernels.flash_attention.query_schedule import Problem, block_at
+from pallas_kernels.flash_attention.query_schedule import Problem, block_at, origin
 
 LAZY = 8.0  # powers of two by which P may exceed 1 before sums are rescaled (`lazy_rescale`)
 NONE, LOW, HIGH, BOTH = "", "low", "high", "low and high"  # the borders that may cross a block
@@ -47,6 +47,7 @@ class Refs(NamedTuple):
     k_free: Any
     v_free: Any
     q_free: Any
+    k_read: Any
     turn: Any
     landed: Any
 
@@ -125,6 +126,7 @@ class Consumer:
     low_i: Any
     q_slot: Any = None  # of this warpgroup's Q
     rows: Any = None  # the key ranges of this warpgroup's rows, where they are at hand
+    anew: Any = None  # makes this object again, where the loops have no registers to keep it
 
     @property
     def ops(self) -> Ops:
@@ -139,7 +141,7 @@ class Consumer:
         """First key of block i."""
         p = self.p
         block = block_at(p, self.refs, self.b, self.head, self.q_tile, self.end, i)
-        return block * p.config.block_kv
+        return block * p.config.block_kv + origin(p, self.q_tile)
 
     def operands(self, i, masked: bool):
         """What the modifiers and dropout need of block i, loaded before the matmuls are awaited."""
@@ -215,7 +217,7 @@ class Consumer:
         hi = None
         if p.band.right is not None:
             hi = distance + (p.band.right + 1)
-        if p.keys % p.config.block_kv:
+        if p.ragged_keys:
             inside = p.keys - column
             hi = inside if hi is None else jnp.minimum(hi, inside)
         return lo, hi
@@ -270,6 +272,26 @@ class Consumer:
             free = self.refs.q_free.at[self.q_slot]
             pl.when(i + 1 == self.end_i)(lambda: plgpu.barrier_arrive(free))
 
+    def release_k(self, i) -> None:
+        """K of block i has been read; that of the last keeps its slot where O leaves through it."""
+        p, r = self.p, self.refs
+        if not p.config.o_in_ring:
+            free_slot(p, r, 0, self.slot(i))
+            return
+        last = i + 1 == self.end_i
+        pl.when(last)(lambda: plgpu.barrier_arrive(r.k_read))
+        pl.when(jnp.logical_not(last))(lambda: free_slot(p, r, 0, self.slot(i)))
+
+    def free_o(self, where) -> None:
+        """O of the tile before has left the slot of its last K, if there is one and `where`."""
+        p = self.p
+        if p.config.o_in_ring:
+
+            @pl.when(where & (self.done > 0))
+            def _():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                free_slot(p, self.refs, 0, self.slot(-1))
+
     @property
     def first_mask(self) -> str:
         """The borders that may cross the first block."""
@@ -290,8 +312,9 @@ class Consumer:
             return self.ops.load(acc)
 
         s = self.ops.with_acc(scores, (TILE, p.config.block_kv))
-        free_slot(p, r, 0, slot)
+        self.release_k(i)
         self.release_q(i)
+        self.free_o(i == 0)
         s = self.logits(s, i, self.first_mask, block)
         m, total, _, prob = self.softmax(s, None, None, i, block)
         nxt = self.slot(i + 1)
@@ -314,7 +337,7 @@ class Consumer:
             o = ops.wgmma(o, prob, r.v_smem.at[prev])
             give_turn(p, r, self.wg)
             s = ops.load(acc, 1)
-            free_slot(p, r, 0, cur)
+            self.release_k(i)
             self.release_q(i)
             return s
 
@@ -366,6 +389,8 @@ class Consumer:
 
     def finish(self, o, m, total) -> None:
         """O and lse to memory."""
+        if self.anew is not None:
+            return self.anew().finish(o, m, total)
         o, lse = self.normalise(o, m, total)
         self.store(o.astype(self.p.dtype), lse)
 
@@ -435,7 +460,7 @@ class Consumer:
         def _(i):
             slot = self.slot(i)
             plgpu.barrier_wait(r.k_full.at[slot])
-            free_slot(p, r, 0, slot)
+            self.release_k(i)
             plgpu.barrier_wait(r.v_full.at[slot])
             free_slot(p, r, 1, slot)
 
@@ -467,6 +492,9 @@ class Consumer:
                 plgpu.copy_smem_to_gmem(dst, r.o.at[self.b, rows, self.head, columns])
         else:
             dst = (r.o_smem if own else r.q_smem).at[wg]
+            if p.config.o_in_ring:
+                plgpu.barrier_wait(r.k_read)
+                dst = r.k_smem.at[self.slot(self.end_i - 1), pl.ds(wg * TILE, TILE)]
             dst[...] = o
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dst, r.o.at[self.b, rows, self.head])
@@ -476,6 +504,7 @@ class Consumer:
         """The whole tile, `blocks` of them in the ring."""
         p, r = self.p, self.refs
         plgpu.barrier_wait(r.q_full.at[self.q_slot])
+        self.free_o(self.begin_i > 0)
         self.skip(jnp.int32(0), self.begin_i, blocks - 1)
 
         @pl.when(self.begin_i < self.end_i)

@@ -9,6 +9,7 @@ Tiles and blocks are those of `query_schedule.py`; for blocks outside its range 
 keeps the barriers in step.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from pallas_kernels.flash_attention.consumer import (
     Consumer,
     Refs,
     await_slot,
+    free_slot,
     give_turn,
     take_turn,
 )
@@ -34,6 +36,7 @@ from pallas_kernels.flash_attention.query_schedule import (
     Work,
     block_at,
     find,
+    origin,
     over_tiles,
     place,
     tile_count,
@@ -50,13 +53,21 @@ def consume(p: Problem, refs: Refs, wg) -> None:
         pl.when(wg == c.consumers - 1)(lambda: give_turn(p, refs, wg))
 
     def consumer(work: Work, j, done):
-        slot = wg if c.q_stages == 1 else wg + rem(j, c.q_stages) * c.consumers
-        return Consumer(*place(p, refs, wg, *work[:5], done, work.ranges), q_slot=slot)
+        here = lax.optimization_barrier(wg) if c.o_in_ring else wg
+        slot = here if c.q_stages == 1 else here + rem(j, c.q_stages) * c.consumers
+        return Consumer(*place(p, refs, here, *work[:5], done, work.ranges), q_slot=slot)
+
+    def at(j, done):
+        return consumer(find(p, refs, tile_of(p, lax.axis_index("cta"), j), wg), j, done)
 
     def one(j, t, done):
         work = find(p, refs, t, wg)
         blocks = work.end - work.first
-        consumer(work, j, done).with_rows().run(blocks)
+        here = consumer(work, j, done).with_rows()
+        if c.o_in_ring:
+            same = lambda: (lax.optimization_barrier(x) for x in (j, done))
+            here = dataclasses.replace(here, anew=lambda: at(*same()))
+        here.run(blocks)
         return done + blocks
 
     def chain(oacc):
@@ -89,7 +100,10 @@ def consume(p: Problem, refs: Refs, wg) -> None:
     if c.chained:
         Ops(p.interpret).with_acc(chain, (TILE, p.head_dim_v))
     else:
-        over_tiles(p, one)
+        done = over_tiles(p, one)
+        if c.o_in_ring:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            free_slot(p, refs, 0, rem(done - 1, c.stages))
     if c.pingpong and c.consumers > 1:
         pl.when(wg == 0)(lambda: take_turn(p, refs, wg))
     plgpu.wait_smem_to_gmem(0)
@@ -103,7 +117,7 @@ def produce(p: Problem, refs: Refs) -> None:
     def one(j, t, done):
         b, head, q_tile, first, end, _ = find(p, refs, t)
         blocks = end - first
-        kv_head = div(head, p.group)
+        kv_head, start = div(head, p.group), origin(p, q_tile)
         key_end = refs.extra.key_end[b] if p.dynamic else None
 
         def load_q():
@@ -124,7 +138,7 @@ def produce(p: Problem, refs: Refs) -> None:
             )
             src, dst, full = rings[which]
             block = block_at(p, refs, b, head, q_tile, end, i)
-            rows = pl.ds(block * c.block_kv, c.block_kv)
+            rows = pl.ds(block * c.block_kv + start, c.block_kv)
             pl.when(done + i >= c.stages)(lambda: await_slot(p, refs, which, slot))
             source = src.at[b, rows, kv_head]
             if which == 1 and p.dynamic:
@@ -181,6 +195,7 @@ def scratch_types(p: Problem) -> list:
         barrier(c.stages, c.consumers),
         barrier(c.stages, c.consumers),
         barrier(c.q_stages * c.consumers),
+        plgpu.Barrier(num_arrivals=c.consumers) if c.o_in_ring else None,
         barrier(c.consumers),
         plgpu.Barrier(num_arrivals=1) if p.dynamic else None,
     ]

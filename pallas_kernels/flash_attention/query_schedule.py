@@ -73,7 +73,21 @@ class Problem(common.Problem):
     def masked_high(self) -> bool:
         """Whether blocks at the high end of a range may need a mask."""
         always = self.dynamic or self.lists or self.mask is not None
-        return always or self.band.right is not None or self.keys % self.config.block_kv != 0
+        return always or self.band.right is not None or self.ragged_keys
+
+    @property
+    def slides(self) -> bool:
+        """Whether the blocks of a tile begin at its own first key, see `origin`."""
+        static = not self.dynamic and not self.lists
+        return self.config.sliding_blocks and static and self.band.left is not None
+
+    @property
+    def ragged_keys(self) -> bool:
+        """Whether a row that sees keys up to the last may have a block that hangs over the end."""
+        right = self.band.right
+        if self.slides:
+            return right is None or self.queries + self.band.offset + right > self.keys
+        return self.keys % self.config.block_kv != 0
 
     @property
     def one_high_block(self) -> bool:
@@ -158,7 +172,7 @@ def find(p: Problem, refs: Any, t, wg=None) -> Work:
         return Work(b, head, q_tile, first, end, ranges)
     b, head, q_tile = decode(p, t)
     first, end = tile_blocks(p, refs, b, head, q_tile)
-    if p.config.chained:
+    if p.config.chained or p.config.o_in_ring:
         end = lax.max(end, first + 1)
     return Work(b, head, q_tile, first, end)
 
@@ -180,7 +194,7 @@ def work_table(p: Problem, extra: Any) -> jax.Array:
     first = jnp.where(end > 0, lo, FAR).min(-1)
     last = end.max(-1)
     first = jnp.minimum(first, last)
-    if p.config.chained:
+    if p.config.chained or p.config.o_in_ring:
         last = jnp.maximum(last, first + 1)
     parts = [x[..., i] for i in range(wgs) for x in (lo, end, full_lo, full_hi)]
     return sorted_tiles(last - first, [first, last, *parts])
@@ -242,7 +256,23 @@ def row_ranges(p: Problem, refs: Any, b, base):
             clip = lambda x: lax.max(lax.min(x + reach, keys), zero)
             any_hi, all_hi = clip(last), clip(base)
         any_hi = jnp.where(base < p.queries, any_hi, 0)
+    if p.slides:
+        start = origin(p, div(base, p.tile_rows))
+        ends = (lax.max(x - start, jnp.int32(0)) for x in (any_lo, any_hi, all_lo, all_hi))
+        return blocks_of(p, *ends)
     return blocks_of(p, any_lo, any_hi, all_lo, all_hi)
+
+
+def origin(p: Problem, q_tile):
+    """The key at which block 0 of a tile begins.
+
+    A window whose length is a multiple of 64 then ends where a block ends: of 1024 keys 128 rows
+    meet 1151, exactly 6 blocks of 192 where 7 or 8 would lie if they began at multiples of 192.
+    """
+    if not p.slides:
+        return jnp.int32(0)
+    first = lax.max(q_tile * p.tile_rows + (p.band.offset - p.band.left), jnp.int32(0))
+    return div(first, TILE) * TILE
 
 
 def blocks_of(p: Problem, any_lo, any_hi, all_lo, all_hi) -> tuple:
@@ -312,7 +342,7 @@ def place(p: Problem, refs: Any, wg, b, head, q_tile, first, end, done, ranges=(
         return *where, jnp.int32(0), blocks, end - full_hi, end - full_lo
     # an empty consumer passes over every block of the tile
     begin_i = jnp.where(none, blocks, end - hi)
-    end_i = jnp.where(none, blocks, end - lo)
+    end_i = blocks if p.config.o_in_ring else jnp.where(none, blocks, end - lo)
     if p.mask is not None:  # every block takes the mask_mod
         return *where, begin_i, end_i, end_i, end_i
     return *where, begin_i, end_i, end - full_hi, end - full_lo

@@ -65,6 +65,7 @@ def check_backward(shape, through_lse=False, config=None, deterministic=False, *
 
 
 ragged = fa.dynamic_bounds(causal, 110, 110, segments=(ids, ids))
+short = fa.dynamic_bounds(fa.Band(left=60, right=0), 140, 150, kv_lens=jnp.array([0, 77]))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,34 @@ def test_a_window_row_by_row(deal):
         tight_masks=True, late_sum=True,
     )  # fmt: skip
     check_forward((1, 130, 130, 2, 1, 64, 64), config=config, band=fa.Band(left=70, right=0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 330, 330, 2, 1, 64, 64), dict(band=fa.Band(left=127, right=0))),
+        ((1, 200, 200, 1, 1, 64, 64), dict(band=fa.Band(left=0, right=0))),
+        ((1, 200, 200, 1, 1, 64, 64), dict(band=fa.Band(left=20, right=7))),
+        ((1, 140, 430, 2, 2, 64, 64), dict(band=fa.Band(left=201, right=0, offset=290))),
+        ((1, 200, 90, 1, 1, 64, 64), dict(band=fa.Band(left=70, right=0))),
+        ((1, 300, 300, 1, 1, 64, 64), dict(band=fa.Band(left=150))),
+        ((1, 300, 300, 1, 1, 64, 64), dict(band=fa.Band(left=-3, right=10, offset=1))),
+        ((1, 200, 260, 2, 1, 64, 64), dict(band=causal)),
+        ((1, 110, 110, 2, 1, 64, 64), dict(band=causal, bounds=ragged)),
+        (
+            (2, 140, 150, 1, 1, 64, 64),
+            dict(band=fa.Band(left=60, right=0), bounds=short),
+        ),
+    ],
+    ids=["gqa", "one", "narrow", "offset", "T>S", "left", "ahead", "causal", "packed", "lens"],
+)
+def test_blocks_that_slide(shape, options):
+    """Blocks from the first key of a tile, and O through the slot of its last K."""
+    config = fa.ForwardConfig(
+        block_kv=128, persistent=True, row_major=True, deal="zigzag back", num_sms=2,
+        tight_masks=True, sliding_blocks=True, o_in_ring=True,
+    )  # fmt: skip
+    check_forward(shape, config=config, **options)
 
 
 @pytest.mark.parametrize(
