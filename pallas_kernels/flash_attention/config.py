@@ -87,10 +87,11 @@ class ForwardConfig:
             raise ValueError(f"deal={self.deal!r} is neither 'turns' nor 'zigzag back'")
         if self.deal != "turns" and not (self.persistent and self.row_major):
             raise ValueError(f"{self.deal=} needs persistent and row_major")
-        if self.o_in_ring and (not self.persistent or self.chained or self.block_q > self.block_kv):
+        plain = self.persistent and not self.chained and self.block_q <= self.block_kv
+        if self.o_in_ring and not plain:
             raise ValueError(
-                f"{self.o_in_ring=} needs a persistent grid, tiles that are not chained, and as many "
-                f"keys as query rows, not {self}"
+                f"o_in_ring needs a persistent grid, tiles that are not chained, and as many keys "
+                f"as query rows, not {self}"
             )
         if self.sliding_blocks and self.chained:
             raise ValueError(f"{self.sliding_blocks=} excludes {self.chained=}")

@@ -328,12 +328,18 @@ class Consumer:
         cur, prev, nxt = self.slot(i), self.slot(i - 1), self.slot(i + 1)
         o = ops.uncarry(oacc, o_carry)
         block = self.operands(i, bool(masked))
+        # a basic-block border: ptxas may not make the bits in this warpgroup's turn
+        bits_first = bool(masked) and p.mask is not None and p.config.mask_bits
+        await_v = lambda: plgpu.barrier_wait(r.v_full.at[prev])
 
         def scores(acc):
             nonlocal o
+            if bits_first:
+                await_v()
             take_turn(p, r, self.wg)
             acc = ops.wgmma(acc, r.q_smem.at[self.q_slot], r.k_smem.at[cur].T)
-            plgpu.barrier_wait(r.v_full.at[prev])
+            if not bits_first:
+                await_v()
             o = ops.wgmma(o, prob, r.v_smem.at[prev])
             give_turn(p, r, self.wg)
             s = ops.load(acc, 1)

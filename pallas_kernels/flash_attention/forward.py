@@ -53,22 +53,27 @@ def consume(p: Problem, refs: Refs, wg) -> None:
         pl.when(wg == c.consumers - 1)(lambda: give_turn(p, refs, wg))
 
     def consumer(work: Work, j, done):
-        here = lax.optimization_barrier(wg) if c.o_in_ring else wg
-        slot = here if c.q_stages == 1 else here + rem(j, c.q_stages) * c.consumers
-        return Consumer(*place(p, refs, here, *work[:5], done, work.ranges), q_slot=slot)
+        me = opaque(wg)
+        slot = me if c.q_stages == 1 else me + rem(j, c.q_stages) * c.consumers
+        return Consumer(*place(p, refs, me, *work[:5], done, work.ranges), q_slot=slot)
 
-    def at(j, done):
-        return consumer(find(p, refs, tile_of(p, lax.axis_index("cta"), j), wg), j, done)
+    # 192 keys leave few registers: what depends on the warpgroup and where Q lies would be kept in
+    # some from the first tile on, and what only the end of a tile needs throughout its loops
+    opaque = lax.optimization_barrier if c.o_in_ring else lambda x: x
 
     def one(j, t, done):
         work = find(p, refs, t, wg)
+        work = work._replace(end=opaque(work.end))
         blocks = work.end - work.first
         here = consumer(work, j, done).with_rows()
         if c.o_in_ring:
-            same = lambda: (lax.optimization_barrier(x) for x in (j, done))
-            here = dataclasses.replace(here, anew=lambda: at(*same()))
+            here = dataclasses.replace(here, anew=lambda: again(opaque(j), opaque(done)))
         here.run(blocks)
         return done + blocks
+
+    def again(j, done):
+        t = tile_of(p, lax.axis_index("cta"), j)
+        return consumer(find(p, refs, t, wg), j, done)
 
     def chain(oacc):
         cta = lax.axis_index("cta")

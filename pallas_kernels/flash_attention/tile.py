@@ -77,9 +77,7 @@ def bits(keep: Callable[[int], Any], columns: int):
 def mask_by_bits(s, words):
     """s, MASKED where `bits` has none."""
     seen = lambda g: (words & _bit(g)) != 0
-    return lax.concatenate(
-        [jnp.where(seen(c // GROUP), x, MASKED) for c, x in groups(s)], 1
-    )
+    return lax.concatenate([jnp.where(seen(c // GROUP), x, MASKED) for c, x in groups(s)], 1)
 
 
 def _bit(g: int) -> int:

@@ -140,13 +140,26 @@ def test_a_window_row_by_row(deal):
         ((1, 300, 300, 1, 1, 64, 64), dict(band=fa.Band(left=150))),
         ((1, 300, 300, 1, 1, 64, 64), dict(band=fa.Band(left=-3, right=10, offset=1))),
         ((1, 200, 260, 2, 1, 64, 64), dict(band=causal)),
+        ((1, 130, 300, 2, 1, 64, 64), dict(band=full)),
         ((1, 110, 110, 2, 1, 64, 64), dict(band=causal, bounds=ragged)),
         (
             (2, 140, 150, 1, 1, 64, 64),
             dict(band=fa.Band(left=60, right=0), bounds=short),
         ),
     ],
-    ids=["gqa", "one", "narrow", "offset", "T>S", "left", "ahead", "causal", "packed", "lens"],
+    ids=[
+        "gqa",
+        "one",
+        "narrow",
+        "offset",
+        "T>S",
+        "left",
+        "ahead",
+        "causal",
+        "full",
+        "packed",
+        "lens",
+    ],
 )
 def test_blocks_that_slide(shape, options):
     """Blocks from the first key of a tile, and O through the slot of its last K."""
