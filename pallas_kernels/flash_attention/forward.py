@@ -222,6 +222,8 @@ def forward(
     """
     p = Problem.of(q, v, options, config, interpret)
     config.check(p.head_dim, p.head_dim_v)
+    if config.o_in_ring and p.lists:
+        raise NotImplementedError("o_in_ring with listed blocks, which may be none")
     q, k, v = (pad_tokens(x) for x in (q, k, v))
     extra = extra_operands(
         options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE,

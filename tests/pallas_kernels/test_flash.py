@@ -147,20 +147,9 @@ def test_a_window_row_by_row(deal):
             dict(band=fa.Band(left=60, right=0), bounds=short),
         ),
     ],
-    ids=[
-        "gqa",
-        "one",
-        "narrow",
-        "offset",
-        "T>S",
-        "left",
-        "ahead",
-        "causal",
-        "full",
-        "packed",
-        "lens",
-    ],
-)
+    ids=["gqa", "one", "narrow", "offset", "T>S", "left", "ahead", "causal", "full", "packed",
+         "lens"],
+)  # fmt: skip
 def test_blocks_that_slide(shape, options):
     """Blocks from the first key of a tile, and O through the slot of its last K."""
     config = fa.ForwardConfig(
@@ -168,6 +157,17 @@ def test_blocks_that_slide(shape, options):
         tight_masks=True, sliding_blocks=True, o_in_ring=True,
     )  # fmt: skip
     check_forward(shape, config=config, **options)
+
+
+def test_192_keys_and_wide_heads_in_a_ring():
+    config = fa.ForwardConfig(
+        block_kv=192, persistent=True, late_sum=True, lazy_rescale=True, sliding_blocks=True,
+        o_in_ring=True, num_sms=2,
+    )  # fmt: skip
+    band = fa.Band(left=255, right=0)
+    check_forward((1, 400, 400, 2, 1, 128, 128), config=config, band=band)
+    with pytest.raises(NotImplementedError, match="head_dim_v"):
+        check_forward((1, 64, 64, 1, 1, 128, 64), config=config, band=band)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,9 @@ def test_refusals_carry_the_reason(case):
     "change",
     [dict(block_kv=65), dict(stages=1), dict(consumers=4), dict(release="x"), dict(num_sms=0),
      dict(stages=5, release="named"), dict(q_stages=3), dict(chained=True),
-     dict(deal="x"), dict(deal="zigzag back")],
+     dict(deal="x"), dict(deal="zigzag back"), dict(o_in_ring=True),
+     dict(o_in_ring=True, persistent=True, block_kv=64),
+     dict(sliding_blocks=True, chained=True, persistent=True)],
     ids=str,
 )  # fmt: skip
 def test_forward_config_refuses(change):
