@@ -152,7 +152,7 @@ class Consumer:
         if p.mask is not None and masked:
             hidden = load(p.mask, extra.mask)
             if p.config.mask_bits:
-                hidden = self.mask_bits(hidden, i)
+                hidden = self.mask_bits(p.mask, hidden, i)
         return Block(
             load(p.score, extra.score) if p.score is not None else None,
             hidden,
@@ -169,13 +169,13 @@ class Consumer:
         """The outputs of a score_mod, or what a mask_mod leaves (`hide`), on block i."""
         return run_program(program, s, values, self.base, self.key0(i), by_query=True, hide=hide)
 
-    def mask_bits(self, values, i):
-        """Which keys of block i the mask_mod and the bounds show (`tile.bits`)."""
-        p, key0 = self.p, self.key0(i)
-        shown = group_program(p.mask, values, self.base, key0, by_query=True)
+    def mask_bits(self, program, values, i):
+        """Which keys of block i a mask_mod and the bounds show (`tile.bits`)."""
+        key0 = self.key0(i)
+        shown = group_program(program, values, self.base, key0, by_query=True)
         lo, hi = self.row_bounds(key0)
         keep = lambda c: tile.within(shown(c, None)[0], c, lo, hi)
-        return lax.optimization_barrier(tile.bits(keep, p.config.block_kv))
+        return lax.optimization_barrier(tile.bits(keep, self.p.config.block_kv))
 
     def masked(self, s, i, block, borders=BOTH):
         """MASKED where the bounds or the mask_mod hide a key; `borders` may cross the block."""

@@ -269,9 +269,10 @@ def origin(p: Problem, q_tile):
     A window whose length is a multiple of 64 then ends where a block ends: of 1024 keys 128 rows
     meet 1151, exactly 6 blocks of 192 where 7 or 8 would lie if they began at multiples of 192.
     """
-    if not p.slides:
+    left = p.band.left
+    if not p.slides or left is None:
         return jnp.int32(0)
-    first = lax.max(q_tile * p.tile_rows + (p.band.offset - p.band.left), jnp.int32(0))
+    first = lax.max(q_tile * p.tile_rows + (p.band.offset - left), jnp.int32(0))
     return div(first, TILE) * TILE
 
 
