@@ -23,10 +23,13 @@ class ForwardConfig:
         tile before, and its softmax runs under that: no tile begins or ends with idle tensor cores.
         Every consumer then visits every block of its tile.
       q_stages: tiles of Q in flight (2: of a persistent grid).
+      o_in_ring: of a persistent grid, O leaves through the slot of the tile's last K, which every
+        consumer then visits, and has no memory of its own: 192 keys fit.
       longest_first: with bounds that only the device knows, or listed blocks, tiles start in the
         order of their number of blocks (a table is made for each call).
       tight_masks: bounds that only the device knows are read before the matmuls are awaited, and a
-        block takes only the comparison of the border that may cross it.
+        block takes only the comparison of the border that may cross it; of listed blocks, a
+        consumer passes over those that its own rows do not see.
       row_major: with a window, tiles go row by row over all heads.  The first rows are short, so
         the CTAs of a persistent grid are at different places of their tiles, and what each tile
         reads anew does not come to all of them at once.
@@ -34,8 +37,12 @@ class ForwardConfig:
         first row on; "zigzag back" from the last row on, back and forth over the CTAs, so that the
         short first rows even out what the CTAs have, each of which walks its own in the reverse
         order, the short ones first.
+      sliding_blocks: with a window, the blocks of a tile begin at the first key that it sees (to a
+        multiple of 64), not at multiples of block_kv.
       lazy_rescale: row maxima follow only where they grow by more than a factor of 2^8, and a warp
         none of whose rows do leaves O as it is (FlashAttention-4).
+      mask_bits: a mask_mod is evaluated before the matmuls of its block are issued, a bit a score,
+        so that what it loads needs no registers beside the scores.
       num_sms: CTAs of a persistent grid.
 
     >>> ForwardConfig(block_kv=100)
@@ -53,11 +60,14 @@ class ForwardConfig:
     late_sum: bool = False
     chained: bool = False
     q_stages: int = 1
+    o_in_ring: bool = False
     longest_first: bool = False
     tight_masks: bool = False
     row_major: bool = False
     deal: str = "turns"
+    sliding_blocks: bool = False
     lazy_rescale: bool = False
+    mask_bits: bool = False
     num_sms: int = HOPPER_SMS
 
     def __post_init__(self):
@@ -77,6 +87,14 @@ class ForwardConfig:
             raise ValueError(f"deal={self.deal!r} is neither 'turns' nor 'zigzag back'")
         if self.deal != "turns" and not (self.persistent and self.row_major):
             raise ValueError(f"{self.deal=} needs persistent and row_major")
+        plain = self.persistent and not self.chained and self.block_q <= self.block_kv
+        if self.o_in_ring and not plain:
+            raise ValueError(
+                f"o_in_ring needs a persistent grid, tiles that are not chained, and as many keys "
+                f"as query rows, not {self}"
+            )
+        if self.sliding_blocks and self.chained:
+            raise ValueError(f"{self.sliding_blocks=} excludes {self.chained=}")
         if self.num_sms < 1:
             raise ValueError(f"num_sms={self.num_sms} is below 1")
         if self.release == "named" and self.first_named_id + 2 * self.stages > 16:
@@ -94,6 +112,8 @@ class ForwardConfig:
 
     def own_o(self, head_dim: int, head_dim_v: int) -> bool:
         """Whether O is staged apart from Q: Q of the next tile may land, or the widths differ."""
+        if self.o_in_ring:
+            return False
         return self.persistent or head_dim_v != head_dim
 
     def o_chunks(self, head_dim_v: int) -> int:
@@ -112,6 +132,8 @@ class ForwardConfig:
 
     def check(self, head_dim: int, head_dim_v: int) -> None:
         """Raises NotImplementedError where the tiles do not fit."""
+        if self.o_in_ring and head_dim != head_dim_v:
+            raise NotImplementedError(f"{self.o_in_ring=} with {head_dim=} and {head_dim_v=}")
         need = self.smem_bytes(head_dim, head_dim_v)
         if need > SMEM_BYTES - 1024:
             raise NotImplementedError(

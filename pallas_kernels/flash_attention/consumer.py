@@ -13,8 +13,15 @@ from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import MASKED, Ops, rem
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.mask import TILE
-from pallas_kernels.flash_attention.problem import LN2, LOG2E, Extra, load_values, run_program
-from pallas_kernels.flash_attention.query_schedule import Problem, block_at
+from pallas_kernels.flash_attention.problem import (
+    LN2,
+    LOG2E,
+    Extra,
+    group_program,
+    load_values,
+    run_program,
+)
+from pallas_kernels.flash_attention.query_schedule import Problem, block_at, origin
 
 LAZY = 8.0  # powers of two by which P may exceed 1 before sums are rescaled (`lazy_rescale`)
 NONE, LOW, HIGH, BOTH = "", "low", "high", "low and high"  # the borders that may cross a block
@@ -40,6 +47,7 @@ class Refs(NamedTuple):
     k_free: Any
     v_free: Any
     q_free: Any
+    k_read: Any
     turn: Any
     landed: Any
 
@@ -118,6 +126,7 @@ class Consumer:
     low_i: Any
     q_slot: Any = None  # of this warpgroup's Q
     rows: Any = None  # the key ranges of this warpgroup's rows, where they are at hand
+    anew: Any = None  # makes this object again, where the loops have no registers to keep it
 
     @property
     def ops(self) -> Ops:
@@ -132,16 +141,21 @@ class Consumer:
         """First key of block i."""
         p = self.p
         block = block_at(p, self.refs, self.b, self.head, self.q_tile, self.end, i)
-        return block * p.config.block_kv
+        return block * p.config.block_kv + origin(p, self.q_tile)
 
     def operands(self, i, masked: bool):
         """What the modifiers and dropout need of block i, loaded before the matmuls are awaited."""
         p, extra = self.p, self.refs.extra
         at = (self.b, self.head, self.base, self.key0(i), p.config.block_kv)
         load = lambda program, refs: load_values(program, refs, *at, by_query=True)
+        hidden = None
+        if p.mask is not None and masked:
+            hidden = load(p.mask, extra.mask)
+            if p.config.mask_bits:
+                hidden = self.mask_bits(p.mask, hidden, i)
         return Block(
             load(p.score, extra.score) if p.score is not None else None,
-            load(p.mask, extra.mask) if p.mask is not None and masked else None,
+            hidden,
             plgpu.load(
                 extra.words.at[self.b, self.head, pl.ds(self.base, TILE)],
                 layout=plgpu.Layout.WGMMA.reduce(1),
@@ -155,8 +169,18 @@ class Consumer:
         """The outputs of a score_mod, or what a mask_mod leaves (`hide`), on block i."""
         return run_program(program, s, values, self.base, self.key0(i), by_query=True, hide=hide)
 
+    def mask_bits(self, program, values, i):
+        """Which keys of block i a mask_mod and the bounds show (`tile.bits`)."""
+        key0 = self.key0(i)
+        shown = group_program(program, values, self.base, key0, by_query=True)
+        lo, hi = self.row_bounds(key0)
+        keep = lambda c: tile.within(shown(c, None)[0], c, lo, hi)
+        return lax.optimization_barrier(tile.bits(keep, self.p.config.block_kv))
+
     def masked(self, s, i, block, borders=BOTH):
         """MASKED where the bounds or the mask_mod hide a key; `borders` may cross the block."""
+        if self.p.mask is not None and self.p.config.mask_bits:
+            return tile.mask_by_bits(s, block.mask)
         if self.p.mask is not None:
             (s,) = self.modified(self.p.mask, s, block.mask, i, hide=True)
         lo, hi = self.row_bounds(self.key0(i))
@@ -193,7 +217,7 @@ class Consumer:
         hi = None
         if p.band.right is not None:
             hi = distance + (p.band.right + 1)
-        if p.keys % p.config.block_kv:
+        if p.ragged_keys:
             inside = p.keys - column
             hi = inside if hi is None else jnp.minimum(hi, inside)
         return lo, hi
@@ -248,6 +272,26 @@ class Consumer:
             free = self.refs.q_free.at[self.q_slot]
             pl.when(i + 1 == self.end_i)(lambda: plgpu.barrier_arrive(free))
 
+    def release_k(self, i) -> None:
+        """K of block i has been read; that of the last keeps its slot where O leaves through it."""
+        p, r = self.p, self.refs
+        if not p.config.o_in_ring:
+            free_slot(p, r, 0, self.slot(i))
+            return
+        last = i + 1 == self.end_i
+        pl.when(last)(lambda: plgpu.barrier_arrive(r.k_read))
+        pl.when(jnp.logical_not(last))(lambda: free_slot(p, r, 0, self.slot(i)))
+
+    def free_o(self, where) -> None:
+        """O of the tile before has left the slot of its last K, if there is one and `where`."""
+        p = self.p
+        if p.config.o_in_ring:
+
+            @pl.when(where & (self.done > 0))
+            def _():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                free_slot(p, self.refs, 0, self.slot(-1))
+
     @property
     def first_mask(self) -> str:
         """The borders that may cross the first block."""
@@ -268,8 +312,9 @@ class Consumer:
             return self.ops.load(acc)
 
         s = self.ops.with_acc(scores, (TILE, p.config.block_kv))
-        free_slot(p, r, 0, slot)
+        self.release_k(i)
         self.release_q(i)
+        self.free_o(i == 0)
         s = self.logits(s, i, self.first_mask, block)
         m, total, _, prob = self.softmax(s, None, None, i, block)
         nxt = self.slot(i + 1)
@@ -283,16 +328,22 @@ class Consumer:
         cur, prev, nxt = self.slot(i), self.slot(i - 1), self.slot(i + 1)
         o = ops.uncarry(oacc, o_carry)
         block = self.operands(i, bool(masked))
+        # a basic-block border: ptxas may not make the bits in this warpgroup's turn
+        bits_first = bool(masked) and p.mask is not None and p.config.mask_bits
+        await_v = lambda: plgpu.barrier_wait(r.v_full.at[prev])
 
         def scores(acc):
             nonlocal o
+            if bits_first:
+                await_v()
             take_turn(p, r, self.wg)
             acc = ops.wgmma(acc, r.q_smem.at[self.q_slot], r.k_smem.at[cur].T)
-            plgpu.barrier_wait(r.v_full.at[prev])
+            if not bits_first:
+                await_v()
             o = ops.wgmma(o, prob, r.v_smem.at[prev])
             give_turn(p, r, self.wg)
             s = ops.load(acc, 1)
-            free_slot(p, r, 0, cur)
+            self.release_k(i)
             self.release_q(i)
             return s
 
@@ -344,6 +395,8 @@ class Consumer:
 
     def finish(self, o, m, total) -> None:
         """O and lse to memory."""
+        if self.anew is not None:
+            return self.anew().finish(o, m, total)
         o, lse = self.normalise(o, m, total)
         self.store(o.astype(self.p.dtype), lse)
 
@@ -413,7 +466,7 @@ class Consumer:
         def _(i):
             slot = self.slot(i)
             plgpu.barrier_wait(r.k_full.at[slot])
-            free_slot(p, r, 0, slot)
+            self.release_k(i)
             plgpu.barrier_wait(r.v_full.at[slot])
             free_slot(p, r, 1, slot)
 
@@ -445,6 +498,9 @@ class Consumer:
                 plgpu.copy_smem_to_gmem(dst, r.o.at[self.b, rows, self.head, columns])
         else:
             dst = (r.o_smem if own else r.q_smem).at[wg]
+            if p.config.o_in_ring:
+                plgpu.barrier_wait(r.k_read)
+                dst = r.k_smem.at[self.slot(self.end_i - 1), pl.ds(wg * TILE, TILE)]
             dst[...] = o
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dst, r.o.at[self.b, rows, self.head])
@@ -454,6 +510,7 @@ class Consumer:
         """The whole tile, `blocks` of them in the ring."""
         p, r = self.p, self.refs
         plgpu.barrier_wait(r.q_full.at[self.q_slot])
+        self.free_o(self.begin_i > 0)
         self.skip(jnp.int32(0), self.begin_i, blocks - 1)
 
         @pl.when(self.begin_i < self.end_i)

@@ -9,6 +9,7 @@ Tiles and blocks are those of `query_schedule.py`; for blocks outside its range 
 keeps the barriers in step.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from pallas_kernels.flash_attention.consumer import (
     Consumer,
     Refs,
     await_slot,
+    free_slot,
     give_turn,
     take_turn,
 )
@@ -34,6 +36,7 @@ from pallas_kernels.flash_attention.query_schedule import (
     Work,
     block_at,
     find,
+    origin,
     over_tiles,
     place,
     tile_count,
@@ -50,14 +53,27 @@ def consume(p: Problem, refs: Refs, wg) -> None:
         pl.when(wg == c.consumers - 1)(lambda: give_turn(p, refs, wg))
 
     def consumer(work: Work, j, done):
-        slot = wg if c.q_stages == 1 else wg + rem(j, c.q_stages) * c.consumers
-        return Consumer(*place(p, refs, wg, *work[:5], done, work.ranges), q_slot=slot)
+        me = opaque(wg)
+        slot = me if c.q_stages == 1 else me + rem(j, c.q_stages) * c.consumers
+        return Consumer(*place(p, refs, me, *work[:5], done, work.ranges), q_slot=slot)
+
+    # 192 keys leave few registers: what depends on the warpgroup and where Q lies would be kept in
+    # some from the first tile on, and what only the end of a tile needs throughout its loops
+    opaque = lax.optimization_barrier if c.o_in_ring else lambda x: x
 
     def one(j, t, done):
         work = find(p, refs, t, wg)
+        work = work._replace(end=opaque(work.end))
         blocks = work.end - work.first
-        consumer(work, j, done).with_rows().run(blocks)
+        here = consumer(work, j, done).with_rows()
+        if c.o_in_ring:
+            here = dataclasses.replace(here, anew=lambda: again(opaque(j), opaque(done)))
+        here.run(blocks)
         return done + blocks
+
+    def again(j, done):
+        t = tile_of(p, lax.axis_index("cta"), j)
+        return consumer(find(p, refs, t, wg), j, done)
 
     def chain(oacc):
         cta = lax.axis_index("cta")
@@ -89,7 +105,10 @@ def consume(p: Problem, refs: Refs, wg) -> None:
     if c.chained:
         Ops(p.interpret).with_acc(chain, (TILE, p.head_dim_v))
     else:
-        over_tiles(p, one)
+        done = over_tiles(p, one)
+        if c.o_in_ring:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            free_slot(p, refs, 0, rem(done - 1, c.stages))
     if c.pingpong and c.consumers > 1:
         pl.when(wg == 0)(lambda: take_turn(p, refs, wg))
     plgpu.wait_smem_to_gmem(0)
@@ -103,7 +122,7 @@ def produce(p: Problem, refs: Refs) -> None:
     def one(j, t, done):
         b, head, q_tile, first, end, _ = find(p, refs, t)
         blocks = end - first
-        kv_head = div(head, p.group)
+        kv_head, start = div(head, p.group), origin(p, q_tile)
         key_end = refs.extra.key_end[b] if p.dynamic else None
 
         def load_q():
@@ -124,7 +143,7 @@ def produce(p: Problem, refs: Refs) -> None:
             )
             src, dst, full = rings[which]
             block = block_at(p, refs, b, head, q_tile, end, i)
-            rows = pl.ds(block * c.block_kv, c.block_kv)
+            rows = pl.ds(block * c.block_kv + start, c.block_kv)
             pl.when(done + i >= c.stages)(lambda: await_slot(p, refs, which, slot))
             source = src.at[b, rows, kv_head]
             if which == 1 and p.dynamic:
@@ -181,6 +200,7 @@ def scratch_types(p: Problem) -> list:
         barrier(c.stages, c.consumers),
         barrier(c.stages, c.consumers),
         barrier(c.q_stages * c.consumers),
+        plgpu.Barrier(num_arrivals=c.consumers) if c.o_in_ring else None,
         barrier(c.consumers),
         plgpu.Barrier(num_arrivals=1) if p.dynamic else None,
     ]
@@ -202,10 +222,13 @@ def forward(
     """
     p = Problem.of(q, v, options, config, interpret)
     config.check(p.head_dim, p.head_dim_v)
+    if config.o_in_ring and p.lists:
+        raise NotImplementedError("o_in_ring with listed blocks, which may be none")
     q, k, v = (pad_tokens(x) for x in (q, k, v))
     extra = extra_operands(
-        options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE
-    )
+        options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE,
+        parts=config.consumers if config.tight_masks else 0,
+    )  # fmt: skip
     extra = extra._replace(query_end=None)
     if p.sorted:
         extra = extra._replace(work=work_table(p, extra), ranges=None)

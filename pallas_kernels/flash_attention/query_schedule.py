@@ -73,7 +73,21 @@ class Problem(common.Problem):
     def masked_high(self) -> bool:
         """Whether blocks at the high end of a range may need a mask."""
         always = self.dynamic or self.lists or self.mask is not None
-        return always or self.band.right is not None or self.keys % self.config.block_kv != 0
+        return always or self.band.right is not None or self.ragged_keys
+
+    @property
+    def slides(self) -> bool:
+        """Whether the blocks of a tile begin at its own first key, see `origin`."""
+        static = not self.dynamic and not self.lists
+        return self.config.sliding_blocks and static and self.band.left is not None
+
+    @property
+    def ragged_keys(self) -> bool:
+        """Whether a row that sees keys up to the last may have a block that hangs over the end."""
+        right = self.band.right
+        if self.slides:
+            return right is None or self.queries + self.band.offset + right > self.keys
+        return self.keys % self.config.block_kv != 0
 
     @property
     def one_high_block(self) -> bool:
@@ -146,7 +160,11 @@ def find(p: Problem, refs: Any, t, wg=None) -> Work:
         item, work, head = div(t, p.heads), refs.extra.work, rem(t, p.heads)
         if p.lists:
             b, q_tile = work[item, 0], work[item, 1]
-            return Work(b, head, q_tile, *tile_blocks(p, refs, b, head, q_tile))
+            count = counts_of(refs, b, head, q_tile)
+            if work.shape[1] > 2:
+                count = lambda i: work[item, 2 + i]
+            ranges = () if wg is None else list_range(p, count, wg)
+            return Work(b, head, q_tile, jnp.int32(0), count(1), ranges)
         b, q_tile, first, end = (work[item, i] for i in range(4))
         ranges = ()
         if wg is not None:
@@ -154,7 +172,7 @@ def find(p: Problem, refs: Any, t, wg=None) -> Work:
         return Work(b, head, q_tile, first, end, ranges)
     b, head, q_tile = decode(p, t)
     first, end = tile_blocks(p, refs, b, head, q_tile)
-    if p.config.chained:
+    if p.config.chained or p.config.o_in_ring:
         end = lax.max(end, first + 1)
     return Work(b, head, q_tile, first, end)
 
@@ -162,11 +180,13 @@ def find(p: Problem, refs: Any, t, wg=None) -> Work:
 def work_table(p: Problem, extra: Any) -> jax.Array:
     """`Extra.work`: (b, query tile, first, end) and each consumer's row range, longest first.
 
-    Of listed blocks b and the tile alone: a head may have a list of its own.
+    Of listed blocks (b, query tile, `Extra.counts`), these only where the heads share their lists.
     """
     if p.lists:
-        most = extra.counts[..., 1].max(1)
-        return sorted_tiles(jnp.broadcast_to(most, (p.batch, p.q_tiles)), [])
+        whole = lambda x: jnp.broadcast_to(x, (p.batch, p.q_tiles))
+        shared = extra.counts[:, 0] if extra.counts.shape[1] == 1 else extra.counts[:, 0, :, :0]
+        columns = [whole(shared[..., i]) for i in range(shared.shape[-1])]
+        return sorted_tiles(whole(extra.counts[..., 1].max(1)), columns)
     ranges = extra.ranges
     wgs = p.tile_rows // TILE
     ranges = ranges.reshape(p.batch, p.q_tiles, wgs, 4)
@@ -174,7 +194,7 @@ def work_table(p: Problem, extra: Any) -> jax.Array:
     first = jnp.where(end > 0, lo, FAR).min(-1)
     last = end.max(-1)
     first = jnp.minimum(first, last)
-    if p.config.chained:
+    if p.config.chained or p.config.o_in_ring:
         last = jnp.maximum(last, first + 1)
     parts = [x[..., i] for i in range(wgs) for x in (lo, end, full_lo, full_hi)]
     return sorted_tiles(last - first, [first, last, *parts])
@@ -236,7 +256,24 @@ def row_ranges(p: Problem, refs: Any, b, base):
             clip = lambda x: lax.max(lax.min(x + reach, keys), zero)
             any_hi, all_hi = clip(last), clip(base)
         any_hi = jnp.where(base < p.queries, any_hi, 0)
+    if p.slides:
+        start = origin(p, div(base, p.tile_rows))
+        ends = (lax.max(x - start, jnp.int32(0)) for x in (any_lo, any_hi, all_lo, all_hi))
+        return blocks_of(p, *ends)
     return blocks_of(p, any_lo, any_hi, all_lo, all_hi)
+
+
+def origin(p: Problem, q_tile):
+    """The key at which block 0 of a tile begins.
+
+    A window whose length is a multiple of 64 then ends where a block ends: of 1024 keys 128 rows
+    meet 1151, exactly 6 blocks of 192 where 7 or 8 would lie if they began at multiples of 192.
+    """
+    left = p.band.left
+    if not p.slides or left is None:
+        return jnp.int32(0)
+    first = lax.max(q_tile * p.tile_rows + (p.band.offset - left), jnp.int32(0))
+    return div(first, TILE) * TILE
 
 
 def blocks_of(p: Problem, any_lo, any_hi, all_lo, all_hi) -> tuple:
@@ -263,11 +300,23 @@ def block_at(p: Problem, refs: Any, b, head, q_tile, end, i):
     return order[(*at_index(order, b, head), q_tile, i)]
 
 
+def counts_of(refs: Any, b, head, q_tile):
+    """`f(i)`: column i of a tile's `Extra.counts`."""
+    counts = refs.extra.counts
+    return lambda i: counts[(*at_index(counts, b, head), q_tile, i)]
+
+
+def list_range(p: Problem, count, wg) -> tuple:
+    """What a consumer visits of a list: `(begin, masked, end)` as in `mask.block_lists`."""
+    if p.config.tight_masks:
+        return tuple(count(2 + 3 * wg + i) for i in range(3))
+    return jnp.int32(0), count(0), count(1)
+
+
 def tile_blocks(p: Problem, refs: Any, b, head, q_tile):
     """`(first, end)` of the blocks that some consumer of the tile touches; or of the list."""
     if p.lists:
-        counts = refs.extra.counts
-        return jnp.int32(0), counts[(*at_index(counts, b, head), q_tile, 1)]
+        return jnp.int32(0), counts_of(refs, b, head, q_tile)(1)
     bases = [q_tile * p.tile_rows + row for row in range(0, p.tile_rows, TILE)]
     if not p.dynamic and p.band.unbounded:
         return jnp.int32(0), jnp.int32(cdiv(p.keys, p.config.block_kv))
@@ -283,9 +332,9 @@ def place(p: Problem, refs: Any, wg, b, head, q_tile, first, end, done, ranges=(
     base = q_tile * p.tile_rows + wg * TILE
     where = (p, refs, wg, b, head, q_tile, base, end, done)
     if p.lists:
-        counts = refs.extra.counts
-        partial = counts[(*at_index(counts, b, head), q_tile, 0)]
-        return *where, jnp.int32(0), end, partial, end
+        of_list = lambda: list_range(p, counts_of(refs, b, head, q_tile), wg)
+        begin_i, full_i, end_i = ranges or of_list()
+        return *where, begin_i, end_i, full_i, end_i
     lo, hi, full_lo, full_hi = ranges or row_ranges(p, refs, b, base)
     none, blocks = hi == 0, end - first
     if p.config.chained and p.mask is not None:
@@ -294,7 +343,7 @@ def place(p: Problem, refs: Any, wg, b, head, q_tile, first, end, done, ranges=(
         return *where, jnp.int32(0), blocks, end - full_hi, end - full_lo
     # an empty consumer passes over every block of the tile
     begin_i = jnp.where(none, blocks, end - hi)
-    end_i = jnp.where(none, blocks, end - lo)
+    end_i = blocks if p.config.o_in_ring else jnp.where(none, blocks, end - lo)
     if p.mask is not None:  # every block takes the mask_mod
         return *where, begin_i, end_i, end_i, end_i
     return *where, begin_i, end_i, end - full_hi, end - full_lo

@@ -65,6 +65,7 @@ def check_backward(shape, through_lse=False, config=None, deterministic=False, *
 
 
 ragged = fa.dynamic_bounds(causal, 110, 110, segments=(ids, ids))
+short = fa.dynamic_bounds(fa.Band(left=60, right=0), 140, 150, kv_lens=jnp.array([0, 77]))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,47 @@ def test_a_window_row_by_row(deal):
         tight_masks=True, late_sum=True,
     )  # fmt: skip
     check_forward((1, 130, 130, 2, 1, 64, 64), config=config, band=fa.Band(left=70, right=0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 330, 330, 2, 1, 64, 64), dict(band=fa.Band(left=127, right=0))),
+        ((1, 200, 200, 1, 1, 64, 64), dict(band=fa.Band(left=0, right=0))),
+        ((1, 200, 200, 1, 1, 64, 64), dict(band=fa.Band(left=20, right=7))),
+        ((1, 140, 430, 2, 2, 64, 64), dict(band=fa.Band(left=201, right=0, offset=290))),
+        ((1, 200, 90, 1, 1, 64, 64), dict(band=fa.Band(left=70, right=0))),
+        ((1, 300, 300, 1, 1, 64, 64), dict(band=fa.Band(left=150))),
+        ((1, 300, 300, 1, 1, 64, 64), dict(band=fa.Band(left=-3, right=10, offset=1))),
+        ((1, 200, 260, 2, 1, 64, 64), dict(band=causal)),
+        ((1, 130, 300, 2, 1, 64, 64), dict(band=full)),
+        ((1, 110, 110, 2, 1, 64, 64), dict(band=causal, bounds=ragged)),
+        (
+            (2, 140, 150, 1, 1, 64, 64),
+            dict(band=fa.Band(left=60, right=0), bounds=short),
+        ),
+    ],
+    ids=["gqa", "one", "narrow", "offset", "T>S", "left", "ahead", "causal", "full", "packed",
+         "lens"],
+)  # fmt: skip
+def test_blocks_that_slide(shape, options):
+    """Blocks from the first key of a tile, and O through the slot of its last K."""
+    config = fa.ForwardConfig(
+        block_kv=128, persistent=True, row_major=True, deal="zigzag back", num_sms=2,
+        tight_masks=True, sliding_blocks=True, o_in_ring=True,
+    )  # fmt: skip
+    check_forward(shape, config=config, **options)
+
+
+def test_192_keys_and_wide_heads_in_a_ring():
+    config = fa.ForwardConfig(
+        block_kv=192, persistent=True, late_sum=True, lazy_rescale=True, sliding_blocks=True,
+        o_in_ring=True, num_sms=2,
+    )  # fmt: skip
+    band = fa.Band(left=255, right=0)
+    check_forward((1, 400, 400, 2, 1, 128, 128), config=config, band=band)
+    with pytest.raises(NotImplementedError, match="head_dim_v"):
+        check_forward((1, 64, 64, 1, 1, 128, 64), config=config, band=band)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +339,9 @@ def test_refusals_carry_the_reason(case):
     "change",
     [dict(block_kv=65), dict(stages=1), dict(consumers=4), dict(release="x"), dict(num_sms=0),
      dict(stages=5, release="named"), dict(q_stages=3), dict(chained=True),
-     dict(deal="x"), dict(deal="zigzag back")],
+     dict(deal="x"), dict(deal="zigzag back"), dict(o_in_ring=True),
+     dict(o_in_ring=True, persistent=True, block_kv=64),
+     dict(sliding_blocks=True, chained=True, persistent=True)],
     ids=str,
 )  # fmt: skip
 def test_forward_config_refuses(change):
