@@ -218,12 +218,36 @@ def _regrid(kinds: jax.Array, axis: int, size: int, length: int, tile: int) -> j
 
     Returns [2, ...]: minimum and maximum of the kinds that a new tile touches.
     """
+    if size == tile:
+        return jnp.stack([kinds, kinds])
     first = jnp.arange(-(-length // tile)) * tile
     last = jnp.minimum(first + tile, length) - 1
     most = (tile - 1) // size + 2
     index = jnp.minimum(first[:, None] // size + jnp.arange(most)[None], last[:, None] // size)
-    met = jnp.moveaxis(jnp.take(kinds, index, axis=axis), axis + 1, 0)
+    met = jnp.moveaxis(jnp.take(kinds, index, axis=axis, mode="clip"), axis + 1, 0)
     return jnp.stack([met.min(0), met.max(0)])
+
+
+def _bounded(
+    band: Band, bounds: Bounds | None, T: int, S: int, tile_q: int, tile_kv: int
+) -> tuple[jax.Array, jax.Array]:
+    """[B or 1, tiles of T, tiles of S] bool: tiles that some row sees a key of; that all see whole."""
+    if bounds is None:
+        lo, hi = band.key_bounds(jnp.arange(T, dtype=jnp.int32)[None], S)
+    else:
+        lo, hi = bounds.key_lo, bounds.key_hi
+    rows = pad_rows(lo, hi, tile_q)
+    seen = full = tile_ranges(rows, tile_q)
+    if T % tile_q:  # rows past the end need no mask of their own: nothing of them is kept
+        beyond = jnp.arange(rows.shape[2]) >= T
+        inside = rows.at[:, 0].set(jnp.where(beyond, 0, rows[:, 0]))
+        inside = inside.at[:, 1].set(jnp.where(beyond, FAR, rows[:, 1]))
+        full = tile_ranges(inside, tile_q)
+    any_lo, any_hi = (seen[:, :, i, None] for i in (0, 1))
+    all_lo, all_hi = (full[:, :, i, None] for i in (2, 3))
+    first = jnp.arange(-(-S // tile_kv), dtype=jnp.int32)[None, None] * tile_kv
+    met = (first < any_hi) & (first + tile_kv > any_lo)
+    return met, (first >= all_lo) & (first + tile_kv <= all_hi)
 
 
 def block_lists(
@@ -250,24 +274,9 @@ def block_lists(
     low = _regrid(low, 3, blocks.block_kv, S, tile_kv)[0]
     high = _regrid(high, 3, blocks.block_kv, S, tile_kv)[1]
     some, every = high > 0, low == 2
-    if bounds is None:
-        lo, hi = band.key_bounds(jnp.arange(T, dtype=jnp.int32)[None], S)
-    else:
-        lo, hi = bounds.key_lo, bounds.key_hi
-    rows = pad_rows(lo, hi, tile_q)
-    if T % tile_q:  # rows past the end need no mask of their own: nothing of them is kept
-        beyond = jnp.arange(rows.shape[2]) >= T
-        inside = rows.at[:, 0].set(jnp.where(beyond, 0, rows[:, 0]))
-        inside = inside.at[:, 1].set(jnp.where(beyond, FAR, rows[:, 1]))
-        full = tile_ranges(inside, tile_q)
-    else:
-        full = tile_ranges(rows, tile_q)
-    any_lo, any_hi = (tile_ranges(rows, tile_q)[:, :, i, None] for i in (0, 1))
-    all_lo, all_hi = (full[:, :, i, None] for i in (2, 3))
-    first = jnp.arange(-(-S // tile_kv), dtype=jnp.int32)[None, None] * tile_kv
-    met = (first < any_hi) & (first + tile_kv > any_lo)
-    inside = (first >= all_lo) & (first + tile_kv <= all_hi)
-    some, every = some & met[:, None], every & inside[:, None]
+    if bounds is not None or not band.unbounded or S % tile_kv:
+        met, inside = _bounded(band, bounds, T, S, tile_q, tile_kv)
+        some, every = some & met[:, None], every & inside[:, None]
     kinds = jnp.where(some, 1 + every.astype(jnp.int32), 0)
     if not by_query:
         kinds = kinds.swapaxes(2, 3)
@@ -278,7 +287,8 @@ def block_lists(
         of_parts = jnp.pad(kinds, fill).reshape(shape)[..., ::-1]
         kinds = jnp.where((of_parts == 1).any(3), 1, of_parts.max(3))
     order = jnp.argsort(jnp.where(kinds == 0, 3, kinds), axis=-1, stable=True).astype(jnp.int32)
-    counts = jnp.stack([(kinds == 1).sum(-1), (kinds > 0).sum(-1)], axis=-1)
+    which = jnp.arange(2)[:, None]  # one reduction for both
+    counts = jnp.where(which == 0, kinds[..., None, :] == 1, kinds[..., None, :] > 0).sum(-1)
     if of_parts is not None:
         listed = jnp.take_along_axis(of_parts, order[:, :, :, None], axis=-1)
         ranges = _part_ranges(listed, counts[..., None, 1])
