@@ -9,8 +9,8 @@ Stages, in this order and each only while `--limit` lasts:
 * `check`: masks and options against f32, and repeats that must be bitwise equal.
 * `errors`: RMS and maximum errors of aidx and of cuDNN against f32 on the same inputs.
 * `variants`: other tile shapes of aidx.
-* `packed_tiles`, `window_tiles`, `list_tiles`: tiles of packed sequences, of a window, of listed
-  blocks and a mask_mod; the results of each are compared with the first.
+* `packed_tiles`, `window_tiles`: tiles of packed sequences and of a window; the results of each
+  are compared with the first.
 * `varlen`, `window`, `deterministic`, `dropout`, `mods`: an option beside what it should cost (see
   `attention_options.py`); aidx through its public door.
 * `memory`: the peak of forward + backward over 131072 tokens.
@@ -67,6 +67,7 @@ ROWS = {
 }
 
 PERSISTENT = dict(persistent=True)
+RING = dict(block_kv=192, o_in_ring=True, **PERSISTENT)
 LATE = dict(late_sum=True)
 WIDE = dict(block_kv=64, release="named", **LATE)
 COLUMNS = dict(split="columns", do_stages=1, dq_chunks=2)
@@ -76,10 +77,9 @@ FORWARD_VARIANTS = {  # head_dim: {name: config}
         "192+late": F(block_kv=192, **LATE),
         "persistent+late": F(**PERSISTENT, **LATE),
         "chained+q2+late": F(q_stages=2, chained=True, **PERSISTENT, **LATE),
-        "192+persistent+late": F(block_kv=192, o_in_ring=True, **PERSISTENT, **LATE),
-        "192+persistent+late+lazy": F(
-            block_kv=192, o_in_ring=True, lazy_rescale=True, **PERSISTENT, **LATE
-        ),
+        "192+ring+late": F(**RING, **LATE),
+        "192+ring+late+lazy": F(**RING, **LATE, lazy_rescale=True),
+        "192+ring+lazy": F(**RING, lazy_rescale=True),
     },
     64: {
         "three": F(consumers=3),

@@ -19,7 +19,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from aidx.ops.attention_mask import block_mask, trace_mask_mod  # noqa: E402
+from aidx.ops.attention_mask import block_mask  # noqa: E402
 from aidx.ops.flash_attention import flash_attention  # noqa: E402
 from bench.device_time import alone, chained, seconds, shuffled  # noqa: E402
 from pallas_kernels import flash_attention as fa  # noqa: E402
@@ -155,14 +155,14 @@ def measure(case, results, workers):
     results.write()
 
 
-def tiles(band, cu=None, backward=None, forward=None, **options):
+def tiles(band, cu=None, backward=None, forward=None):
     """Our kernels with changes of the tiles that they choose, the forward's and the backward's."""
 
     def call(q, k):
         lengths, bounds = (q.shape[1], k.shape[1]), None
         if cu is not None:
             bounds = fa.dynamic_bounds(band, *lengths, borders=(cu[None], cu[None]))
-        return dict(band=band, bounds=bounds, scale=q.shape[-1] ** -0.5, **options)
+        return dict(band=band, bounds=bounds, scale=q.shape[-1] ** -0.5)
 
     def run(q, k, v):
         config = None if forward is None else fa.ForwardConfig(**forward)
@@ -196,42 +196,16 @@ PACKED_BACKWARD = {  # head_dim: tiles
         "tight": dict(block_q=128, by_sequence=4, **TIGHT),
     },
 }
-LAZY, BITS = dict(lazy_rescale=True), dict(mask_bits=True)
-TURNS = dict(**PERSISTENT, **ROWS, **TIGHT)
-ZIGZAG = dict(**TURNS, deal="zigzag back")
-SLIDING = dict(block_kv=192, sliding_blocks=True)
-RING = dict(**ZIGZAG, o_in_ring=True)
+WINDOW = dict(**PERSISTENT, **ROWS, **TIGHT, deal="zigzag back")
+SLIDING = dict(block_kv=192, sliding_blocks=True, lazy_rescale=True)
 WINDOW_FORWARD = {
     "base": PERSISTENT,
     "default": None,
-    "turns": dict(**TURNS, **LATE),
-    "lazy": dict(**ZIGZAG, **LATE, **LAZY),
-    "128, three slots": dict(**RING, **LATE, stages=3),
-    "192": dict(**RING, **SLIDING, **LATE),
-    "192 lazy": dict(**RING, **SLIDING, **LATE, **LAZY),
-    "192 lazy, sums": dict(**RING, **SLIDING, **LAZY),
-    "192, one tile": dict(**ROWS, **TIGHT, **SLIDING, **LATE, **LAZY),
-}
-LISTED = dict(**PERSISTENT, longest_first=True, **LAZY)
-LIST_FORWARD = {  # head_dim: tiles
-    64: {
-        "default": None,
-        "parts": dict(**LISTED, **TIGHT),
-        "parts, bits": dict(**LISTED, **TIGHT, **BITS),
-        "three, 64 keys": dict(**LISTED, consumers=3, block_kv=64),
-        "three, 64 keys, parts": dict(**LISTED, **TIGHT, consumers=3, block_kv=64),
-        "three, bits": dict(**LISTED, **BITS, consumers=3),
-        "three, parts, bits": dict(**LISTED, **TIGHT, **BITS, consumers=3),
-    },
-    128: {
-        "default": None,
-        "bits": BITS,
-        "parts, bits": dict(**TIGHT, **BITS),
-    },
-}
-MASK_FORWARD = {  # head_dim: tiles
-    64: {"default": None, "bits": dict(**LAZY, **BITS), "three": dict(**LAZY, **BITS, consumers=3)},
-    128: {"default": None, "bits": BITS},
+    "128": dict(**WINDOW, **LATE),
+    "128 lazy": dict(**WINDOW, lazy_rescale=True),
+    "192": dict(**WINDOW, **SLIDING, o_in_ring=True),
+    "192 late": dict(**WINDOW, **SLIDING, **LATE, o_in_ring=True),
+    "192, one tile": dict(**ROWS, **TIGHT, **SLIDING),
 }
 
 
@@ -320,42 +294,6 @@ def window_tile_cases():
         yield Case(f"no window {name}", shape, causal_pairs(tokens), plain, ("fwd",))
 
 
-def list_tile_cases():
-    """Tiles of listed blocks and of a mask_mod: documents of 1000 tokens, by segment ids first."""
-    for name in ("H64", "H128"):
-        shape, head_dim = SHAPES[name], SHAPES[name][-1]
-        batch, tokens, heads = shape[:3]
-        blocks, document, ids = documents(tokens)
-        sizes = (batch, heads, tokens, tokens)
-
-        def modifier(program, captured, sizes=sizes):
-            parts = fa.split(program.jaxpr, False, sizes)
-            return fa.Modifier(parts.program, parts.arrays(captured))
-
-        segments = aidx(causal=True, segment_ids=jnp.broadcast_to(ids, (batch, tokens)))
-        kinds = fa.BlockKinds(blocks.kinds, blocks.block_q, blocks.block_kv, tokens, tokens)
-        listed = dict(mask=modifier(blocks.program, blocks.captured), blocks=kinds)
-        hidden = dict(mask=modifier(*trace_mask_mod(document)))
-        for case, table, band, given in (
-            ("listed", LIST_FORWARD, fa.Band(), listed),
-            ("mask_mod", MASK_FORWARD, fa.Band(right=0), hidden),
-        ):
-            chosen = {n: tiles(band, forward=c, **given) for n, c in table[head_dim].items()}
-            pairs = sum(causal_pairs(n) for n in np.bincount(np.asarray(ids)))
-            yield Case(
-                f"{case} {name}", shape, pairs, {"segment ids": segments} | chosen, ("fwd",),
-                alike=True,
-            )  # fmt: skip
-
-
-def documents(tokens):
-    """(block mask with the causal mask, mask_mod without, ids) of documents of 1000 tokens."""
-    ids = jnp.arange(tokens, dtype=jnp.int32) // 1000
-    document = lambda b, n, t, s: ids[t] == ids[s]
-    both_masks = lambda b, n, t, s: (ids[t] == ids[s]) & (s <= t)
-    return block_mask(both_masks, tokens, tokens), document, ids
-
-
 def cudnn(**options):
     """jax.nn's cuDNN."""
     return functools.partial(jax.nn.dot_product_attention, implementation="cudnn", **options)
@@ -435,8 +373,11 @@ def mod_cases():
                 "aidx:score_mod": aidx(causal=True, score_mod=alibi),
             },
         )
-        blocks, document, ids = documents(tokens)
+        ids = jnp.arange(tokens, dtype=jnp.int32) // 1000
+        document = lambda b, n, t, s: ids[t] == ids[s]
+        both_masks = lambda b, n, t, s: (ids[t] == ids[s]) & (s <= t)
         sizes = np.bincount(np.asarray(ids))
+        blocks = block_mask(both_masks, tokens, tokens)
         yield Case(
             f"documents {name}",
             shape,
@@ -463,7 +404,6 @@ STAGES = {
     "window": window_cases,
     "packed_tiles": packed_tile_cases,
     "window_tiles": window_tile_cases,
-    "list_tiles": list_tile_cases,
     "deterministic": deterministic_cases,
     "dropout": dropout_cases,
     "mods": mod_cases,

@@ -301,6 +301,17 @@ def rem(a, b: int):
     return (a & (b - 1)) if b & (b - 1) == 0 else lax.rem(a, jnp.int32(b))
 
 
+def rolled_loop(begin: int, end, body: Callable, interpret: bool) -> None:
+    """`body(i)` for `begin <= i < end`, never unrolled: how often it runs is hidden."""
+    step = Ops(interpret).opaque(1)
+
+    def once(i):
+        body(i)
+        return i + step
+
+    lax.while_loop(lambda i: i < end, once, jnp.int32(begin))
+
+
 def ring_slot(i, slots: int):
     """The slot of step i of a ring; static where there is but one (see `Ops.opaque`)."""
     return rem(i, slots) if slots > 1 else 0

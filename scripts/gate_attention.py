@@ -41,7 +41,7 @@ def programs(stage, rows, only):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", default="variants,window_tiles,list_tiles")
+    parser.add_argument("--stages", default="variants,window_tiles")
     parser.add_argument("--rows", default=".")
     parser.add_argument("--only", default=".")
     options = parser.parse_args()

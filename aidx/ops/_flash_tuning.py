@@ -30,9 +30,10 @@ SHAPES = tuple(
     for causal in ("", " causal")
 )
 # What is changed of the heuristic's choice; what does not fit a shape is left out.
-GRID: dict[str, Any] = {"persistent": False, "chained": False, "q_stages": 1}
-WALK: dict[str, Any] = {"persistent": True, "chained": False, "q_stages": 1}
-CHAIN: dict[str, Any] = {"persistent": True, "chained": True, "q_stages": 2}
+GRID: dict[str, Any] = {"persistent": False, "chained": False, "q_stages": 1, "o_in_ring": False}
+WALK: dict[str, Any] = {**GRID, "persistent": True}
+CHAIN: dict[str, Any] = {**WALK, "chained": True, "q_stages": 2}
+RING: dict[str, Any] = {**WALK, "block_kv": 192, "o_in_ring": True, "lazy_rescale": True}
 FORWARD_CHANGES: tuple[dict[str, Any], ...] = (
     {"block_kv": 64, **GRID},
     {"block_kv": 128, **GRID},
@@ -48,6 +49,8 @@ FORWARD_CHANGES: tuple[dict[str, Any], ...] = (
     {"block_kv": 128, "late_sum": False, **WALK},
     {"block_kv": 128, "late_sum": True, **WALK},
     {"block_kv": 128, "late_sum": True, **CHAIN},
+    {**RING, "late_sum": True},
+    {**RING, "late_sum": False},
 )
 BACKWARD_CHANGES: tuple[dict[str, Any], ...] = (
     {"block_q": 64},

@@ -28,8 +28,7 @@ class ForwardConfig:
       longest_first: with bounds that only the device knows, or listed blocks, tiles start in the
         order of their number of blocks (a table is made for each call).
       tight_masks: bounds that only the device knows are read before the matmuls are awaited, and a
-        block takes only the comparison of the border that may cross it; of listed blocks, a
-        consumer passes over those that its own rows do not see.
+        block takes only the comparison of the border that may cross it.
       row_major: with a window, tiles go row by row over all heads.  The first rows are short, so
         the CTAs of a persistent grid are at different places of their tiles, and what each tile
         reads anew does not come to all of them at once.
@@ -41,8 +40,6 @@ class ForwardConfig:
         multiple of 64), not at multiples of block_kv.
       lazy_rescale: row maxima follow only where they grow by more than a factor of 2^8, and a warp
         none of whose rows do leaves O as it is (FlashAttention-4).
-      mask_bits: a mask_mod is evaluated before the matmuls of its block are issued, a bit a score,
-        so that what it loads needs no registers beside the scores.
       num_sms: CTAs of a persistent grid.
 
     >>> ForwardConfig(block_kv=100)
@@ -67,7 +64,6 @@ class ForwardConfig:
     deal: str = "turns"
     sliding_blocks: bool = False
     lazy_rescale: bool = False
-    mask_bits: bool = False
     num_sms: int = HOPPER_SMS
 
     def __post_init__(self):

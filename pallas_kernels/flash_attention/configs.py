@@ -53,8 +53,8 @@ def compile_cases() -> Iterator[tuple[str, Callable, tuple]]:
             if mask == "causal":
                 yield from modified_cases(head_dim)
             if mask in ("full", "causal"):  # the tiles change with the length
-                for keys in (heuristics.SHORT, heuristics.LONG):
-                    x = shape(1, keys + 8, kv_heads, head_dim)
+                for keys in (heuristics.SHORT + 8, heuristics.LONG + 8, heuristics.LONG // 2):
+                    x = shape(1, keys, kv_heads, head_dim)
                     yield f"{name} {keys} fwd", fwd, (x, x, x)
 
 

@@ -13,14 +13,7 @@ from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import MASKED, Ops, rem
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.mask import TILE
-from pallas_kernels.flash_attention.problem import (
-    LN2,
-    LOG2E,
-    Extra,
-    group_program,
-    load_values,
-    run_program,
-)
+from pallas_kernels.flash_attention.problem import LN2, LOG2E, Extra, load_values, run_program
 from pallas_kernels.flash_attention.query_schedule import Problem, block_at, origin
 
 LAZY = 8.0  # powers of two by which P may exceed 1 before sums are rescaled (`lazy_rescale`)
@@ -148,14 +141,9 @@ class Consumer:
         p, extra = self.p, self.refs.extra
         at = (self.b, self.head, self.base, self.key0(i), p.config.block_kv)
         load = lambda program, refs: load_values(program, refs, *at, by_query=True)
-        hidden = None
-        if p.mask is not None and masked:
-            hidden = load(p.mask, extra.mask)
-            if p.config.mask_bits:
-                hidden = self.mask_bits(p.mask, hidden, i)
         return Block(
             load(p.score, extra.score) if p.score is not None else None,
-            hidden,
+            load(p.mask, extra.mask) if p.mask is not None and masked else None,
             plgpu.load(
                 extra.words.at[self.b, self.head, pl.ds(self.base, TILE)],
                 layout=plgpu.Layout.WGMMA.reduce(1),
@@ -169,18 +157,8 @@ class Consumer:
         """The outputs of a score_mod, or what a mask_mod leaves (`hide`), on block i."""
         return run_program(program, s, values, self.base, self.key0(i), by_query=True, hide=hide)
 
-    def mask_bits(self, program, values, i):
-        """Which keys of block i a mask_mod and the bounds show (`tile.bits`)."""
-        key0 = self.key0(i)
-        shown = group_program(program, values, self.base, key0, by_query=True)
-        lo, hi = self.row_bounds(key0)
-        keep = lambda c: tile.within(shown(c, None)[0], c, lo, hi)
-        return lax.optimization_barrier(tile.bits(keep, self.p.config.block_kv))
-
     def masked(self, s, i, block, borders=BOTH):
         """MASKED where the bounds or the mask_mod hide a key; `borders` may cross the block."""
-        if self.p.mask is not None and self.p.config.mask_bits:
-            return tile.mask_by_bits(s, block.mask)
         if self.p.mask is not None:
             (s,) = self.modified(self.p.mask, s, block.mask, i, hide=True)
         lo, hi = self.row_bounds(self.key0(i))
@@ -328,18 +306,12 @@ class Consumer:
         cur, prev, nxt = self.slot(i), self.slot(i - 1), self.slot(i + 1)
         o = ops.uncarry(oacc, o_carry)
         block = self.operands(i, bool(masked))
-        # a basic-block border: ptxas may not make the bits in this warpgroup's turn
-        bits_first = bool(masked) and p.mask is not None and p.config.mask_bits
-        await_v = lambda: plgpu.barrier_wait(r.v_full.at[prev])
 
         def scores(acc):
             nonlocal o
-            if bits_first:
-                await_v()
             take_turn(p, r, self.wg)
             acc = ops.wgmma(acc, r.q_smem.at[self.q_slot], r.k_smem.at[cur].T)
-            if not bits_first:
-                await_v()
+            plgpu.barrier_wait(r.v_full.at[prev])
             o = ops.wgmma(o, prob, r.v_smem.at[prev])
             give_turn(p, r, self.wg)
             s = ops.load(acc, 1)

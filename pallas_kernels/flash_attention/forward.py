@@ -158,10 +158,14 @@ def produce(p: Problem, refs: Refs) -> None:
         load_q()
         pl.when(blocks > 0)(lambda: load(1, jnp.int32(0)))
 
-        @pl.loop(1, blocks)
-        def _(i):
+        def both(i):
             load(0, i)
             load(1, i)
+
+        if c.release == "named":  # unrolled it does not fit the registers of this warpgroup
+            _mgpu.rolled_loop(1, blocks, both, p.interpret)
+        else:
+            pl.loop(1, blocks)(both)
 
         return done + blocks
 
@@ -227,7 +231,6 @@ def forward(
     q, k, v = (pad_tokens(x) for x in (q, k, v))
     extra = extra_operands(
         options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE,
-        parts=config.consumers if config.tight_masks else 0,
     )  # fmt: skip
     extra = extra._replace(query_end=None)
     if p.sorted:

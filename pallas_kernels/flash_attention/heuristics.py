@@ -1,10 +1,15 @@
 """Which tiles a shape gets: a table of what measured best on an H200 (docs/kernels.md)."""
 
+import dataclasses
+
+from pallas_kernels._mgpu import cdiv
 from pallas_kernels.flash_attention.config import BackwardConfig, ForwardConfig
+from pallas_kernels.flash_attention.mask import TILE, Band
 from pallas_kernels.flash_attention.problem import Options
 
 SHORT = 2048  # keys from which the blocks of a causal tile are worth chaining to the next tile's
 LONG = 8192  # keys from which the ends of tiles no longer count
+ROWS = 128  # of a tile of two consumers
 TABLE = 1024  # rows from which a table of packed tiles is worth the kernels that make it
 
 
@@ -19,6 +24,9 @@ def forward_config(
     >>> causal = Options(Band(right=0), 0.1)
     >>> [forward_config(128, 128, causal, keys).chained for keys in (1024, 4096, 16384)]
     [False, True, False]
+    >>> windows = [Options(Band(left=n - 1, right=0), 0.1) for n in (512, 1024)]
+    >>> [forward_config(128, 128, window).block_kv for window in windows]
+    [128, 192]
     """
     plain, slopes = _plain(options), options.alibi_slopes is not None
     bare = plain and options.bounds is None and options.band.left is None
@@ -34,16 +42,26 @@ def forward_config(
     if not wide:
         return ForwardConfig(consumers=2 if options.loads else 3, lazy_rescale=True)
     if head_dim <= 128 and options.even:
-        light = plain and not slopes
-        return ForwardConfig(
-            persistent=True, row_major=light, tight_masks=light, late_sum=light,
-            deal="zigzag back" if light else "turns",
-        )  # fmt: skip
+        if not plain or slopes:
+            return ForwardConfig(persistent=True)
+        window = ForwardConfig(
+            persistent=True, row_major=True, tight_masks=True, deal="zigzag back"
+        )
+        if head_dim == head_dim_v and _slides(options.band):
+            return dataclasses.replace(
+                window, block_kv=192, sliding_blocks=True, o_in_ring=True, lazy_rescale=True
+            )
+        return dataclasses.replace(window, late_sum=True)
     middle, causal = bare and keys < LONG, options.band.right is not None
     if head_dim <= 128 and middle and causal and keys >= SHORT and not slopes:
         return ForwardConfig(persistent=True, chained=True, q_stages=2, late_sum=True)
     if head_dim <= 128 and middle and causal:
         return ForwardConfig(persistent=True)
+    ring = head_dim <= 128 and head_dim == head_dim_v and keys >= SHORT
+    if ring and bare and not causal and not slopes:
+        return ForwardConfig(
+            block_kv=192, persistent=True, o_in_ring=True, late_sum=True, lazy_rescale=True
+        )
     if head_dim <= 128 and middle and not slopes:
         return ForwardConfig(persistent=True, late_sum=True)
     if head_dim <= 128 and bare:
@@ -54,6 +72,14 @@ def forward_config(
     if head_dim <= 128:
         return ForwardConfig()
     return ForwardConfig(block_kv=64, release="named", late_sum=True, lazy_rescale=True)
+
+
+def _slides(band: Band) -> bool:
+    """Whether a window meets hardly more keys in blocks of 192 from a tile's first than in 128."""
+    if band.left is None or band.right is None:
+        return False
+    span = cdiv(max(band.left, 0), TILE) * TILE + band.right + ROWS
+    return 0.98 * cdiv(span, 192) * 192 <= cdiv(span, 128) * 128
 
 
 def _scores(options: Options) -> bool:

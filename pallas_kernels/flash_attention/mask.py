@@ -231,7 +231,7 @@ def _regrid(kinds: jax.Array, axis: int, size: int, length: int, tile: int) -> j
 def _bounded(
     band: Band, bounds: Bounds | None, T: int, S: int, tile_q: int, tile_kv: int
 ) -> tuple[jax.Array, jax.Array]:
-    """[B or 1, tiles of T, tiles of S] bool: tiles that some row sees a key of; that all see whole."""
+    """[B or 1, T tiles, S tiles] bool: of which some row sees a key; which all rows see whole."""
     if bounds is None:
         lo, hi = band.key_bounds(jnp.arange(T, dtype=jnp.int32)[None], S)
     else:
@@ -252,15 +252,13 @@ def _bounded(
 
 def block_lists(
     blocks: BlockKinds, band: Band, bounds: Bounds | None, tile_q: int, tile_kv: int, *,
-    by_query: bool, parts: int = 0,
+    by_query: bool,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """What each tile visits: `(order [b, n, tiles, blocks], counts [b, n, tiles, 2])` i32.
 
     The block mask is brought to the kernel's tiles and joined with the band or the bounds.  Blocks
     that need a mask come first, counts are (those, all); `by_query` lists key blocks of query
-    tiles, otherwise query blocks of key tiles.  A tile of queries that has `parts` adds the range
-    of each to counts (`_part_ranges`), and lists blocks from the last to the first, as a part that
-    sees an interval of keys then sees one of the list.
+    tiles, otherwise query blocks of key tiles.
 
     >>> kinds = jnp.array([[[[2, 0], [1, 2]]]], jnp.int8)
     >>> mask = BlockKinds(kinds, 64, 64, 128, 128)
@@ -269,7 +267,6 @@ def block_lists(
     ([0, 1], [[0, 1], [1, 2]])
     """
     T, S = blocks.queries, blocks.keys
-    tile_q = tile_q // max(parts, 1)
     low, high = _regrid(blocks.kinds, 2, blocks.block_q, T, tile_q)
     low = _regrid(low, 3, blocks.block_kv, S, tile_kv)[0]
     high = _regrid(high, 3, blocks.block_kv, S, tile_kv)[1]
@@ -280,40 +277,10 @@ def block_lists(
     kinds = jnp.where(some, 1 + every.astype(jnp.int32), 0)
     if not by_query:
         kinds = kinds.swapaxes(2, 3)
-    of_parts = None
-    if parts:
-        fill = [(0, 0), (0, 0), (0, -kinds.shape[2] % parts), (0, 0)]
-        shape = (*kinds.shape[:2], -1, parts, kinds.shape[3])
-        of_parts = jnp.pad(kinds, fill).reshape(shape)[..., ::-1]
-        kinds = jnp.where((of_parts == 1).any(3), 1, of_parts.max(3))
     order = jnp.argsort(jnp.where(kinds == 0, 3, kinds), axis=-1, stable=True).astype(jnp.int32)
     which = jnp.arange(2)[:, None]  # one reduction for both
     counts = jnp.where(which == 0, kinds[..., None, :] == 1, kinds[..., None, :] > 0).sum(-1)
-    if of_parts is not None:
-        listed = jnp.take_along_axis(of_parts, order[:, :, :, None], axis=-1)
-        ranges = _part_ranges(listed, counts[..., None, 1])
-        counts = jnp.concatenate([counts, ranges.reshape(*counts.shape[:-1], -1)], axis=-1)
-        order = kinds.shape[-1] - 1 - order
     return order, counts.astype(jnp.int32)
-
-
-def _part_ranges(kinds: jax.Array, total: jax.Array) -> jax.Array:
-    """`(begin, masked, end)`: a part of a tile visits the blocks `begin <= i < end` of its list of
-    `total`, those from `masked` on without a mask.
-
-    Args:
-      kinds: `[..., blocks]` of the part, in the list's order.
-      total: `[...]`; a part that sees nothing gets it for begin and end.
-
-    >>> _part_ranges(jnp.array([[0, 1, 0, 2, 0], [0] * 5]), jnp.array([4, 4])).tolist()
-    [[1, 3, 4], [4, 0, 4]]
-    """
-    at = jnp.broadcast_to(jnp.arange(kinds.shape[-1], dtype=jnp.int32), kinds.shape)
-    needed, total = kinds > 0, jnp.broadcast_to(total, kinds.shape[:-1])
-    end = jnp.where(needed, at + 1, 0).max(-1)
-    begin = jnp.where(needed, at, total[..., None]).min(-1)
-    masked = jnp.where((kinds < 2) & (at < end[..., None]), at + 1, 0).max(-1)
-    return jnp.stack([begin, masked, jnp.where(end > 0, end, total)], axis=-1)
 
 
 def visible(band: Band, bounds: Bounds | None, num_queries: int, num_keys: int) -> jax.Array:

@@ -144,18 +144,14 @@ class Extra(NamedTuple):
     score: tuple[Any, ...] = ()
     mask: tuple[Any, ...] = ()
     order: Any = None  # [b, n, tiles, blocks] i32: what a tile of rows visits, partial blocks first
-    counts: Any = None  # [b, n, tiles, 2 ..] i32: partial blocks, blocks, see `block_lists`
+    counts: Any = None  # [b, n, tiles, 2] i32: partial blocks, blocks
     work: Any = None  # [B * tiles, columns] i32: the tiles in the order in which they start
 
 
 def extra_operands(
-    options: Options, batch: int, block_q: int, block_kv: int, *, by_query: bool, tile_rows: int,
-    parts: int = 0,
-) -> Extra:  # fmt: skip
-    """The optional operands padded to whole tiles; rows are queries or keys (`by_query`).
-
-    `parts` as in `block_lists`.
-    """
+    options: Options, batch: int, block_q: int, block_kv: int, *, by_query: bool, tile_rows: int
+) -> Extra:
+    """The optional operands padded to whole tiles; rows are queries or keys (`by_query`)."""
     found: dict[str, Any] = {}
     bounds = options.bounds
     if bounds is not None:
@@ -181,7 +177,7 @@ def extra_operands(
             )
     if options.blocks is not None:
         found["order"], found["counts"] = block_lists(
-            options.blocks, options.band, bounds, block_q, block_kv, by_query=by_query, parts=parts
+            options.blocks, options.band, bounds, block_q, block_kv, by_query=by_query
         )
     return Extra(**found)
 

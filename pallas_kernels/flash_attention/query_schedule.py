@@ -151,7 +151,8 @@ class Work(NamedTuple):
     q_tile: Any
     first: Any  # block
     end: Any
-    ranges: Any = ()  # `row_ranges` of the consumer that asks, where a table has them
+    ranges: Any = ()  # where a table has them: `row_ranges` of the consumer that asks, or how many
+    # of listed blocks are partial
 
 
 def find(p: Problem, refs: Any, t, wg=None) -> Work:
@@ -163,8 +164,7 @@ def find(p: Problem, refs: Any, t, wg=None) -> Work:
             count = counts_of(refs, b, head, q_tile)
             if work.shape[1] > 2:
                 count = lambda i: work[item, 2 + i]
-            ranges = () if wg is None else list_range(p, count, wg)
-            return Work(b, head, q_tile, jnp.int32(0), count(1), ranges)
+            return Work(b, head, q_tile, jnp.int32(0), count(1), (count(0),))
         b, q_tile, first, end = (work[item, i] for i in range(4))
         ranges = ()
         if wg is not None:
@@ -306,13 +306,6 @@ def counts_of(refs: Any, b, head, q_tile):
     return lambda i: counts[(*at_index(counts, b, head), q_tile, i)]
 
 
-def list_range(p: Problem, count, wg) -> tuple:
-    """What a consumer visits of a list: `(begin, masked, end)` as in `mask.block_lists`."""
-    if p.config.tight_masks:
-        return tuple(count(2 + 3 * wg + i) for i in range(3))
-    return jnp.int32(0), count(0), count(1)
-
-
 def tile_blocks(p: Problem, refs: Any, b, head, q_tile):
     """`(first, end)` of the blocks that some consumer of the tile touches; or of the list."""
     if p.lists:
@@ -332,9 +325,8 @@ def place(p: Problem, refs: Any, wg, b, head, q_tile, first, end, done, ranges=(
     base = q_tile * p.tile_rows + wg * TILE
     where = (p, refs, wg, b, head, q_tile, base, end, done)
     if p.lists:
-        of_list = lambda: list_range(p, counts_of(refs, b, head, q_tile), wg)
-        begin_i, full_i, end_i = ranges or of_list()
-        return *where, begin_i, end_i, full_i, end_i
+        (partial,) = ranges or (counts_of(refs, b, head, q_tile)(0),)
+        return *where, jnp.int32(0), end, partial, end
     lo, hi, full_lo, full_hi = ranges or row_ranges(p, refs, b, base)
     none, blocks = hi == 0, end - first
     if p.config.chained and p.mask is not None:

@@ -7,8 +7,6 @@ comparisons and distances are against immediate numbers.  A full-width iota woul
 spill.
 """
 
-import functools
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -48,41 +46,17 @@ def mask_group(x, c, lo, hi):
 
     lo and hi are None or `[rows, 8]` i32: the row's bound minus the column's index in its group.
     """
-    seen = within(None, c, lo, hi)
+    seen = None
+    if hi is not None:
+        seen = hi > c
+    if lo is not None:
+        seen = lo <= c if seen is None else seen & (lo <= c)
     return x if seen is None else jnp.where(seen, x, MASKED)
-
-
-def within(seen, c, lo, hi):
-    """seen, a group's bools or None for all, where `lo <= c < hi` as in `mask_group`."""
-    inside = [] if seen is None else [seen]
-    inside += [] if hi is None else [hi > c]
-    inside += [] if lo is None else [lo <= c]
-    return functools.reduce(operator.and_, inside) if inside else None
 
 
 def mask(s, lo, hi):
     """`mask_group` of every group."""
     return lax.concatenate([mask_group(x, c, lo, hi) for c, x in groups(s)], 1)
-
-
-def bits(keep: Callable[[int], Any], columns: int):
-    """`[rows, 8]` i32: bit g of a word is `keep(8 * g)`, a group's bools, at its place."""
-    words = None
-    for g, c in enumerate(range(0, columns, GROUP)):
-        bit = jnp.where(keep(c), jnp.int32(_bit(g)), 0)
-        words = bit if words is None else words | bit
-    return words
-
-
-def mask_by_bits(s, words):
-    """s, MASKED where `bits` has none."""
-    seen = lambda g: (words & _bit(g)) != 0
-    return lax.concatenate([jnp.where(seen(c // GROUP), x, MASKED) for c, x in groups(s)], 1)
-
-
-def _bit(g: int) -> int:
-    """2^g as the i32 of these bits."""
-    return 1 << g if g < 31 else -(1 << 31)
 
 
 def add_distance(s, distance, slope):

@@ -150,24 +150,3 @@ def test_lists_visit_what_is_needed_and_mask_what_is_not_full():
                 assert part.all()
                 if by_query:
                     assert (j + 1) * columns <= 170
-
-
-def test_parts_of_a_tile_visit_what_they_need():
-    rng = np.random.default_rng(1)
-    kinds = jnp.asarray(rng.choice(3, (1, 2, 10, 6), p=[0.5, 0.2, 0.3]), jnp.int8)
-    blocks = mask.BlockKinds(kinds, 32, 32, 310, 180)
-    whole = np.repeat(np.repeat(np.asarray(kinds), 32, 2), 32, 3)[:, :, :310, :180]
-    order, counts = mask.block_lists(
-        blocks, mask.Band(), None, 128, 32, by_query=True, parts=2
-    )  # fmt: skip
-    for n, i, part in np.ndindex(2, order.shape[2], 2):
-        total = int(counts[0, n, i, 1])
-        begin, masked, end = np.asarray(counts[0, n, i, 2 + 3 * part : 5 + 3 * part])
-        first = i * 128 + part * 64
-        rows = whole[0, n, first : first + 64]
-        visited = np.asarray(order[0, n, i, begin:end])
-        assert end <= total and len(set(visited)) == len(visited)
-        for j in range(order.shape[3]):
-            assert j in visited or not rows[:, j * 32 : (j + 1) * 32].any()
-        for j in np.asarray(order[0, n, i, max(begin, masked) : end]):
-            assert (rows[:, j * 32 : (j + 1) * 32] == 2).all() and (j + 1) * 32 <= 180
