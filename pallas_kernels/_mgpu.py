@@ -6,6 +6,7 @@ Calls that move between JAX releases, or that the interpreter lacks, are made in
 * `named_barrier_arrive`, `named_barrier_sync` - PTX `bar`, cheaper than an mbarrier.
 * `kernel` - `plgpu.kernel` with the compiler parameters of a warp-specialised kernel.
 * `store_scalar` - one number of a vector in global memory.
+* `lanes` - the numbers in a register.
 * `load_live` - a TMA copy of a tile whose last rows may hold anything.
 * `in_place`, `taken` - the memory of an array that a kernel writes into.
 * `swizzled` - the SMEM transforms that TMA and wgmma agree on.
@@ -168,6 +169,18 @@ def store_scalar(ref, at, value, interpret: bool) -> None:
             scf.yield_([])
 
     store(ref, jnp.asarray(at, jnp.int32), value)  # pyright: ignore[reportCallIssue]
+
+
+def lanes(register: Any) -> list[Any]:
+    """The numbers in a register that is a vector, or the number itself (inside `inline_mgpu`)."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector
+
+    if not isinstance(register.type, ir.VectorType):
+        return [register]
+    (count,) = ir.VectorType(register.type).shape
+    at = lambda i: vector.extract(register, dynamic_position=[], static_position=[i])
+    return [at(i) for i in range(count)]
 
 
 def _named_barrier(op: str, barrier_id, num_threads: int) -> None:

@@ -42,6 +42,7 @@ from pallas_kernels.flash_attention.problem import (
     Options,
     extra_operands,
     group_program,
+    load_ranges,
     load_values,
     pad_tokens,
     statistics,
@@ -124,12 +125,7 @@ class Consumer:
 
     def load_rows(self):
         """The query ranges of this warpgroup's keys, `(lo, hi)`."""
-        load = lambda x: plgpu.load(
-            self.refs.extra.rows.at[self.b, x, pl.ds(self.key0, 64)],
-            layout=plgpu.Layout.WGMMA.reduce(1),
-            optimized=False,
-        )
-        return load(0), load(1)
+        return load_ranges(self.refs.extra, self.b, self.key0)
 
     def with_rows(self):
         """Knows its keys' ranges early, where that is asked for."""

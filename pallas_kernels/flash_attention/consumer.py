@@ -13,7 +13,14 @@ from pallas_kernels import _mgpu
 from pallas_kernels._mgpu import MASKED, Ops, rem
 from pallas_kernels.flash_attention import tile
 from pallas_kernels.flash_attention.mask import TILE
-from pallas_kernels.flash_attention.problem import LN2, LOG2E, Extra, load_values, run_program
+from pallas_kernels.flash_attention.problem import (
+    LN2,
+    LOG2E,
+    Extra,
+    load_ranges,
+    load_values,
+    run_program,
+)
 from pallas_kernels.flash_attention.query_schedule import Problem, block_at, origin
 
 LAZY = 8.0  # powers of two by which P may exceed 1 before sums are rescaled (`lazy_rescale`)
@@ -170,12 +177,7 @@ class Consumer:
 
     def load_rows(self):
         """The key ranges of this warpgroup's rows, `(lo, hi)`."""
-        load = lambda x: plgpu.load(
-            self.refs.extra.rows.at[self.b, x, pl.ds(self.base, TILE)],
-            layout=plgpu.Layout.WGMMA.reduce(1),
-            optimized=False,
-        )
-        return load(0), load(1)
+        return load_ranges(self.refs.extra, self.b, self.base)
 
     def with_rows(self):
         """Knows its rows' ranges early, where that is asked for."""

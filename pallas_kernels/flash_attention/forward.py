@@ -52,14 +52,14 @@ def consume(p: Problem, refs: Refs, wg) -> None:
     if c.pingpong and c.consumers > 1:
         pl.when(wg == c.consumers - 1)(lambda: give_turn(p, refs, wg))
 
+    # 192 keys leave few registers: what depends on the warpgroup and where Q lies would be kept in
+    # some from the first tile on, and what only the end of a tile needs throughout its loops
+    opaque = lax.optimization_barrier if c.o_in_ring else lambda x: x
+
     def consumer(work: Work, j, done):
         me = opaque(wg)
         slot = me if c.q_stages == 1 else me + rem(j, c.q_stages) * c.consumers
         return Consumer(*place(p, refs, me, *work[:5], done, work.ranges), q_slot=slot)
-
-    # 192 keys leave few registers: what depends on the warpgroup and where Q lies would be kept in
-    # some from the first tile on, and what only the end of a tile needs throughout its loops
-    opaque = lax.optimization_barrier if c.o_in_ring else lambda x: x
 
     def one(j, t, done):
         work = find(p, refs, t, wg)

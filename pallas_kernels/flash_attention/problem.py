@@ -227,6 +227,14 @@ def at_index(ref: Any, b, n) -> tuple[Any, Any]:
     return (0 if ref.shape[0] == 1 else b), (0 if ref.shape[1] == 1 else n)
 
 
+def load_ranges(extra: Extra, b, base) -> tuple[jax.Array, jax.Array]:
+    """`(lo, hi)` of `Extra.rows` for the 64 rows from `base` on, one of each a row."""
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    part = lambda x: extra.rows.at[b, x, pl.ds(base, TILE)]
+    lo, hi = (plgpu.load(part(x), layout=layout, optimized=False) for x in (0, 1))
+    return lo, hi
+
+
 def load_values(
     program: Program,
     refs: Sequence[Any],

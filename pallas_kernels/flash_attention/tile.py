@@ -14,7 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mgpu import MASKED
+from pallas_kernels._mgpu import MASKED, lanes
 from pallas_kernels.dropout import LAST, PAIR, WEYL, shared_half, threshold
 from pallas_kernels.flash_attention.program import Program, index
 
@@ -92,7 +92,7 @@ def rescaled(x, by, interpret: bool):
         f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
         one, changes = mgpu.c(1.0, f32), mgpu.c(False, ir.IntegerType.get_signless(1))
         for factor in by.registers.flat:
-            number = _only(factor)
+            (number,) = lanes(factor)
             changes = arith.ori(changes, arith.cmpf(arith.CmpFPredicate.UNE, number, one))
         changes = nvvm.vote_sync(mgpu.c(0xFFFFFFFF, i32), changes, "any")
         kept = list(x.registers.flat)
@@ -107,17 +107,6 @@ def rescaled(x, by, interpret: bool):
         return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
     return multiply(x, by)  # pyright: ignore[reportCallIssue]
-
-
-def _only(register):
-    """The number in a register that is a vector of one, or the number itself."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import vector
-
-    if not isinstance(register.type, ir.VectorType):
-        return register
-    (_,) = ir.VectorType(register.type).shape
-    return vector.extract(register, dynamic_position=[], static_position=[0])
 
 
 def evaluator(

@@ -18,7 +18,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels._mgpu import WARPGROUP
+from pallas_kernels._mgpu import WARPGROUP, lanes
 
 SCALAR = plgpu.Layout.WG_SPLAT
 ONE_EACH = plgpu.Layout.WG_STRIDED((WARPGROUP,), 1)  # a number for every thread
@@ -184,8 +184,8 @@ class Vectors:
             from jax.experimental.mosaic import gpu as mgpu
             from jaxlib.mlir.dialects import vector
 
-            start = [_lanes(x.registers.flat[0])[0] for x in onto]
-            numbers = [*start, *itertools.chain(*map(_lanes, tile.registers.flat))]
+            start = [lanes(x.registers.flat[0])[0] for x in onto]
+            numbers = [*start, *itertools.chain(*map(lanes, tile.registers.flat))]
             total = functools.reduce(_add, numbers)
             layout = mgpu.WGStridedFragLayout((WARPGROUP,), 1)
             registers = tile.registers[:1].copy()
@@ -209,7 +209,7 @@ class Vectors:
 
         @plgpu.inline_mgpu(arg_types=types, return_type=(scalar,) * len(sums))
         def reduce(_, shared, half, *sums):
-            parts = [_over_lanes(_lanes(x.registers.flat[0])[0]) for x in sums]
+            parts = [_over_lanes(lanes(x.registers.flat[0])[0]) for x in sums]
             return _of_warps(shared, half, parts)
 
         return list(reduce(scratch, jnp.asarray(at, jnp.int32), *sums))  # pyright: ignore
@@ -239,7 +239,7 @@ class Vectors:
             value = vector.load(ir.VectorType.get((self.vec,), stored), source, [place])
             if stored != f32:
                 value = arith.extf(ir.VectorType.get((self.vec,), f32), value)
-            part = functools.reduce(_add, _lanes(value))
+            part = functools.reduce(_add, lanes(value))
             if past is not None:
                 part = arith.select(past, mgpu.c(0.0, f32), part)
             total = arith.mulf(_over_lanes(part), mgpu.c(1 / count, f32))
@@ -302,14 +302,6 @@ def _vector_of_one():
     return ir.VectorType.get((1,), ir.F32Type.get())
 
 
-def _lanes(vectors) -> list[Any]:
-    """The elements of a vector in registers."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import vector
-
-    return [vector.extract(vectors, [], [i]) for i in range(ir.VectorType(vectors.type).shape[0])]
-
-
 def _over_lanes(part):
     """The sum over the lanes of a warp, in all of them."""
     from jax.experimental.mosaic import gpu as mgpu
@@ -351,7 +343,7 @@ def _of_warps(shared, half, parts) -> tuple[Any, ...]:
     mgpu.warpgroup_barrier()
     kind = ir.VectorType.get((4,), f32)
     four = [vector.load(kind, shared, [*row(k), mgpu.c(0, index)]) for k in range(len(parts))]
-    return tuple(mgpu.FragmentedArray.splat(functools.reduce(_add, _lanes(x)), ()) for x in four)
+    return tuple(mgpu.FragmentedArray.splat(functools.reduce(_add, lanes(x)), ()) for x in four)
 
 
 def checked_rows(**arrays: Any) -> None:

@@ -24,7 +24,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mgpu import swizzled
+from pallas_kernels._mgpu import lanes, swizzled
 
 from . import quantised
 
@@ -204,15 +204,9 @@ def _pairs(values, shape, signed):
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
 
-def singles(pairs):
-    """The values of vectors of two, in order."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import vector
-
-    at = lambda x, i: vector.extract(
-        x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
-    )
-    return [at(x, i) for x in pairs for i in range(2)]
+def singles(registers) -> list:
+    """The values of registers, in order."""
+    return [x for register in registers for x in lanes(register)]
 
 
 def load_transposed(v: Any) -> jax.Array:
