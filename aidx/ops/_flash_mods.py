@@ -42,7 +42,9 @@ def _loaded(x: Array, T: int, S: int) -> tuple[str, Array]:
 
 def builtin_alibi(spec: FlashSpec, ops: FlashOperands) -> bool:
     """Whether the forward kernel's own ALiBi can do it: static positions, nothing else added."""
-    dynamic = (ops.q_lens, ops.kv_lens, ops.q_segments, ops.q_positions, ops.bias)
+    dynamic = (
+        ops.q_lens, ops.kv_lens, ops.q_segments, ops.q_positions, ops.key_ranges, ops.bias
+    )  # fmt: skip
     return (
         ops.alibi_slopes is not None
         and ops.alibi_slopes.shape[0] == 1
@@ -126,7 +128,10 @@ def _to_captured(
 
 
 def mask(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> Any:
-    """mask, mask_mod and the block mask's mask_mod as one modifier; None where there is none."""
+    """mask, mask_mod and the block mask's mask_mod as one modifier; None where there is none.
+
+    A block mask of ranges is none: the kernels take those as bounds.
+    """
     (B, T, N, _), S = ops.q.shape, ops.k.shape[1]
     kinds, arrays, programs = [], [], []
     if ops.mask is not None:
@@ -135,7 +140,7 @@ def mask(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> Any:
         arrays.append(x.astype(jnp.bfloat16 if kind == "tile" else jnp.float32))
     for program, captured in (
         (spec.mask_mod, ops.mask_captured),
-        (spec.block_mask_mod, ops.block_captured),
+        (None if ops.key_ranges is not None else spec.block_mask_mod, ops.block_captured),
     ):
         if program is not None:
             parts = kernels.split(program.jaxpr, False, (B, N, T, S), program.period)
@@ -161,8 +166,8 @@ def mask(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> Any:
 
 
 def blocks(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> Any:
-    """The kinds of the block mask's tiles; None without one."""
-    if spec.block_mask is None:
+    """The kinds of the block mask's tiles; None without one, and where it is one of ranges."""
+    if spec.block_mask is None or ops.key_ranges is not None:
         return None
     return kernels.BlockKinds(ops.block_kinds, *spec.block_mask, ops.q.shape[1], ops.k.shape[1])
 

@@ -26,7 +26,7 @@ def _kernels() -> Any:
 def _mosaic_mask(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> dict[str, Any]:
     """The masks as the kernels take them: a static band, and intervals of what is dynamic."""
     band = kernels.Band(spec.left, spec.right, spec.query_offset or 0)
-    dynamic = (ops.q_lens, ops.kv_lens, ops.q_segments, ops.q_positions)
+    dynamic = (ops.q_lens, ops.kv_lens, ops.q_segments, ops.q_positions, ops.key_ranges)
     if all(x is None for x in dynamic):
         return {"band": band, "bounds": None}
     B, T, S = ops.q.shape[0], ops.q.shape[1], ops.k.shape[1]
@@ -40,6 +40,16 @@ def _mosaic_mask(kernels: Any, spec: FlashSpec, ops: FlashOperands) -> dict[str,
         borders=None if ops.q_borders is None else (ops.q_borders, ops.kv_borders),
         positions=ops.q_positions,
     )
+    if ops.key_ranges is not None:
+        (key_lo, key_hi), (query_lo, query_hi) = (
+            x.swapaxes(0, 1) for x in (ops.key_ranges, ops.query_ranges)
+        )
+        bounds = type(bounds)(
+            jnp.maximum(bounds.key_lo, key_lo),
+            jnp.minimum(bounds.key_hi, key_hi),
+            jnp.maximum(bounds.query_lo, query_lo),
+            jnp.minimum(bounds.query_hi, query_hi),
+        )
     return {
         "band": band,
         "bounds": type(bounds)(*(jnp.broadcast_to(x, (B, x.shape[1])) for x in bounds)),

@@ -129,6 +129,8 @@ class FlashOperands(NamedTuple):
     kv_borders: Any = None  # [b, sequences + 1] i32
     dropout_key: Any = None  # [b, 2] u32
     block_kinds: Any = None  # [b, n, T tiles, S tiles] i8
+    key_ranges: Any = None  # [b, 2, T] i32: the block mask by query, see `BlockMask`
+    query_ranges: Any = None  # [b, 2, S] i32: and by key
     score_captured: tuple[Any, ...] = ()
     mask_captured: tuple[Any, ...] = ()
     block_captured: tuple[Any, ...] = ()

@@ -15,6 +15,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend import core as jex_core
 
 ScoreMod = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -181,6 +182,11 @@ class BlockMask:
     """Which tiles of a `mask_mod` are empty, partial or full; the size is that of the tile grid.
 
     Built by `block_mask`, reusable over layers and calls of the same T and S.
+
+    Where every query sees one run of keys, every key is seen by one run of queries, and neither
+    goes back as tokens go on (documents, windows, prefixes), the runs `[lo, hi)` are kept: the
+    Hopper kernels take them in place of the mask_mod, as they take segment ids.  None elsewhere,
+    where heads have masks of their own, and of masks that are built while something is traced.
     """
 
     kinds: jax.Array  # [B|1, N|1, T tiles, S tiles] i8: 0 empty, 1 partial, 2 full
@@ -188,6 +194,8 @@ class BlockMask:
     kv_tiles: jax.Array  # [B|1, N|1, T tiles, S tiles] i32: those first, ascending
     q_counts: jax.Array  # [B|1, N|1, S tiles] i32: query tiles a key tile needs
     q_tiles: jax.Array  # [B|1, N|1, S tiles, T tiles] i32: those first, ascending
+    key_ranges: jax.Array | None  # [B|1, 2, T] i32: lo and hi of each query's keys; S, 0: no key
+    query_ranges: jax.Array | None  # [B|1, 2, S] i32: lo and hi of each key's queries
     captured: tuple[jax.Array, ...]  # what the mask_mod captured
     program: ScalarFn = flax.struct.field(pytree_node=False)
     block_q: int = flax.struct.field(pytree_node=False)
@@ -223,6 +231,9 @@ def block_mask(
     >>> print(causal.kinds[0, 0])
     [[1 0]
      [2... 1]]
+    >>> print(causal.key_ranges[0])
+    [[0 0 0 0]
+     [1 2 3 4]]
     """
     sizes = (q_length, kv_length, batch, num_heads, block_q, block_kv)
     if min(sizes) < 1:
@@ -234,7 +245,7 @@ def block_mask(
     tiles_q, tiles_kv = -(-q_length // block_q), -(-kv_length // block_kv)
     b, n = jnp.arange(batch, dtype=jnp.int32), jnp.arange(num_heads, dtype=jnp.int32)
 
-    def kind(tile: jax.Array) -> jax.Array:
+    def visit(runs: Any, tile: jax.Array) -> tuple[Any, jax.Array]:
         i, j = tile // tiles_kv, tile % tiles_kv
         t = i * block_q + jnp.arange(block_q, dtype=jnp.int32)
         s = j * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
@@ -243,9 +254,17 @@ def block_mask(
             captured, b, n, jnp.minimum(t, q_length - 1), jnp.minimum(s, kv_length - 1)
         )
         some, every = seen.any(axis=(2, 3)), seen.all(axis=(2, 3))
-        return some.astype(jnp.int8) + every.astype(jnp.int8)
+        if num_heads == 1:
+            seen = seen[:, 0] & (t < q_length)[None, :, None] & (s < kv_length)[None, None]
+            runs = _extend(runs[0], seen, t, s), _extend(runs[1], seen.swapaxes(1, 2), s, t)
+        return runs, some.astype(jnp.int8) + every.astype(jnp.int8)
 
-    kinds = jax.lax.map(kind, jnp.arange(tiles_q * tiles_kv, dtype=jnp.int32))
+    lengths = (tiles_q * block_q, kv_length), (tiles_kv * block_kv, q_length)
+    runs = tuple(_no_runs(batch, *x) for x in lengths)
+    runs, kinds = jax.lax.scan(visit, runs, jnp.arange(tiles_q * tiles_kv, dtype=jnp.int32))
+    ranges = None
+    if num_heads == 1 and _are_ranges(*runs):
+        ranges = runs[0][:, :2, :q_length], runs[1][:, :2, :kv_length]
     kinds = kinds.transpose(1, 2, 0).reshape(batch, num_heads, tiles_q, tiles_kv)
     by_key = kinds.swapaxes(2, 3)
     return BlockMask(
@@ -254,6 +273,8 @@ def block_mask(
         kv_tiles=_needed_first(kinds),
         q_counts=jnp.sum(by_key > 0, axis=3, dtype=jnp.int32),
         q_tiles=_needed_first(by_key),
+        key_ranges=None if ranges is None else ranges[0],
+        query_ranges=None if ranges is None else ranges[1],
         captured=captured,
         program=program,
         block_q=block_q,
@@ -261,6 +282,36 @@ def block_mask(
         q_length=q_length,
         kv_length=kv_length,
     )
+
+
+def _no_runs(batch: int, rows: int, columns: int) -> jax.Array:
+    """[B, 3, rows] i32: first column of what a row sees, past the last, how many; of nothing."""
+    empty = jnp.array([columns, 0, 0], jnp.int32)
+    return jnp.broadcast_to(empty[None, :, None], (batch, 3, rows))
+
+
+def _extend(runs: jax.Array, seen: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """`runs` with what the tile `seen` [B, rows, columns] adds."""
+    size = rows.shape[0]
+    lo, hi, count = jnp.moveaxis(jax.lax.dynamic_slice_in_dim(runs, rows[0], size, 2), 1, 0)
+    columns = columns[None, None]
+    lo = jnp.minimum(lo, jnp.where(seen, columns, lo[..., None]).min(-1))
+    hi = jnp.maximum(hi, jnp.where(seen, columns + 1, 0).max(-1))
+    count = count + seen.sum(-1, dtype=jnp.int32)
+    return jax.lax.dynamic_update_slice_in_dim(runs, jnp.stack([lo, hi, count], 1), rows[0], 2)
+
+
+def _are_ranges(*runs: jax.Array) -> bool:
+    """Whether all rows see one run each, in order; False of what is traced."""
+
+    def ordered(runs: jax.Array) -> jax.Array:
+        lo, hi, count = jnp.moveaxis(runs, 1, 0)
+        before = lambda x: jax.lax.cummax(jnp.where(count > 0, x, 0), axis=1)
+        held = (count == hi - lo) & (lo >= before(lo)) & (hi >= before(hi))
+        return jnp.all(held | (count == 0))
+
+    answer = ordered(runs[0]) & ordered(runs[1])
+    return not isinstance(answer, Tracer) and bool(answer)
 
 
 def _needed_first(kinds: jax.Array) -> jax.Array:

@@ -108,7 +108,8 @@ def flash_attention(
       dropout_broadcast: the same mask for all b and n (flax's broadcast_dropout).
       score_mod: `(score, b, n, t, s) -> score` on scalars; captured float arrays get gradients.
       mask_mod: `(b, n, t, s) -> bool` on scalars; t and s count from 0.
-      block_mask: `aidx.block_mask(...)` of this T and S; its empty tiles are skipped.
+      block_mask: `aidx.block_mask(...)` of this T and S; its empty tiles are skipped.  One of runs
+        (documents, windows, prefixes: see `BlockMask`) goes to the Hopper kernels as bounds.
       num_heads: N of rank-3 `[B, T, N * H]` arguments; K follows from k's last axis.
       return_lse: also the natural log-sum-exp `[*B, T, N]` f32, the sink left out.
       return_weights: also the probabilities `[*B, N, T, S]` f32 (needs memory of T x S).
@@ -252,6 +253,8 @@ def _prepare(
         kv_borders=borders[1],
         dropout_key=_key_words(dropout_key) if spec.dropout_rate else None,
         block_kinds=None if block_mask is None else block_mask.kinds,
+        key_ranges=None if block_mask is None else block_mask.key_ranges,
+        query_ranges=None if block_mask is None else block_mask.query_ranges,
         score_captured=score_captured,
         mask_captured=mask_captured,
         block_captured=() if block_mask is None else block_mask.captured,

@@ -85,6 +85,8 @@ def options(name):
         "mask_mod": {"mask_mod": lambda b, n, t, s: (ids[0, t] == ids[0, s]) | (s % (n + 3) == 0)},
         "mask": {"mask": jax.random.bernoulli(jax.random.key(3), 0.5, (1, 1, T, T))},
         "block_mask": {"block_mask": block_mask(near, T, T, num_heads=N), "causal": True},
+        "ranges": {"block_mask": block_mask(lambda b, n, t, s: ids[0, t] == ids[0, s], T, T),
+                   "causal": True, "kv_lens": jnp.array([700, 0])},
         "deterministic": {"causal": True, "deterministic": True, "logits_soft_cap": 5.0,
                           "dropout_rate": 0.2, "dropout_key": jax.random.key(9)},
     }[name]  # fmt: skip
@@ -93,7 +95,8 @@ def options(name):
 CUDNN = ("full", "causal", "window", "kv_lens")
 KERNEL = (
     *CUDNN, "segments", "unsorted_segments", "sinks", "bias", "key_bias", "alibi", "alibi_lens",
-    "soft_cap", "dropout", "score_mod", "mask_mod", "mask", "block_mask", "deterministic",
+    "soft_cap", "dropout", "score_mod", "mask_mod", "mask", "block_mask", "ranges",
+    "deterministic",
 )  # fmt: skip
 
 

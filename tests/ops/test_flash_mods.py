@@ -40,6 +40,7 @@ def normal(seed, *shape, dtype=jnp.bfloat16):
 slopes, table, ids = jnp.array([0.2, 0.1]), normal(9, N, S, dtype=jnp.float32), jnp.arange(S) // 25
 documents = lambda b, n, t, s: ids[t + S - T] == ids[s]
 near = lambda b, n, t, s: jnp.abs(t + S - T - s) < 20 + 9 * n
+prefix = lambda b, n, t, s: (s < 10 + 20 * b) | ((s <= t + S - T) & (s < 60))
 kernel_mask = jax.random.bernoulli(jax.random.key(4), 0.7, (1, N, T, S))
 CASES = {
     "dropout": dict(causal=True, dropout_rate=0.3, dropout_key=jax.random.key(1)),
@@ -53,6 +54,11 @@ CASES = {
         query_offset=jnp.array([3, 30]), causal=True,
     ),
     "masks": dict(mask=kernel_mask, mask_mod=documents),
+    "block mask of ranges": dict(
+        block_mask=block_mask(documents, T, S, block_q=16, block_kv=24), causal=True,
+        kv_lens=jnp.array([72, 60]),
+    ),
+    "ranges by batch": dict(block_mask=block_mask(prefix, T, S, batch=B), mask=kernel_mask),
     "block mask": dict(
         block_mask=block_mask(near, T, S, num_heads=N, block_q=16, block_kv=24), causal=True
     ),
@@ -72,7 +78,7 @@ def both(name):
     return (got, _flash_peers.mosaic_backward(spec, ops, want, (d_out, d_lse))), (want, grads)
 
 
-QUICK = ("masks",)
+QUICK = ("masks", "block mask of ranges")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +93,17 @@ def test_the_kernels_equal_the_tiles(name, interpreted):
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         assert np.linalg.norm(a - b) <= 0.015 * np.linalg.norm(b)
+
+
+def test_a_block_mask_of_ranges_is_bounds(interpreted):
+    arrays = normal(0, B, T, N, H), normal(1, B, S, K, H), normal(2, B, S, K, H)
+    for name, ranges in (("block mask of ranges", True), ("ranges by batch", True),
+                         ("block mask", False)):  # fmt: skip
+        spec, ops = door._explained(*arrays, **CASES[name])[:2]
+        given, _ = _flash_peers._mosaic_options(fa, spec, ops, backward=False)
+        assert (given["blocks"] is None) == ranges
+        assert (given["mask"] is None) == (name == "block mask of ranges")
+        assert (given["bounds"] is not None) == ranges
 
 
 def test_captured_arrays_change_without_a_new_program():
@@ -114,3 +131,36 @@ def test_what_a_tile_cannot_compute_is_refused(mod, message, interpreted):
     spec, ops = door._explained(x, x, x, score_mod=mod)
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(functools.partial(_flash_peers.mosaic_forward, spec), ops)
+
+
+def seen_by(mod, T, S, b=0):
+    return np.array([[bool(mod(b, 0, t, s)) for s in range(S)] for t in range(T)])
+
+
+RANGES = {
+    "documents": (lambda b, n, t, s: (t // 7 == s // 7) & (s <= t), True),
+    "window": (lambda b, n, t, s: (s <= t + 3) & (s > t - 4), True),
+    "prefix": (lambda b, n, t, s: (s < 6 + b) | (s <= t), True),
+    "empty rows": (lambda b, n, t, s: (t > 3) & (t < 18) & (s <= t - 4), True),
+    "empty rows between": (lambda b, n, t, s: (t % 5 > 0) & (s <= t // 5), False),
+    "nothing": (lambda b, n, t, s: s < 0, True),
+    "a hole": (lambda b, n, t, s: (s <= t) & (s != 4), False),
+    "a hole in what sees a key": (lambda b, n, t, s: (s < 9) & (t != 4) | (s < 3), False),
+    "backwards": (lambda b, n, t, s: (s <= 20 - t) & (s > 10 - t), False),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_runs_of_a_block_mask(name):
+    """Kept where every row and column sees one run, in order; other masks have none."""
+    mod, kept = RANGES[name]
+    mask = block_mask(mod, 22, 19, batch=2, block_q=8, block_kv=4)
+    assert (mask.key_ranges is not None) == kept == (mask.query_ranges is not None)
+    for b in range(2) if kept else ():
+        seen = seen_by(mod, 22, 19, b)
+        for ranges, rows in ((mask.key_ranges, seen), (mask.query_ranges, seen.T)):
+            place = np.arange(rows.shape[1])
+            lo, hi = np.asarray(ranges)[b]
+            np.testing.assert_array_equal((place >= lo[:, None]) & (place < hi[:, None]), rows)
+    assert block_mask(mod, 22, 19, num_heads=2).key_ranges is None
+    assert jax.eval_shape(lambda: block_mask(mod, 22, 19)).key_ranges is None
