@@ -3,8 +3,8 @@
 Every warpgroup of the cluster has an output and a log-sum-exp of its own keys for all columns.
 Column c is merged by warpgroup c mod `ranks`, so that is where everybody sends it, straight into
 the shared memory of that warpgroup's CTA (`st.shared::cluster`).  Behind one cluster barrier the
-merging warpgroup then finds its columns at home.  Through L2 the same took a store, its way to L2
-and a load: half a microsecond more, in calls of five.
+merging warpgroup then finds its columns at home.  Through L2 the same is a store, a release for
+other SMs and a load: 0.2 us more in calls of five, 1.9 us in calls of 35.
 
 The interpreter knows no other CTA's shared memory: there the partials go through global memory.
 """
