@@ -185,7 +185,7 @@ def lower_all(sections, variants, pattern, limit, sds):
 
 
 def timed(sections, variants, pattern, limit, sds, dry, rows_out):
-    """Times of all rows, then their kernels by CUPTI: once that has run, launches are slower."""
+    """Times of all rows, then their kernels by CUPTI, which may slow what is launched later."""
     jobs = lower_all(sections, variants, pattern, limit - 20, sds)
     say(f"{len(jobs)} programs lowered")
     in_turns(jobs, limit, dry, measure_row, rows_out)

@@ -174,6 +174,9 @@ def packed_positions(cu_q: jax.Array, cu_kv: jax.Array, length: int) -> jax.Arra
     return jnp.arange(length, dtype=jnp.int32) + ends[number].astype(jnp.int32)
 
 
+AT_ONCE = 2**22  # values of a mask that `block_mask` looks at in one step
+
+
 # --- block masks ---------------------------------------------------------------------------------
 
 
@@ -219,7 +222,7 @@ def block_mask(
     block_q: int = 128,
     block_kv: int = 128,
 ) -> BlockMask:
-    """Sort the tiles of a mask into empty, partial and full, one tile of it in memory at a time.
+    """Sort the tiles of a mask into empty, partial and full, `AT_ONCE` values of it in memory.
 
     `batch` and `num_heads` stay 1 unless the mask differs between them.
 
@@ -243,29 +246,32 @@ def block_mask(
         )
     program, captured = trace_mask_mod(mask_mod)
     tiles_q, tiles_kv = -(-q_length // block_q), -(-kv_length // block_kv)
+    per_step = min(tiles_kv, max(1, AT_ONCE // (batch * num_heads * block_q * block_kv)))
+    steps, width = -(-tiles_kv // per_step), per_step * block_kv
     b, n = jnp.arange(batch, dtype=jnp.int32), jnp.arange(num_heads, dtype=jnp.int32)
 
-    def visit(runs: Any, tile: jax.Array) -> tuple[Any, jax.Array]:
-        i, j = tile // tiles_kv, tile % tiles_kv
-        t = i * block_q + jnp.arange(block_q, dtype=jnp.int32)
-        s = j * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
+    def visit(runs: Any, step: jax.Array) -> tuple[Any, jax.Array]:
+        t = step // steps * block_q + jnp.arange(block_q, dtype=jnp.int32)
+        s = step % steps * width + jnp.arange(width, dtype=jnp.int32)
         # Indices past the end repeat the last one: they cannot change any() or all().
         seen = program.on_tile(
             captured, b, n, jnp.minimum(t, q_length - 1), jnp.minimum(s, kv_length - 1)
         )
-        some, every = seen.any(axis=(2, 3)), seen.all(axis=(2, 3))
+        tiles = seen.reshape(*seen.shape[:3], per_step, block_kv)
+        some, every = tiles.any(axis=(2, 4)), tiles.all(axis=(2, 4))
         if num_heads == 1:
             seen = seen[:, 0] & (t < q_length)[None, :, None] & (s < kv_length)[None, None]
             runs = _extend(runs[0], seen, t, s), _extend(runs[1], seen.swapaxes(1, 2), s, t)
         return runs, some.astype(jnp.int8) + every.astype(jnp.int8)
 
-    lengths = (tiles_q * block_q, kv_length), (tiles_kv * block_kv, q_length)
+    lengths = (tiles_q * block_q, kv_length), (steps * width, q_length)
     runs = tuple(_no_runs(batch, *x) for x in lengths)
-    runs, kinds = jax.lax.scan(visit, runs, jnp.arange(tiles_q * tiles_kv, dtype=jnp.int32))
+    runs, kinds = jax.lax.scan(visit, runs, jnp.arange(tiles_q * steps, dtype=jnp.int32))
     ranges = None
     if num_heads == 1 and _are_ranges(*runs):
         ranges = runs[0][:, :2, :q_length], runs[1][:, :2, :kv_length]
-    kinds = kinds.transpose(1, 2, 0).reshape(batch, num_heads, tiles_q, tiles_kv)
+    kinds = kinds.transpose(1, 2, 0, 3).reshape(batch, num_heads, tiles_q, steps * per_step)
+    kinds = kinds[..., :tiles_kv]
     by_key = kinds.swapaxes(2, 3)
     return BlockMask(
         kinds=kinds,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aidx.ops import _flash_peers, _flash_xla
+from aidx.ops import _flash_peers, _flash_xla, attention_mask
 from aidx.ops import flash_attention as door
 from aidx.ops.attention_mask import block_mask
 from pallas_kernels import flash_attention as fa
@@ -151,10 +151,13 @@ RANGES = {
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_runs_of_a_block_mask(name):
+def test_runs_of_a_block_mask(name, monkeypatch):
     """Kept where every row and column sees one run, in order; other masks have none."""
     mod, kept = RANGES[name]
-    mask = block_mask(mod, 22, 19, batch=2, block_q=8, block_kv=4)
+    build = functools.partial(block_mask, mod, 22, 19, batch=2, block_q=8, block_kv=4)
+    mask = build()
+    monkeypatch.setattr(attention_mask, "AT_ONCE", 2 * 2 * 8 * 4)  # two tiles, of five, a step
+    jax.tree.map(np.testing.assert_array_equal, mask, build())
     assert (mask.key_ranges is not None) == kept == (mask.query_ranges is not None)
     for b in range(2) if kept else ():
         seen = seen_by(mod, 22, 19, b)
@@ -162,5 +165,9 @@ def test_runs_of_a_block_mask(name):
             place = np.arange(rows.shape[1])
             lo, hi = np.asarray(ranges)[b]
             np.testing.assert_array_equal((place >= lo[:, None]) & (place < hi[:, None]), rows)
+    tiles = np.asarray(mask.kinds[1, 0])
+    for i, j in np.ndindex(tiles.shape):
+        part = seen_by(mod, 22, 19, 1)[8 * i : 8 * i + 8, 4 * j : 4 * j + 4]
+        assert tiles[i, j] == int(part.any()) + int(part.all())
     assert block_mask(mod, 22, 19, num_heads=2).key_ranges is None
     assert jax.eval_shape(lambda: block_mask(mod, 22, 19)).key_ranges is None
