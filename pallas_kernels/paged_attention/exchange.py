@@ -91,6 +91,9 @@ def send_ptx(exchange: Exchange, column_tile: int) -> str:
     log-sum-exps, and for every 64 rows and half of 16 two values of O.
     """
     x = exchange
+    alone = x.ranks == x.warpgroups  # one CTA, launched without a cluster
+    space = "shared" if alone else "shared::cluster"
+    there = "mov.b32 far, near;" if alone else "mapa.shared::cluster.u32 far, near, cta;"
     lines = [
         ".reg .pred own, top;",
         ".reg .b32 lane, row, low, column, owner, turn, cta, place, near, far;",
@@ -112,17 +115,17 @@ def send_ptx(exchange: Exchange, column_tile: int) -> str:
             f"mad.lo.u32 place, owner, {x.turns}, turn;",
             f"mad.lo.u32 place, place, {x.ranks}, $3;",
             "mad.lo.u32 near, place, 4, $1;",
-            "mapa.shared::cluster.u32 far, near, cta;",
+            there,
             "setp.eq.and.u32 top, row, 0, own;",
-            f"@top st.shared::cluster.f32 [far], ${5 + e};",
+            f"@top st.{space}.f32 [far], ${5 + e};",
             f"mad.lo.u32 near, place, {4 * x.value_dim}, $0;",
             "mad.lo.u32 near, row, 4, near;",
-            "mapa.shared::cluster.u32 far, near, cta;",
+            there,
         ]
         for i in range(x.value_dim // 64):
             for half in range(2):
                 to, value = 4 * (64 * i + 8 * half), 7 + 4 * i + 2 * half + e
-                lines.append(f"@own st.shared::cluster.f32 [far+{to}], ${value};")
+                lines.append(f"@own st.{space}.f32 [far+{to}], ${value};")
     return "{\n" + "\n".join(lines) + "\n}"
 
 

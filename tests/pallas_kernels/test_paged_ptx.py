@@ -431,7 +431,7 @@ def test_partials_arrive_where_they_are_merged(cluster, warpgroups, cols, first,
                 values += rows_of_lane(o[rank], i, j).values()
             scalars = THREAD, np.full(128, rank), np.full(128, first)
             given = {f"o{i}": v for i, v in enumerate([*place, *scalars, *values])}
-            Machine(None, memory, **given).run(exchange.send_ptx(x, j))
+            Machine(memory, memory, **given).run(exchange.send_ptx(x, j))
     shape = (warpgroups, x.turns, ranks)
     size = 4 * int(np.prod(shape))
     for cta in range(cluster):
