@@ -304,8 +304,9 @@ def check_repeats(row, causal, repeats, report):
     ):
         first, same = run(), jax.jit(equal)
         good = all(bool(same(run(), first)) for _ in range(count))
-        report(row, "aidx", f"repeats_equal_{name}", float(good), "bool")
-        print(f"{row}: {count} repeats of {name} bitwise equal: {good}", flush=True)
+        case = f"{row} {'causal' if causal else 'full'}"
+        report(case, "aidx", f"repeats_equal_{name}", float(good), "bool")
+        print(f"{case}: {count} repeats of {name} bitwise equal: {good}", flush=True)
 
 
 def option_cases():
@@ -530,7 +531,7 @@ def main():
         "rows": lambda: timed(lambda row, causal, metric: peers(metric), True, **rest),
         "check": lambda: (
             check_options(results.add, workers),
-            check_repeats(rows[0], True, options.repeats, results.add),
+            [check_repeats(rows[0], x, options.repeats, results.add) for x in masks],
         ),
         "errors": lambda: check_errors(inexact, True, results.add, workers),
         "variants": lambda: timed(functools.partial(variants, only=options.only), False, **rest),

@@ -21,6 +21,8 @@ swap    (alone) blocks to pinned host memory and back, beside a plain copy over 
 write   (alone) new keys and values into their slots by one kernel and by XLA, the latter's queries
         and keys rotated by a fusion of their own
 duel    (alone) variants in turns, each checked before its time counts: `paged_duel.py`
+gaps    (alone) rows of `large` in programs of 16 and of 64 calls in turns, before anything else has
+        run: what a call takes inside a program is the difference of the two over 48
 peer    the rows of `large` by JAX's own op (deprecated)
 `--variants` times other configurations too; `--dry` compiles everything for sm_90a without a GPU.
 Writes bench/results/<device>/paged_attention.json, or into $OUT where that is set.  Several
@@ -57,6 +59,7 @@ from paged_common import (
     arguments,
     copy_rate,
     cupti,
+    decode,
     dense,
     dry_shapes,
     fresh_pools,
@@ -132,7 +135,6 @@ def program(call, passes):
 
 def jobs_of(sections, variants, pattern):
     """(section, case, rows, label, call, kind of pools) in the order of running."""
-    decode = lambda lens: [(n, 1) for n in lens]
     for name, rows in CHUNKS.items() if "chunk" in sections else ():
         yield "chunk", name, rows, "aidx", aidx_call(None, 512), "bf16"
         for kind in NARROW if len(rows) < 9 else ():
@@ -246,6 +248,37 @@ def measure_row(section, case, label, rows, compiled, args, rows_out):
         rows_out.append(row(case, label, "bandwidth", rate, "TB/s"))
 
 
+def gaps(pattern, limit, sds, dry, rows_out):
+    """Time between the calls of a program: programs of one pass and of four, five turns each."""
+    names = [name for name in LARGE if re.search(pattern, name)]
+    compiled = {
+        (name, passes): lower(
+            program(aidx_call(None), passes), decode(LARGE[name]), 64, sds, "bf16"
+        ).compile()
+        for name in names
+        for passes in (1, 4)
+    }
+    if dry:
+        return
+    pools = fresh_pools(64, "bf16")
+    for name in names:
+        if time.time() - T0 > limit:
+            say("out of time")
+            return
+        args = arguments(decode(LARGE[name]), 64, pools)
+        times = {1: [], 4: []}
+        for _ in range(5):
+            for passes, taken in times.items():
+                taken.append(seconds(compiled[name, passes], args) * 1e6)
+        short, long = (sorted(taken)[2] for taken in times.values())
+        us = (long - short) / (3 * CALLS)
+        rate = sum(LARGE[name]) * K * H * 4 / us / 1e6
+        per_call = f"{short / CALLS:.2f} us a call of 16, {long / CALLS / 4:.2f} of 64"
+        say(f"{name:12s} {per_call}, {us:.2f} inside: {rate:.2f} TB/s")
+        rows_out.append(row(f"{name} block 64", "aidx", "time inside a program", us, "us"))
+        rows_out.append(row(f"{name} block 64", "aidx", "bandwidth inside a program", rate, "TB/s"))
+
+
 def kernel_row(section, case, label, rows, compiled, args, rows_out):
     kernels, parts = cupti(compiled, args, CALLS * PASSES.get(section, 1))
     parts = " ".join(f"{a}={b:.2f}" for a, b in parts.items())
@@ -310,6 +343,11 @@ def main():
     elif sections == ["swap"]:
         paged_memory.swaps(rows)
         write(rows, "swap")
+    elif sections == ["gaps"]:
+        sds = dry_shapes() if args.dry else jax.ShapeDtypeStruct
+        gaps(args.rows, args.limit, sds, args.dry, rows)
+        if not args.dry:
+            write(rows, "paged_gaps")
     elif sections == ["duel"]:
         sds = dry_shapes() if args.dry else jax.ShapeDtypeStruct
         paged_duel.run(args.rows, args.limit, sds, args.dry, rows)

@@ -69,6 +69,11 @@ def normal_pool(key, shape):
     return pool.reshape(-1, *shape[1:])
 
 
+def decode(lens):
+    """Rows of (context, new tokens) that decode one token each."""
+    return [(n, 1) for n in lens]
+
+
 def row(case, implementation, metric, value, unit):
     return dict(case=case, implementation=implementation, metric=metric, value=value, unit=unit)
 

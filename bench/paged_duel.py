@@ -33,20 +33,28 @@ SMALL = {
 CHUNKS = {"default": None, "kv128": P(2, 128, 2), "kv192": P(2, 192, 2)}
 
 
-def decode(name):
-    return [(n, 1) for n in bench.LARGE[name]]
-
-
 def cases():
     """(case, rows of (context, new), kind of pools, block size, {label: call})."""
     for size in (64, 16):
         for name in ("64x4k", "16x32k"):
             calls = bench.aidx_call(None)
-            yield f"narrow{size} {name} bf16", decode(name), "bf16", size, dict(default=calls)
+            yield (
+                f"narrow{size} {name} bf16",
+                bench.decode(bench.LARGE[name]),
+                "bf16",
+                size,
+                dict(default=calls),
+            )
         for kind in bench.NARROW:
             for name in ("64x4k", "16x32k"):
                 calls = {x: bench.narrow_call(config) for x, config in NARROW.items()}
-                yield f"narrow{size} {name} {kind}", decode(name), kind, size, calls
+                yield (
+                    f"narrow{size} {name} {kind}",
+                    bench.decode(bench.LARGE[name]),
+                    kind,
+                    size,
+                    calls,
+                )
     for size in (64, 16):
         for name, chosen in SMALL.items():
             count, context = (int(x) for x in name[:-1].split("x"))
@@ -54,7 +62,7 @@ def cases():
             yield f"small{size} {name}", [(context * 1024, 1)] * count, "bf16", size, calls
         calls = {x: bench.aidx_call(config) for x, config in ROWS.items()}
         for name in ("64x1k", "256x1k", "64x4k"):
-            yield f"row{size} {name}", decode(name), "bf16", size, calls
+            yield f"row{size} {name}", bench.decode(bench.LARGE[name]), "bf16", size, calls
         calls = {x: bench.aidx_call(config, 512) for x, config in CHUNKS.items()}
         for name in list(bench.CHUNKS)[:2]:
             yield f"chunk{size} {name}", bench.CHUNKS[name], "bf16", size, calls

@@ -174,10 +174,9 @@ def packed_positions(cu_q: jax.Array, cu_kv: jax.Array, length: int) -> jax.Arra
     return jnp.arange(length, dtype=jnp.int32) + ends[number].astype(jnp.int32)
 
 
-AT_ONCE = 2**22  # values of a mask that `block_mask` looks at in one step
-
-
 # --- block masks ---------------------------------------------------------------------------------
+
+AT_ONCE = 2**22  # values of a mask that `block_mask` looks at in one step
 
 
 @flax.struct.dataclass

@@ -230,8 +230,8 @@ def forward(
         raise NotImplementedError("o_in_ring with listed blocks, which may be none")
     q, k, v = (pad_tokens(x) for x in (q, k, v))
     extra = extra_operands(
-        options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE,
-    )  # fmt: skip
+        options, p.batch, p.tile_rows, config.block_kv, by_query=True, tile_rows=TILE
+    )
     extra = extra._replace(query_end=None)
     if p.sorted:
         extra = extra._replace(work=work_table(p, extra), ranges=None)
