@@ -21,6 +21,10 @@ S, C, P = pa.SplitConfig, pa.ClusterConfig, pa.PrefillConfig
 # context lengths, new tokens, heads, KV heads, head size, block size, options, configurations
 CHECKS = [
     ([5000, 1, 65, 64, 63, 0, 700, 17], None, 32, 8, 128, 16, {}, [S(), S(uncut=True)]),
+    # tables of one tile of keys: a cluster of one CTA
+    ([50, 3, 64, 0], None, 32, 8, 128, 16, {}, [None]),
+    ([64], None, 8, 1, 256, 64, dict(sinks=True), [None]),
+    ([60, 9, 33], [5, 2, 1], 16, 4, 64, 32, dict(alibi=True), [None]),
     ([5000, 0, 65, 640], None, 32, 8, 128, 64, {}, [C(8, 2, 3), C(8, 1, 2)]),
     ([3000, 100], None, 16, 16, 64, 32, dict(window=500), [C(2, 2, 2), S()]),
     ([1500, 2222, 9], None, 8, 1, 256, 256, dict(sinks=True, alibi=True), [S(ctas=132)]),

@@ -158,12 +158,13 @@ def test_a_folded_vmap_of_a_gradient_is_the_gradient():
     "rows",
     [
         [(1, 1024)] * 64,
+        [(1, 50), (1, 3), (1, 64)],
         [(1, 32768)] + [(1, 512)] * 31,
         [(6, 2048)] * 8,
         [(1, 2048)] * 16 + [(300, 4000)],
         [(512, 8704)],
     ],
-    ids=["decode", "skewed", "verify", "mixed", "chunk"],
+    ids=["decode", "short", "skewed", "verify", "mixed", "chunk"],
 )
 def test_paged_attention_equals_its_tiles_in_f32(rows, block_size=16, blocks=9000):
     rng = np.random.default_rng(0)
