@@ -304,6 +304,16 @@ def taken(ref: Any) -> jax.Array:
     return lax.optimization_barrier(ref[...])
 
 
+def zeros_for(x: jax.Array, shape: tuple[int, ...]) -> Any:
+    """A ref to f32 zeros that a kernel with operand `x` adds to.
+
+    Plain zeros are one array for all calls of a program: XLA makes them once and copies, which
+    reads as much as it writes.
+    """
+    zero, _ = lax.optimization_barrier((jnp.float32(0), x))
+    return jax.new_ref(jnp.broadcast_to(zero, shape))
+
+
 def div(a, b: int):
     """`a // b` of a non-negative i32 scalar by a static positive integer."""
     return lax.div(a, jnp.int32(b))

@@ -20,7 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._mgpu import HOPPER_SMS, cdiv
+from pallas_kernels._mgpu import HOPPER_SMS, cdiv, zeros_for
 
 from . import _warp as w
 
@@ -400,7 +400,7 @@ def row_matmul(
         row, ctas = row.astype(jnp.int32), call.ctas * call.tiles
         operands = (data, x, row, column.astype(jnp.int32))
         if config.zeroed:
-            total = jax.new_ref(jnp.zeros((M, n), jnp.float32))
+            total = zeros_for(data, (M, n))
             launch(call.multiply, ctas, (), (*operands, total))
             return total[...].astype(data.dtype)
         shapes = f32(M, n), f32(call.chunks, n)
@@ -459,7 +459,7 @@ def entry_matmul(
     config = config or RowConfig.of(row.shape[0], n)
     call = Rows((rows, x.shape[0]), row.shape[0], n, data.dtype.name, config)
     with jax.named_scope("entry_matmul"):
-        out = jax.new_ref(jnp.zeros((rows, n), jnp.float32))
+        out = zeros_for(data, (rows, n))
         operands = (data, x, row.astype(jnp.int32), column.astype(jnp.int32), out)
         launch(call.scatter, call.ctas * call.tiles, (), operands)
         return out[...].astype(data.dtype)

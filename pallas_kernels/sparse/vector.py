@@ -18,7 +18,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels._mgpu import HOPPER_SMS, cdiv
+from pallas_kernels._mgpu import HOPPER_SMS, cdiv, zeros_for
 
 from . import _warp as w
 from .rows import WARPS, check, launch
@@ -310,7 +310,7 @@ def vector_matmul(
     M = indptr.shape[0] - 1
     call = _call(data, x, row, column, M, config)
     with jax.named_scope("vector_matmul"):
-        out = jax.new_ref(jnp.zeros(M, jnp.float32))
+        out = zeros_for(data, (M,))
         whole = (v.astype(jnp.int32) for v in (row, column, indptr))
         launch(call.multiply, call.ctas, (), (data, x, *whole, out), call.scratch)
         return out[...].astype(data.dtype)
@@ -350,7 +350,7 @@ def vector_scatter(
     """
     call = _call(data, x, row, column, rows, config)
     with jax.named_scope("vector_scatter"):
-        out = jax.new_ref(jnp.zeros(rows, jnp.float32))
+        out = zeros_for(data, (rows,))
         operands = (data, x, row.astype(jnp.int32), column.astype(jnp.int32), out)
         launch(call.scatter, call.ctas, (), operands)
         return out[...].astype(data.dtype)
