@@ -305,7 +305,7 @@ def taken(ref: Any) -> jax.Array:
 
 
 def zeros_for(x: jax.Array, shape: tuple[int, ...]) -> Any:
-    """A ref to f32 zeros that a kernel with operand `x` adds to.
+    """A ref to f32 zeros that a kernel adds to; `x` is what is its own among the kernel's operands.
 
     Plain zeros are one array for all calls of a program: XLA makes them once and copies, which
     reads as much as it writes.

@@ -400,7 +400,7 @@ def row_matmul(
         row, ctas = row.astype(jnp.int32), call.ctas * call.tiles
         operands = (data, x, row, column.astype(jnp.int32))
         if config.zeroed:
-            total = zeros_for(data, (M, n))
+            total = zeros_for(x, (M, n))
             launch(call.multiply, ctas, (), (*operands, total))
             return total[...].astype(data.dtype)
         shapes = f32(M, n), f32(call.chunks, n)
@@ -459,7 +459,7 @@ def entry_matmul(
     config = config or RowConfig.of(row.shape[0], n)
     call = Rows((rows, x.shape[0]), row.shape[0], n, data.dtype.name, config)
     with jax.named_scope("entry_matmul"):
-        out = zeros_for(data, (rows, n))
+        out = zeros_for(x, (rows, n))
         operands = (data, x, row.astype(jnp.int32), column.astype(jnp.int32), out)
         launch(call.scatter, call.ctas * call.tiles, (), operands)
         return out[...].astype(data.dtype)

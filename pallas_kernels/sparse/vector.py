@@ -310,7 +310,7 @@ def vector_matmul(
     M = indptr.shape[0] - 1
     call = _call(data, x, row, column, M, config)
     with jax.named_scope("vector_matmul"):
-        out = zeros_for(data, (M,))
+        out = zeros_for(x, (M,))
         whole = (v.astype(jnp.int32) for v in (row, column, indptr))
         launch(call.multiply, call.ctas, (), (data, x, *whole, out), call.scratch)
         return out[...].astype(data.dtype)
@@ -350,7 +350,7 @@ def vector_scatter(
     """
     call = _call(data, x, row, column, rows, config)
     with jax.named_scope("vector_scatter"):
-        out = zeros_for(data, (rows,))
+        out = zeros_for(x, (rows,))
         operands = (data, x, row.astype(jnp.int32), column.astype(jnp.int32), out)
         launch(call.scatter, call.ctas, (), operands)
         return out[...].astype(data.dtype)

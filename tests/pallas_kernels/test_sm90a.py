@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.flash_attention import Band, flash_attention_bwd
 from pallas_kernels.fused.cross_entropy import cross_entropy_backward
 from pallas_kernels.paged_attention import write_kv
+from pallas_kernels.sparse.vector import vector_matmul
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "compile_sm90a.py"
 
@@ -94,6 +96,34 @@ def test_a_kernel_that_writes_in_place_is_not_fused_with_slices(f, no_compile_ca
     holders = [c for c in program.as_text().split("\n\n") if "mosaic_gpu_v2" in c]
     assert holders and not any(" dynamic-update-slice(" in c for c in holders)
     assert all("output_to_operand_aliasing" in c for c in holders)
+
+
+def two_layers(x, lse):
+    for _ in range(2):
+        x = flash_attention_bwd(x, x, x, x, lse, x, band=Band(right=0), scale=0.1).q
+    return x
+
+
+def two_products(data, x, row, column, indptr):
+    for _ in range(2):
+        x = vector_matmul(data, x, row, column, indptr)
+    return x
+
+
+@pytest.mark.sm90a
+@pytest.mark.parametrize("f", [two_layers, two_products], ids=lambda f: f.__name__)
+def test_zeros_that_kernels_add_to_are_not_copied(f, no_compile_cache):
+    """XLA makes equal constants once and copies them to where they are overwritten."""
+    shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
+    index = lambda n: shape(n, dtype=jnp.int32)
+    args = {
+        two_layers: (shape(1, 256, 2, 64, dtype=jnp.bfloat16), shape(1, 256, 2)),
+        two_products: (shape(9000), shape(4000), index(9000), index(9000), index(4001)),
+    }
+    program, _ = GATE.program(f, args[f])
+    text = program.as_text()
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == 2
+    assert not re.search(r"= f32\S* copy\(", text)
 
 
 def test_a_spill_and_a_serialised_wgmma_are_seen():
