@@ -455,16 +455,18 @@ def row_buckets(max_num_seqs: int, *, cpu: bool = True) -> tuple[int, ...]:
 
     A CPU pays for every padding row: powers of two.  A GPU reads the parameters whatever the rows
     are, and a kernel takes a second to lower: few, and halves only where a step is bound by
-    operations.  One row of its own would be slower than eight: XLA makes a product with a vector a
+    operations; beyond 128 rows three quarters too, where a row of padding costs what a row does.
+    One row of its own would be slower than eight: XLA makes a product with a vector a
     multiplication and a sum, which reach half the bandwidth of a matmul.
 
     Example:
         >>> row_buckets(24), row_buckets(256, cpu=False)
-        ((1, 2, 4, 8, 16, 24), (8, 64, 128, 256))
+        ((1, 2, 4, 8, 16, 24), (8, 64, 128, 192, 256))
     """
     sizes = [1 << i for i in range(max_num_seqs.bit_length())]
     if not cpu:
         sizes = [size for size in sizes if size == 8 or size >= 64]
+        sizes = sorted([*sizes, *(3 * size // 4 for size in sizes if size > 128)])
     return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
 
 
