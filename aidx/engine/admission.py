@@ -22,13 +22,13 @@ PROMPT_COST, OUTPUT_COST = 1.0, 2.0
 _NOT_YET = -1
 
 
-def admit(batch: BatchScheduler, take: np.ndarray):
-    """Seat waiting sequences while seats, budget, rows and memory last."""
+def admit(batch: BatchScheduler, take: np.ndarray, budget: int):
+    """Seat waiting sequences while seats, `budget` tokens a step, rows and memory last."""
     if not batch.waiting:
         return batch, take, []
     config, before = batch.config, batch.num_computed
     free_seats = [i for i, seq in enumerate(batch.running) if seq is None]
-    budget = config.max_num_batched_tokens - int(take.sum())
+    budget -= int(take.sum())
     rows = config.max_num_seqs - _num_rows(batch, take)
     if not (free_seats and budget and rows):
         return batch, take, []

@@ -7,6 +7,7 @@ What moves a sequence in or out of a seat is here; what decides it is in `schedu
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -41,9 +42,13 @@ class SchedulerConfig:
         max_swapped_blocks: that host memory holds; beyond, sequences are recomputed.
         window: keys that a query sees in the layer that sees the most, itself included; None: all.
             Blocks that no later query sees go back to the pool.
+        step_sizes: query tokens that steps with prompts are padded to, ascending.  Rather than be
+            padded to the next, a step of decodes and prompts puts tokens off and fills the one
+            below, where that wastes less.  (): no step is cut.
 
     Raises:
-        ValueError: a limit is below its least, or the policy or the mode is unknown.
+        ValueError: a limit is below its least, the policy or the mode is unknown, or the step sizes
+            do not ascend.
 
     Example:
         >>> SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=4)
@@ -62,6 +67,7 @@ class SchedulerConfig:
     preemption_mode: str = "recompute"
     max_swapped_blocks: int = 0
     window: int | None = None
+    step_sizes: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.policy not in POLICIES:
@@ -84,6 +90,8 @@ class SchedulerConfig:
             raise ValueError(f"watermark={self.watermark} must be in [0, 1)")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, or None")
+        if any(b <= a for a, b in itertools.pairwise((0, *self.step_sizes))):
+            raise ValueError(f"step_sizes={self.step_sizes} must ascend, from at least 1 on")
 
 
 def blocks_needed(config: SchedulerConfig, num_tokens: int, block_size: int) -> int:

@@ -94,6 +94,9 @@ class EngineConfig:
 
     def scheduler(self) -> scheduling.SchedulerConfig:
         """The scheduler's part."""
+        # A CPU's sizes lie so close that a cut saves less padding than the steps it adds cost.
+        tokens = self.max_num_batched_tokens
+        sizes = () if self.cpu else stepping.token_buckets(tokens, cpu=False)
         return scheduling.SchedulerConfig(
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -105,6 +108,7 @@ class EngineConfig:
             preemption_mode="recompute" if self.preemption_mode == "auto" else self.preemption_mode,
             max_swapped_blocks=self.swap_space_bytes // self.block_bytes,
             window=self.window,
+            step_sizes=sizes,
         )
 
     @classmethod

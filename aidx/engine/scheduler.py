@@ -6,13 +6,15 @@
     2. find their blocks, preempting the newest (or the lowest priority) when there are too few
        (`preemption.py`);
     3. admit waiting sequences in the policy's order while seats, budget and memory last
-       (`admission.py`).
+       (`admission.py`);
+    4. where too much of the step would be padding, plan it again with a smaller budget.
 
 `add` and `cancel` bring sequences in and take them out, `record` and `finish` bring back what the
 device sampled.  The state is `BatchScheduler` (`batch.py`).  No JAX in here: this room can be
 tested with a counter in place of a model.
 """
 
+import bisect
 import dataclasses
 
 import numpy as np
@@ -128,16 +130,30 @@ def schedule(
         again = _repeat(batch, last)
         if again is not None:
             return again
+    return _plan(batch, batch.config.max_num_batched_tokens, drained)
+
+
+def _plan(
+    batch: BatchScheduler, budget: int, drained: bool
+) -> tuple[BatchScheduler, Schedule | None]:
+    """`schedule` with `budget` tokens at most, whatever the last step was."""
     before, batch = batch, evict(batch)
-    take = _share_budget(batch)
+    take = need = _need(batch)
+    prompts = need.max() > 1
+    if prompts:  # else decodes, for all of which there is room
+        take = _share_budget(batch, need, budget)
     batch, take, preempted = find_blocks(batch, take, drained)
     if take is None:
         return before, None
     admitted: list[SequenceState] = []
     if not preempted:
-        batch, take, admitted = admit(batch, take)
+        batch, take, admitted = admit(batch, take, budget)
     blocked = None if admitted or preempted else _blocked_by_sibling(batch, take)
     if blocked is None:
+        if (prompts or admitted) and not preempted and (size := _size_to_fill(batch, take)):
+            filled, work = _plan(before, size, drained)
+            if work is not None and work.num_tokens == size:
+                return filled, work
         return _issue(batch, take, admitted, preempted)
     if not drained:
         return before, None
@@ -204,18 +220,37 @@ def _blocked_by_sibling(batch: BatchScheduler, take: np.ndarray) -> int | None:
     return int(paused[-1]) if paused else None
 
 
-def _share_budget(batch: BatchScheduler) -> np.ndarray:
-    """Tokens of each running sequence in this step, `[S]`: decodes first, then by policy."""
-    config = batch.config
+def _size_to_fill(batch: BatchScheduler, take: np.ndarray) -> int:
+    """The size below `take` that the step had better fill than be padded to the next; 0: none.
+
+    That is where the padding is more than what is put off, and that at most half of the prompts'
+    tokens.  Without decodes nothing is: the first token of a lone prompt would wait for a second
+    step.
+    """
+    sizes, tokens = batch.config.step_sizes, int(take.sum())
+    at = bisect.bisect_left(sizes, tokens)
+    if not 0 < at < len(sizes):
+        return 0
+    size, padded = sizes[at - 1 : at + 1]
+    decodes = np.count_nonzero((take == 1) & (batch.num_computed + 1 == batch.num_tokens))
+    put_off = tokens - size
+    return size if decodes and put_off < padded - tokens and put_off <= size - decodes else 0
+
+
+def _need(batch: BatchScheduler) -> np.ndarray:
+    """Tokens that each running sequence has left to compute, `[S]`."""
     idle = batch.paused | (batch.num_tokens >= batch.limit)
-    need = np.where(idle, 0, batch.num_tokens - batch.num_computed)
-    if need.max() <= 1:  # decodes, for all of which there is room
-        return need
-    if need.sum() > config.max_num_batched_tokens:
+    return np.where(idle, 0, batch.num_tokens - batch.num_computed)
+
+
+def _share_budget(batch: BatchScheduler, need: np.ndarray, budget: int) -> np.ndarray:
+    """Tokens of each running sequence in this step, `[S]`: decodes first, then by policy."""
+    config, need = batch.config, need.copy()
+    if need.sum() > budget:
         order = np.lexsort((batch.arrival, _running_key(batch, need), need > 1))
         ahead = np.zeros_like(need)
         ahead[order] = np.cumsum(need[order]) - need[order]
-        need = np.clip(config.max_num_batched_tokens - ahead, 0, need)
+        need = np.clip(budget - ahead, 0, need)
     rows_left = config.max_num_seqs - np.count_nonzero(need)
     for seat in np.flatnonzero(need > 1):
         seq = batch.at(seat)

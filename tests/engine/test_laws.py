@@ -101,6 +101,22 @@ def test_the_size_of_chunks_does_not_matter(chunk):
     check(generate(PROMPTS, PARAMS, made=made))
 
 
+def test_a_cut_step_does_not_matter():
+    """One decodes when a prompt of seven arrives: two of its tokens wait for the next step."""
+    made, steps = engine(), []
+    config = dataclasses.replace(made._batch.config, step_sizes=(6, 16))
+    made._batch = made._batch.replace(config=config)
+    done, names = {}, []
+    for prompt, params in zip(PROMPTS, PARAMS, strict=True):
+        names.append(made.add_request(prompt, params))
+        for _ in range(3):
+            done |= {o.request_id: o for o in made.step()}
+            steps.append(made._work.counts.tolist())
+    done |= run(made)
+    check([done[name] for name in names])
+    assert [1, 5] in steps and [1, 7] not in steps
+
+
 def test_the_size_of_blocks_does_not_matter():
     """Two of the prompts: this geometry shares no trace with the other tests."""
     outputs = generate(PROMPTS[2:4], SEEDED[2:4], block_size=8, num_blocks=21)

@@ -51,10 +51,10 @@ def token_after(tokens):
     return int(np.int64(tokens[-1]) * 31 + len(tokens)) % 50
 
 
-def run(batch, *, lag=False, steps=1000, check=lambda *a: None):
+def run(batch, *, lag=False, steps=1000, check=lambda *a: None, plan=schedule):
     """Step until nothing is left; returns the batch, all outputs and the schedules.
 
-    With `lag` the tokens of a step are read after the next one was scheduled.
+    With `lag` the tokens of a step are read after the next one was scheduled; `plan` schedules.
     """
     outputs, schedules, unread = {}, [], []
 
@@ -72,7 +72,7 @@ def run(batch, *, lag=False, steps=1000, check=lambda *a: None):
     for _ in range(steps):
         if not batch.unfinished:
             return batch, outputs, schedules
-        batch, step = schedule(batch, drained=not unread)
+        batch, step = plan(batch, drained=not unread)
         if step is None:
             batch = read(batch)
             continue
@@ -106,6 +106,7 @@ def expected(seq):
 
 
 SHARED = Request("shared", np.arange(11, dtype=np.int32), SimpleNamespace())
+SIZES = st.sets(st.integers(1, 16), max_size=5).map(lambda sizes: tuple(sorted(sizes)))
 
 
 def filled(batch, seqs):
@@ -171,6 +172,76 @@ def test_a_step_stays_within_its_budget_and_decodes_go_first():
     # The long prompt never holds up the running decode: both are in the steps that prefill it.
     chunks = [s for s in schedules if s.counts.max() > 1][1:]
     assert chunks and all(0 in s.seats[s.counts == 1] for s in chunks)
+
+
+def decoding(rows, **options):
+    """A batch in which so many sequences decode."""
+    limits = dict(num_blocks=513, max_num_seqs=20, max_num_batched_tokens=64)
+    batch = filled(batch_of(**limits, **options), [sequence(i, 2) for i in range(rows)])
+    if not rows:
+        return batch
+    batch, step = schedule(batch)
+    return record(batch, step.seats, np.full(rows, 7))
+
+
+@pytest.mark.parametrize(
+    "rows,prompt,tokens",
+    [
+        (8, 15, 23),  # fits
+        (8, 16, 24),
+        (8, 17, 24),
+        (8, 27, 24),  # 11 tokens put off, where 13 would be padded
+        (8, 28, 36),  # 12, where 12 would be
+        (14, 20, 24),  # 10 of 20
+        (15, 20, 35),  # 11 of 20: more than half
+        (8, 41, 48),
+        (8, 50, 58),
+        (8, 60, 64),
+        (1, 25, 24),
+        (0, 26, 26),  # nothing decodes
+    ],
+)
+def test_a_step_of_decodes_and_a_prompt_fills_a_size_where_the_next_is_mostly_padding(
+    rows, prompt, tokens
+):
+    batch = add(decoding(rows, step_sizes=(4, 24, 48, 64)), sequence(99, prompt))
+    batch, step = schedule(batch)
+    assert step.counts.tolist() == [1] * rows + [tokens - rows]
+    batch = record(batch, step.seats[step.samples], np.full(step.samples.sum(), 7))
+    _, step = schedule(batch)
+    assert step.counts[rows:].tolist() == [rows + prompt - tokens or 1]
+
+
+def test_prompts_are_put_off_whole_or_in_part_and_the_last_first():
+    batch = decoding(4, step_sizes=(16, 64))
+    batch, step = schedule(filled(batch, [sequence(10, 9), sequence(11, 6), sequence(12, 2)]))
+    assert step.counts.tolist() == [1] * 4 + [9, 3]
+    assert [seq.seq_id for seq in batch.waiting] == [12] and not batch.waiting[0].overtaken
+    batch = record(batch, step.seats[step.samples], np.full(5, 7))
+    _, step = schedule(batch)
+    assert step.counts.tolist() == [1] * 5 + [3, 2]
+
+
+def test_a_cut_step_has_a_row_for_each_token_whose_logits_are_wanted():
+    batch = add(decoding(4, step_sizes=(16, 64)), sequence(99, 14, every_logit=True))
+    batch, step = schedule(batch)
+    assert step.counts.tolist() == [1] * 4 + [12]
+    _, step = schedule(record(batch, step.seats[:4], np.full(4, 7)))
+    assert step.counts.tolist() == [1] * 4 + [2]
+    # There is one row left for the second prompt: it computes a token, but decodes nothing.
+    batch = batch_of(max_num_seqs=2, step_sizes=(10, 16))
+    _, step = schedule(filled(batch, [sequence(0, 10), sequence(1, 9, every_logit=True)]))
+    assert step.counts.tolist() == [10, 1]
+
+
+def test_samples_fork_in_a_cut_step():
+    """They draw from the prompt that their sibling computed: one token each, never put off."""
+    seqs = [sequence(i, np.arange(11), request=SHARED, index=i) for i in range(3)]
+    batch, step = schedule(filled(batch_of(num_blocks=65, step_sizes=(8, 16)), seqs))
+    batch = record(batch, step.seats, np.array([7]))
+    batch, step = schedule(add(batch, sequence(9, 6)))
+    assert step.starts.tolist() == [11, 10, 10, 0] and step.counts.tolist() == [1, 1, 1, 5]
+    assert len(step.copies) == 2
 
 
 ORDERS = {
@@ -439,6 +510,9 @@ def test_cancelled_sequences_leave_nothing_behind():
         ({"max_num_batched_tokens": 3}, "must be at least max_num_seqs=4"),
         ({"watermark": 1.0}, "watermark=1.0"),
         ({"max_overtaken": 0}, "max_overtaken=0"),
+        ({"step_sizes": (8, 4)}, r"step_sizes=\(8, 4\)"),
+        ({"step_sizes": (8, 8)}, r"step_sizes=\(8, 8\)"),
+        ({"step_sizes": (0, 8)}, r"step_sizes=\(0, 8\)"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(bad, message):
@@ -460,6 +534,7 @@ def test_laws_hold_for_any_arrivals(data):
         enable_prefix_caching=data.draw(st.booleans()),
         max_overtaken=data.draw(st.integers(1, 4)),
         window=data.draw(st.none() | st.integers(1, 12)),
+        step_sizes=data.draw(SIZES),
     )
     device = np.zeros((seats, 16), int)
     seqs, i = [], 0
@@ -498,6 +573,50 @@ def test_laws_hold_for_any_arrivals(data):
     batch, outputs, _ = run(filled(batch, seqs), lag=data.draw(st.booleans()), check=check)
     assert outputs == {seq.seq_id: expected(seq) for seq in seqs}
     assert batch.pool.num_free == batch.pool.num_blocks - 1
+
+
+@pytest.mark.parametrize("lag", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_cut_step_fills_a_size_and_puts_off_less_than_it_saves_and_no_more_than_half(policy, lag):
+    """Beside the step that would be planned without sizes; the answers are the same."""
+    rng = np.random.default_rng(POLICIES.index(policy))
+    sizes, most = (8, 24, 64), 64
+    limits = dict(policy=policy, max_num_seqs=8, max_num_batched_tokens=most, num_blocks=33)
+    batch, seqs, cuts = batch_of(**limits, step_sizes=sizes), [], []
+    for _ in range(40):
+        prompt = np.arange(rng.integers(1, 40)) + 100 * rng.integers(3)
+        request = Request(str(len(seqs)), prompt.astype(np.int32), SimpleNamespace())
+        options = dict(
+            max_tokens=int(rng.integers(1, 16)),
+            every_logit=rng.random() < 0.1,
+            synchronous=rng.random() < 0.2,
+        )
+        for index in range(rng.integers(1, 3)):
+            seqs.append(sequence(len(seqs), prompt, request=request, index=index, **options))
+
+    def plan(batch, *, drained):
+        uncut = batch.replace(config=dataclasses.replace(batch.config, step_sizes=()))
+        _, whole = schedule(uncut, drained=drained)
+        after, step = schedule(batch, drained=drained)
+        assert after.config is batch.config
+        if whole is None:
+            assert step is None
+            return after, step
+        assert len(step.preempted) == len(whole.preempted) and step.num_tokens <= most
+        put_off = whole.num_tokens - step.num_tokens
+        if put_off:
+            decodes = np.count_nonzero(whole.samples & (whole.counts == 1))
+            padded = min(size for size in sizes if size >= whole.num_tokens)
+            assert step.num_tokens in sizes and decodes and not whole.preempted
+            assert put_off < padded - whole.num_tokens
+            assert 0 < put_off <= step.num_tokens - decodes
+            cuts.append(put_off)
+        return after, step
+
+    batch, outputs, schedules = run(filled(batch, seqs), lag=lag, plan=plan)
+    assert outputs == {seq.seq_id: expected(seq) for seq in seqs}
+    assert batch.pool.num_free == batch.pool.num_blocks - 1
+    assert len(cuts) > 4 and any(step.preempted for step in schedules)
 
 
 def test_a_state_stays_as_it_was():

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from aidx.engine import EngineConfig
 from aidx.engine import step as stepping
 from aidx.engine.step import Sampler, Shape, all_shapes, pack_plan, pick_shape, unpack_plan
 from aidx.engine.warmup import empty_plan
 
-from .tiny import GREEDY, LIMITS, PROMPTS, engine, generate, model
+from .tiny import GREEDY, LENGTH, LIMITS, PROMPTS, engine, generate, model
 
 SHAPE = Shape(4, 4, 1, Sampler("greedy"))
 
@@ -144,6 +145,16 @@ def test_the_traces_are_few_and_each_request_finds_one(cpu, most):
             assert shape in shapes
             assert shape.num_rows >= rows and shape.num_tokens >= tokens
             assert shape.decode == (rows == tokens)
+
+
+@pytest.mark.parametrize("tokens", [256, 300, 2048, 4096])
+def test_a_step_is_cut_to_sizes_that_there_are_traces_for(tokens):
+    geometry = {name: value for name, value in LIMITS.items() if not name.startswith("max_")}
+    limits = dict(max_num_batched_tokens=tokens, max_model_len=LENGTH)
+    config = EngineConfig(**geometry, **limits, cpu=False)
+    sizes = config.scheduler().step_sizes
+    assert set(sizes) == {s.num_tokens for s in config.shapes() if not s.decode}
+    assert EngineConfig(**geometry, **limits).scheduler().step_sizes == ()
 
 
 def test_greedy_rows_alone_draw_no_noise():
