@@ -91,8 +91,8 @@ FORWARD_VARIANTS = {  # head_dim: {name: config}
     },
 }
 BACKWARD_VARIANTS = {
-    128: {"base": B(), "persistent": B(**PERSISTENT)},
-    64: {"base": B(block_q=128), "persistent": B(block_q=128, **PERSISTENT)},
+    128: {"base": B()},
+    64: {"base": B(block_q=128)},
     256: {"base": B(**COLUMNS), "early": B(early_free=True, **COLUMNS)},
 }
 

@@ -189,17 +189,11 @@ PERSISTENT, LATE = dict(persistent=True), dict(late_sum=True)
 TIGHT, ROWS = dict(tight_masks=True), dict(row_major=True)
 PACKED_FORWARD = {"base": dict(), "default": None, "as they lie": dict(**PERSISTENT, **TIGHT)}
 PACKED_BACKWARD = {  # head_dim: tiles
-    128: {
-        "base": dict(),
-        "default": None,
-        "as they lie": TIGHT,
-        "persistent": dict(by_sequence=4, **TIGHT, **PERSISTENT),
-    },
+    128: {"base": dict(), "default": None, "as they lie": TIGHT},
     64: {
         "base": dict(block_q=128),
         "default": None,
         "tight": dict(block_q=128, by_sequence=4, **TIGHT),
-        "persistent": dict(block_q=128, by_sequence=4, **TIGHT, **PERSISTENT),
     },
 }
 WINDOW = dict(**PERSISTENT, **ROWS, **TIGHT, deal="zigzag back")
@@ -213,7 +207,6 @@ WINDOW_FORWARD = {
     "192 late": dict(**WINDOW, **SLIDING, **LATE, o_in_ring=True),
     "192, one tile": dict(**ROWS, **TIGHT, **SLIDING),
 }
-WINDOW_BACKWARD = {"base": dict(), "default": None, "persistent": PERSISTENT}
 
 
 # --- the cases -----------------------------------------------------------------------------------
@@ -297,8 +290,6 @@ def window_tile_cases():
         shape, pairs = (1, tokens, heads, kv_heads, 128), causal_pairs(tokens, 1024)
         chosen = {n: tiles(band, forward=c) for n, c in WINDOW_FORWARD.items()}
         yield Case(f"window {name}", shape, pairs, chosen, ("fwd",), alike=True)
-        chosen = {n: tiles(band, backward=c) for n, c in WINDOW_BACKWARD.items()}
-        yield Case(f"window {name} both", shape, pairs, chosen, ("fwd+bwd",), alike=True)
         plain = {"aidx": aidx(causal=True)}
         yield Case(f"no window {name}", shape, causal_pairs(tokens), plain, ("fwd",))
 

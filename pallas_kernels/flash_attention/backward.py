@@ -31,7 +31,6 @@ from pallas_kernels.flash_attention.config import BackwardConfig
 from pallas_kernels.flash_attention.key_schedule import (
     Problem,
     decode,
-    over_tiles,
     query_tile,
     walk,
     work_table,
@@ -73,7 +72,6 @@ class Refs(NamedTuple):
     ds_smem: Any
     p_smem: Any  # split="columns" only
     dq_smem: Any
-    out_smem: Any  # persistent only
     k_full: Any
     v_full: Any
     q_full: Any
@@ -81,7 +79,7 @@ class Refs(NamedTuple):
     q_free: Any
     do_free: Any
     ds_ready: Any
-    k_done: Any  # K is read no more; persistent: neither K nor V
+    k_done: Any
     landed: Any
 
 
@@ -423,11 +421,8 @@ class Consumer:
         plgpu.barrier_arrive(r.q_free.at[q_slot])
         return ops.carry(dk), ops.carry(dv)
 
-    def run(self, done=None):
-        """All query tiles of all heads of the group, then dK and dV.
-
-        `done` steps into the ring (None: at its start); returns where that ends.
-        """
+    def run(self) -> None:
+        """All query tiles of all heads of the group, then dK and dV."""
         p, r, ops = self.p, self.refs, self.ops
         plgpu.barrier_wait(r.k_full)
         plgpu.barrier_wait(r.v_full)
@@ -452,37 +447,22 @@ class Consumer:
                     c = loop(full_end, end, HIGH, c)
                 return c, before + (end - first)
 
-            state = (ops.carry(dk), ops.carry(dv)), jnp.int32(0) if done is None else done
+            state = (ops.carry(dk), ops.carry(dv)), jnp.int32(0)
             if p.group == 1:
-                c, end = one_head(jnp.int32(0), state)
+                c, _ = one_head(jnp.int32(0), state)
             else:
-                c, end = lax.fori_loop(jnp.int32(0), jnp.int32(p.group), one_head, state)
+                c, _ = lax.fori_loop(jnp.int32(0), jnp.int32(p.group), one_head, state)
             ops.wait(0)
-            return ops.load(ops.uncarry(dk, c[0])), ops.load(ops.uncarry(dv, c[1])), end
+            return ops.load(ops.uncarry(dk, c[0])), ops.load(ops.uncarry(dv, c[1]))
 
         parts = p.config.parts
         shapes = (64, p.head_dim // parts), (64, p.head_dim_v // parts)
-        dk, dv, end = ops.with_acc(accumulate, *shapes)
-        dv = dv * (1.0 / p.kept) if p.rate else dv
-        if p.config.persistent:
-            plgpu.barrier_arrive(r.k_done)
-            self.store_apart(dv, r.dv)
-            self.store_apart(dk * (p.scale / p.kept), r.dk)
-            return end
-        self.store(r.v_smem, dv, r.dv)
+        dk, dv = ops.with_acc(accumulate, *shapes)
+        self.store(r.v_smem, dv * (1.0 / p.kept) if p.rate else dv, r.dv)
         plgpu.barrier_arrive(r.k_done)  # dQ of every consumer reads all rows of K
         plgpu.barrier_wait(r.k_done)
         self.store(r.k_smem, dk * (p.scale / p.kept), r.dk)
         plgpu.wait_smem_to_gmem(0)
-        return end
-
-    def store_apart(self, value, out) -> None:
-        """dK or dV through memory of its own."""
-        staging = self.refs.out_smem.at[self.wg]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        staging[...] = value.astype(self.p.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staging, out.at[self.b, pl.ds(self.key0, 64), self.kv_head])
 
     def store(self, staging, value, out) -> None:
         """dK or dV through the shared memory of K or V."""
@@ -509,27 +489,24 @@ def load_parts(p: Problem, refs: Refs, src, at, dst, full, end) -> None:
         plgpu.copy_gmem_to_smem(source, dst.at[part], full)
 
 
-def produce_tile(p: Problem, refs: Refs, b, kv_head, kv_tile, done=None, again=None):
-    """K and V once, then Q, its statistics and dO tile by tile.
-
-    `done` as in `Consumer.run`; `again` says that another tile's K and V may still be read.
-    """
+def produce(p: Problem, refs: Refs, b, kv_head, kv_tile) -> None:
+    """The warpgroup that loads: K and V once, then Q, its statistics and dO tile by tile."""
     c = p.config
+    plgpu.set_max_registers(_mgpu.registers(c.consumers)[1], action="decrease")
     kv = (b, pl.ds(kv_tile * c.block_kv, c.block_kv), kv_head)
     load = functools.partial(load_parts, p, refs)
     query_end = key_end = None
     if p.dynamic:
         query_end, key_end = refs.extra.query_end[b], refs.extra.key_end[b]
-
-    def load_kv():
-        load(refs.k, kv, refs.k_smem, refs.k_full, key_end)
-        load(refs.v, kv, refs.v_smem, refs.v_full, key_end)
+    load(refs.k, kv, refs.k_smem, refs.k_full, key_end)
+    load(refs.v, kv, refs.v_smem, refs.v_full, key_end)
 
     def one_head(head_i, before):
         head = kv_head * p.group + head_i
         first, end = walk(p, refs, b, head, kv_tile)[:2]
 
-        def step(i):
+        @pl.loop(first, end)
+        def _(i):
             it = before + (i - first)
             rows = pl.ds(query_tile(p, refs, b, head, kv_tile, i) * c.block_q, c.block_q)
             slot, do_slot = rem(it, c.stages), rem(it, c.do_stages)
@@ -541,38 +518,12 @@ def produce_tile(p: Problem, refs: Refs, b, kv_head, kv_tile, done=None, again=N
             do_full = refs.do_full.at[do_slot]
             load(refs.do, (b, rows, head), refs.do_smem.at[do_slot], do_full, query_end)
 
-        begin = first
-        if done is not None:  # the first Q and dO do not wait for the tile before to let go of K
-            at_start = head_i == 0
-            pl.when(at_start & (first < end))(lambda: step(first))
-
-            @pl.when(at_start)
-            def _():
-                pl.when(again)(lambda: plgpu.barrier_wait(refs.k_done))
-                load_kv()
-
-            begin = first + at_start.astype(jnp.int32)
-        pl.loop(begin, end)(step)
         return before + (end - first)
 
-    if done is None:
-        load_kv()
-    before = jnp.int32(0) if done is None else done
     if p.group == 1:
-        return one_head(jnp.int32(0), before)
-    return lax.fori_loop(jnp.int32(0), jnp.int32(p.group), one_head, before)
-
-
-def produce(p: Problem, refs: Refs, tile_of_cta) -> None:
-    """The warpgroup that loads."""
-    c = p.config
-    plgpu.set_max_registers(_mgpu.registers(c.consumers)[1], action="decrease")
-    if c.persistent:
-        tile = lambda t, done: produce_tile(p, refs, *decode(p, t, refs), done, t >= p.programs)
-        total = over_tiles(p, tile)
-        plgpu.barrier_wait(refs.k_done)
+        total = one_head(jnp.int32(0), jnp.int32(0))
     else:
-        total = produce_tile(p, refs, *tile_of_cta())
+        total = lax.fori_loop(jnp.int32(0), jnp.int32(p.group), one_head, jnp.int32(0))
 
     for stages, free in ((c.stages, refs.q_free), (c.do_stages, refs.do_free)):
 
@@ -603,7 +554,6 @@ def scratch_types(p: Problem) -> list:
         plgpu.SMEM((c.consumers, *c.dq_tile(p.head_dim)), jnp.float32, transforms=full)
         if p.dq
         else None,
-        operand(c.consumers, 64, p.head_dim) if c.persistent else None,
         barrier(arrivals=n),
         barrier(arrivals=n),
         barrier(c.stages, n + 1),
@@ -663,31 +613,24 @@ def backward(
         refs = Refs(q, k, v, do, stats, given, **results, **scratch)
         wg = lax.axis_index("wg")
         tile_of_cta = lambda: decode(p, lax.axis_index("cta"), refs)
-        if (
-            p.piece == config.block_q and not config.persistent
-        ):  # else there are no registers to keep it in
+        if p.piece == config.block_q:  # else there are no registers to keep it in
             found = tile_of_cta()
             tile_of_cta = lambda: found
 
         @pl.when(wg < config.consumers)
         def _():
             plgpu.set_max_registers(_mgpu.registers(config.consumers)[0], action="increase")
-            consumer = lambda tile: Consumer(p, refs, wg, *tile).with_rows()
-            if config.persistent:
-                over_tiles(p, lambda t, done: consumer(decode(p, t, refs)).run(done))
-                plgpu.wait_smem_to_gmem(0)
-            else:
-                consumer(tile_of_cta()).run()
+            Consumer(p, refs, wg, *tile_of_cta()).with_rows().run()
 
         @pl.when(wg == config.consumers)
         def _():
-            produce(p, refs, tile_of_cta)
+            produce(p, refs, *tile_of_cta())
 
     results = _mgpu.kernel(
         body,
         out_type=tuple(outs.values()),
         scratch_types=scratch_types(p),
-        grid=(p.programs,),
+        grid=(p.batch * p.kv_heads * p.kv_tiles,),
         grid_names=("cta",),
         num_warpgroups=config.consumers + 1,
         interpret=interpret,

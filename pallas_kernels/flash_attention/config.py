@@ -158,9 +158,6 @@ class BackwardConfig:
         Tiles of one sequence stay together: they read the same Q and dO and add to the same dQ,
         which must be in L2 for that.
       tight_masks: bounds that only the device knows are read once a KV tile.
-      persistent: a CTA takes one KV tile after another.  dK and dV leave through memory of their
-        own, so that K and V of the next tile load meanwhile, and its first Q and dO before.
-      num_sms: CTAs of a persistent grid.
 
     >>> BackwardConfig(block_q=32)
     Traceback (most recent call last):
@@ -177,14 +174,8 @@ class BackwardConfig:
     early_free: bool = False
     by_sequence: int = 0
     tight_masks: bool = False
-    persistent: bool = False
-    num_sms: int = HOPPER_SMS
 
     def __post_init__(self):
-        if self.persistent and self.split == "columns":
-            raise ValueError(
-                f"{self.persistent=} with split='columns': dK has no memory of its own"
-            )
         if self.split not in ("keys", "columns"):
             raise ValueError(f"split={self.split!r} is neither 'keys' nor 'columns'")
         if self.split == "columns" and (self.consumers, self.block_q) != (2, 64):
@@ -229,14 +220,10 @@ class BackwardConfig:
         ds = buffers * self.block_kv * self.block_q
         rows, columns = self.dq_tile(head_dim)
         dq = self.consumers * rows * columns
-        if self.persistent:
-            kv += self.block_kv * head_dim
         return 2 * (kv + ring + ds) + 4 * (dq + self.stages * 3 * self.block_q)
 
     def check(self, head_dim: int, head_dim_v: int, apart: bool = False) -> None:
         """Raises NotImplementedError where the tiles do not fit."""
-        if self.persistent and head_dim != head_dim_v:
-            raise NotImplementedError(f"{self.persistent=} with {head_dim=} and {head_dim_v=}")
         need = self.smem_bytes(head_dim, head_dim_v, apart)
         if need > SMEM_BYTES - 1024:
             raise NotImplementedError(

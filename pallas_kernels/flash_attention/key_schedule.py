@@ -57,23 +57,6 @@ class Problem(common.Problem):
         return cdiv(self.keys, self.tile_rows)
 
     @property
-    def total(self) -> int:
-        """KV tiles of the call."""
-        return self.batch * self.kv_heads * self.kv_tiles
-
-    @property
-    def programs(self) -> int:
-        """CTAs of the grid."""
-        return min(self.config.num_sms, self.total) if self.config.persistent else self.total
-
-    @property
-    def longest_first(self) -> bool:
-        """Whether tiles start with those that meet the most queries."""
-        return self.sorted or (
-            not self.dynamic and self.band.right is not None and self.band.left is None
-        )
-
-    @property
     def sorted(self) -> bool:
         """Whether `Extra.work` lists the tiles."""
         return self.dynamic and not self.lists and self.config.by_sequence > 0
@@ -111,33 +94,13 @@ def decode(p: Problem, t, refs: Any = None):
         item = div(r, size)
         at = work[item, 0]
         return div(at, p.kv_tiles), group * size + rem(r, size), rem(at, p.kv_tiles)
-    if p.longest_first:
+    if not p.dynamic and p.band.right is not None and p.band.left is None:
         size = head_group(p)
         group, r = div(t, size * p.kv_tiles), rem(t, size * p.kv_tiles)
         kv_tile, pair = div(r, size), group * size + rem(r, size)
     else:
         pair, kv_tile = div(t, p.kv_tiles), rem(t, p.kv_tiles)
     return div(pair, p.kv_heads), rem(pair, p.kv_heads), kv_tile
-
-
-def over_tiles(p: Problem, f):
-    """`f(tile, steps so far) -> steps so far` over the tiles of a CTA of a persistent grid.
-
-    Zigzag over the CTAs evens out tiles sorted by length.
-    """
-    cta, n = lax.axis_index("cta"), p.programs
-    full, part = divmod(p.total, n)
-    back = n - 1 - cta
-
-    def body(j, done):
-        place = jnp.where(rem(j, 2) == 1, back, cta) if p.longest_first else cta
-        return f(j * n + place, done)
-
-    count = jnp.int32(full)
-    if part:
-        place = back if p.longest_first and full % 2 else cta
-        count = count + (place < part).astype(jnp.int32)
-    return lax.fori_loop(jnp.int32(0), count, body, jnp.int32(0))
 
 
 def query_ranges(p: Problem, refs: Any, b, kv_tile):
