@@ -51,15 +51,15 @@ def higher_is_better(unit: str) -> bool:
 def number(value: float) -> str:
     """Three significant digits, thousands separated.
 
-    >>> [number(v) for v in (0.01234, 1.5, 23.456, 456.7, 12345.6)]
-    ['0.0123', '1.50', '23.5', '457', '12,300']
+    >>> [number(v) for v in (0.01234, 0.974, 1.5, 23.456, 456.7, 12345.6)]
+    ['0.0123', '0.974', '1.50', '23.5', '457', '12,300']
     """
     if value == 0:
         return "0"
     rounded = float(f"{value:.3g}")
     if abs(rounded) >= 100:
         return f"{rounded:,.0f}"
-    digits = 2 if abs(rounded) >= 1 else 4
+    digits = 2 if abs(rounded) >= 1 else 3 if abs(rounded) >= 0.1 else 4
     return f"{rounded:.{digits}f}" if abs(rounded) < 10 else f"{rounded:.1f}"
 
 
