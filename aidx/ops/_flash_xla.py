@@ -49,12 +49,13 @@ class Product(NamedTuple):
     captured: Any
 
 
-def choose_tiles(spec: FlashSpec, ops: FlashOperands) -> Tiles:
+def choose_tiles(spec: FlashSpec, ops: FlashOperands, *, backward: bool = False) -> Tiles:
     """Tiles as asked, else those of the block mask, else by size.
 
     Measured on a CPU (bench/attention_cpu.py): one tile while all scores fit a cache and none can
-    be skipped, tiles of 256 x 256 for few heads and long sequences, 128 x 128 otherwise, wider
-    ones where there are few queries.
+    be skipped (of the backward, which has four arrays of them, all queries and some keys), tiles of
+    256 x 256 for few heads and long sequences, 128 x 128 otherwise, wider ones where there are few
+    queries.
     """
     B, T, N, _ = ops.q.shape
     S = ops.k.shape[1]
@@ -64,7 +65,7 @@ def choose_tiles(spec: FlashSpec, ops: FlashOperands) -> Tiles:
         skips = spec.left is not None or spec.right is not None or ops.q_segments is not None
         size = 256 if T >= 1024 and B * N * 256 * 256 <= TILE_SCORES else 128
         if not skips and B * N * T * S <= ONE_TILE:
-            q, kv = T, S
+            q, kv = T, max(64, TILE_SCORES // (B * N * T)) if backward else S
         elif size > T:
             q, kv = T, min(1024, max(size, TILE_SCORES // (B * N * T)))
         else:
@@ -470,7 +471,7 @@ def backward(
     floats = tuple(jnp.issubdtype(c.dtype, jnp.inexact) for c in operands.score_captured)
     if min(B, T, S, K) == 0:
         return no_gradients(operands)
-    tiles = choose_tiles(spec, operands)
+    tiles = choose_tiles(spec, operands, backward=True)
     ops = _padded(_blanked(operands), tiles)
     out, lse = outputs
     d_out, d_lse = _blank(cotangents[0], _ends(operands)[0]), cotangents[1]
@@ -519,7 +520,10 @@ def backward(
 
         zeros = (jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32))
         zeros = varying_like(zeros, (operands, cotangents))
-        dk, dv, sums = _over_needed(needed[:, j], _has_gaps(ops), query_tile, (*zeros, sums))
+        if tiles.count_q == 1:
+            dk, dv, sums = query_tile(jnp.int32(0), (*zeros, sums))
+        else:
+            dk, dv, sums = _over_needed(needed[:, j], _has_gaps(ops), query_tile, (*zeros, sums))
         return sums, (dk.astype(k.dtype), dv.astype(v.dtype))
 
     like = lambda x: None if x is None else jnp.zeros(x.shape, jnp.float32)
@@ -530,7 +534,11 @@ def backward(
         tuple(like(c) for c, f in zip(ops.score_captured, floats, strict=True) if f),
     )
     start = varying_like(start, (operands, cotangents))
-    sums, (dk, dv) = lax.scan(key_tile, start, jnp.arange(tiles.count_kv, dtype=jnp.int32))
+    if tiles.count_kv == 1:
+        sums, (dk, dv) = key_tile(start, jnp.int32(0))
+        dk, dv = dk[None], dv[None]
+    else:
+        sums, (dk, dv) = lax.scan(key_tile, start, jnp.arange(tiles.count_kv, dtype=jnp.int32))
     grads = no_gradients(operands)
     if operands.sinks is not None:
         summed = d_sinks.sum(axis=1)
