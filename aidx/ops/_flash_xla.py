@@ -520,10 +520,7 @@ def backward(
 
         zeros = (jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32))
         zeros = varying_like(zeros, (operands, cotangents))
-        if tiles.count_q == 1:
-            dk, dv, sums = query_tile(jnp.int32(0), (*zeros, sums))
-        else:
-            dk, dv, sums = _over_needed(needed[:, j], _has_gaps(ops), query_tile, (*zeros, sums))
+        dk, dv, sums = _over_needed(needed[:, j], _has_gaps(ops), query_tile, (*zeros, sums))
         return sums, (dk.astype(k.dtype), dv.astype(v.dtype))
 
     like = lambda x: None if x is None else jnp.zeros(x.shape, jnp.float32)
@@ -534,11 +531,7 @@ def backward(
         tuple(like(c) for c, f in zip(ops.score_captured, floats, strict=True) if f),
     )
     start = varying_like(start, (operands, cotangents))
-    if tiles.count_kv == 1:
-        sums, (dk, dv) = key_tile(start, jnp.int32(0))
-        dk, dv = dk[None], dv[None]
-    else:
-        sums, (dk, dv) = lax.scan(key_tile, start, jnp.arange(tiles.count_kv, dtype=jnp.int32))
+    sums, (dk, dv) = lax.scan(key_tile, start, jnp.arange(tiles.count_kv, dtype=jnp.int32))
     grads = no_gradients(operands)
     if operands.sinks is not None:
         summed = d_sinks.sum(axis=1)
