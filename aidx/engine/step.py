@@ -514,7 +514,8 @@ def all_shapes(
     """Every trace that a batch with these limits can ask for, in order of cost within its kind.
 
     A step that prefills is dear enough to draw where the most likely token would do; masks and
-    logprobs are rare enough for few, large traces, and so are shared prefixes (`cascade`).
+    logprobs are rare enough for few, large traces, and so are shared prefixes (`cascade`).  Rows
+    between two powers of two have no trace for `full`, which takes the next power.
 
     Example:
         >>> [s.sampler.variant for s in all_shapes(1, 16, 5)]
@@ -525,7 +526,8 @@ def all_shapes(
         Shape(r, r, 1, sampler)
         for r in row_buckets(max_num_seqs, cpu=cpu)
         for sampler in (Sampler("greedy"), Sampler("plain"), Sampler("full"), everything)
-        if sampler is not everything or r == max_num_seqs
+        if r == max_num_seqs
+        or (sampler is not everything and (r.bit_count() == 1 or sampler.variant != "full"))
     ]
     shared = [
         Shape(r, r, 1, sampler, cascade=True)
